@@ -1,0 +1,76 @@
+"""The contract of a benchmark: samples, their pictures, and a score from the predictions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+
+class SampleError(Exception):
+    """One sample cannot be used (a corrupt picture, a missing video). It is recorded as failed; the run goes on."""
+
+
+class BenchmarkError(Exception):
+    """The benchmark cannot be read at all (no network, wrong columns, a missing split). One line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. Cheap to hold: the picture is loaded on demand by `Benchmark.images`.
+
+    Attributes
+    ----------
+    id : str
+        Unique within the benchmark and stable between runs.
+    text : str
+        The user's text as sent to the model, answer-format sentence included.
+    question : str
+        The part of ``text`` that is the question itself; a substring of ``text``.
+    answer : Any
+        The reference in the form that the metric takes (a string, ten strings, a letter).
+    image_id : str
+        Samples with the same image_id share one picture and one vision pass.
+    task : str
+        Category within the benchmark (POPE's split, MME's category, the demo's task).
+    meta : dict
+        Whatever else the metric or the judge needs, JSON only.
+    """
+
+    id: str
+    text: str
+    question: str
+    answer: Any
+    image_id: str
+    task: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """A list of samples and the rule that scores them.
+
+    ``samples`` are ordered so that those sharing a picture are neighbours.
+    """
+
+    max_new_tokens: int = 128
+    is_video: bool = False
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]:
+        """All samples, in the order in which they are run. Raises `BenchmarkError`."""
+
+    @abstractmethod
+    def images(self, image_id: str) -> list[Image.Image]:
+        """The RGB pictures (or the frames of the video) with this id. Raises `SampleError`."""
+
+    @abstractmethod
+    def correct(self, sample: Sample, prediction: str) -> float:
+        """Score of one prediction in [0, 1]."""
+
+    @abstractmethod
+    def metrics(self, samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, float]:
+        """The benchmark's numbers, by name; accuracies in percent. The first entry is the headline.
+
+        A failed sample comes with an empty prediction and stays in the denominator.
+        """

@@ -1,0 +1,1 @@
+"""Adapters: what differs between model families, and nothing else."""

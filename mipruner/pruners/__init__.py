@@ -1,0 +1,20 @@
+"""One method a file; `PRUNERS` is the list that tests, tables and `mipruner.prune` go by."""
+
+from mipruner.pruners.attention import AttentionPruner
+from mipruner.pruners.base import Pruner, ScorePruner
+from mipruner.pruners.mi import MIPruner
+from mipruner.pruners.mi_attention import MIAttentionPruner
+from mipruner.pruners.none import NoPruner
+from mipruner.pruners.random import RandomPruner
+from mipruner.pruners.similarity import SimilarityPruner
+
+PRUNERS: dict[str, type[Pruner]] = {
+    "none": NoPruner,
+    "random": RandomPruner,
+    "similarity": SimilarityPruner,
+    "attention": AttentionPruner,
+    "mi": MIPruner,
+    "mi_attention": MIAttentionPruner,
+}
+
+__all__ = ["PRUNERS", "Pruner", "ScorePruner", *(cls.__name__ for cls in PRUNERS.values())]

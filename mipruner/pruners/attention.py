@@ -1,0 +1,19 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mipruner.features import Features
+from mipruner.pruners.base import ScorePruner
+
+
+@dataclass(frozen=True)
+class AttentionPruner(ScorePruner):
+    """Keeps the tokens that the vision encoder attends to most, eq. 5: the paper's "Attention" baseline.
+
+    The attention is the CLS row where the encoder has a CLS token, else the sum that other patches pay to each patch.
+    """
+
+    needs_attention = True
+
+    def score(self, features: Features) -> Tensor:
+        return features.attention

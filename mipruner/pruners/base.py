@@ -1,0 +1,53 @@
+"""The contract of a pruner: features of one picture and a number in, a selection out."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mipruner.features import Features
+from mipruner.selection import Selection, top_k
+
+
+class Pruner(ABC):
+    """Chooses visual tokens. A method is a dataclass whose fields are its hyperparameters, and overrides `select`."""
+
+    needs_attention: ClassVar[bool] = False
+    """Whether `Features.attention` must be there; adapters compute it only on demand."""
+
+    def __call__(self, features: Features, n_keep: int) -> Selection:
+        """Keep ``n_keep`` of the visual tokens.
+
+        Raises
+        ------
+        ValueError
+            If ``n_keep`` is out of range, the text is empty, a feature is not finite, or attention is missing.
+        """
+        if not 1 <= n_keep <= features.n_visual:
+            raise ValueError(f"cannot keep {n_keep} of {features.n_visual} visual tokens")
+        if n_keep == features.n_visual:
+            every = torch.arange(n_keep, device=features.visual.device)
+            return Selection(every.expand(*features.visual.shape[:-2], n_keep))
+        if features.n_text == 0:
+            raise ValueError("the question is empty: a pruner that reads the text needs at least one text token")
+        if not torch.isfinite(features.visual).all() or not torch.isfinite(features.text).all():
+            raise ValueError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
+        if self.needs_attention and features.attention is None:
+            raise ValueError(f"{type(self).__name__} needs the encoder's attention, and the features carry none")
+        return self.select(features, n_keep)
+
+    @abstractmethod
+    def select(self, features: Features, n_keep: int) -> Selection:
+        """Choose ``n_keep`` of the visual tokens, 1 <= n_keep < n_visual."""
+
+
+class ScorePruner(Pruner):
+    """A pruner that keeps the tokens with the highest score."""
+
+    @abstractmethod
+    def score(self, features: Features) -> Tensor:
+        """Score [.., n_visual] of every visual token, higher is kept first."""
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        return Selection(top_k(self.score(features), n_keep).sort(-1).values)

@@ -1,0 +1,33 @@
+from dataclasses import dataclass
+
+import torch
+
+from mipruner.features import Features
+from mipruner.pruners.mi import MIPruner
+from mipruner.selection import Selection, top_k
+
+
+@dataclass(frozen=True)
+class MIAttentionPruner(MIPruner):
+    """MI-Attention: round 1 keeps the tokens with the most encoder attention, round 2 adds the greedy MI picks to them.
+
+    The paper does not give the split between the rounds; half is VisPruner's.
+
+    Parameters
+    ----------
+    split : float in [0, 1]
+        Share of the budget that round 1 spends, ``round(split * n_keep)`` tokens.
+    """
+
+    split: float = 0.5
+    needs_attention = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.split <= 1:
+            raise ValueError(f"split={self.split} is not in [0, 1]")
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        attended = top_k(features.attention, round(self.split * n_keep))
+        added = self.picks(features, n_keep - attended.shape[-1], given=attended)
+        return Selection(torch.cat([attended, added], -1).sort(-1).values)

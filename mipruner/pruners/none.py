@@ -1,0 +1,16 @@
+from dataclasses import dataclass
+
+from mipruner.features import Features
+from mipruner.pruners.base import Pruner
+from mipruner.selection import Selection
+
+
+@dataclass(frozen=True)
+class NoPruner(Pruner):
+    """Keeps every token, whatever the budget: the untouched model."""
+
+    def __call__(self, features: Features, n_keep: int) -> Selection:
+        return super().__call__(features, features.n_visual)
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        raise AssertionError("never asked for less than everything")

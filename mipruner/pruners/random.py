@@ -1,0 +1,22 @@
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mipruner.features import Features
+from mipruner.pruners.base import ScorePruner
+
+
+@dataclass(frozen=True)
+class RandomPruner(ScorePruner):
+    """Keeps tokens drawn without replacement. The draw depends on the seed and the sample's name, on nothing else.
+
+    The paper averages three draws: run the seeds 0, 1 and 2.
+    """
+
+    seed: int = 0
+
+    def score(self, features: Features) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{features.sample}".encode()))
+        return torch.rand(features.visual.shape[:-1], generator=generator).to(features.visual.device)

@@ -1,0 +1,121 @@
+"""How many tokens stay, and which: the budget, top-k, and the greedy search of eq. 22-24."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mipruner.pmi import Aggregation
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The visual tokens that enter the language model.
+
+    Attributes
+    ----------
+    indices : Tensor [.., n_keep]
+        Kept visual tokens, ascending, unique.
+    embeds : Tensor [.., n_rows, d], optional
+        Only for methods that merge tokens: the rows that enter the language model, in their order. Row k stands at the
+        place of ``indices[k]``; rows beyond `indices` belong to no patch (VisionZip's CLS).
+    """
+
+    indices: Tensor
+    embeds: Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Visual rows that enter the language model."""
+        return (self.indices if self.embeds is None else self.embeds[..., 0]).shape[-1]
+
+
+def budget(keep: int | float, n_visual: int) -> int:
+    """Number of tokens to keep: a whole number is taken as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
+
+    ``1`` is one token, ``1.0`` is everything. At least one token stays.
+
+    Raises
+    ------
+    ValueError
+        If keep is not positive, a fraction above 1, or a whole number above ``n_visual``.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep > 0:
+        raise ValueError(f"keep={keep!r} is not a budget: give a fraction in (0, 1] or a whole number of tokens")
+    if isinstance(keep, float):
+        if keep > 1:
+            raise ValueError(f"keep={keep} is neither a fraction in (0, 1] nor a whole number of tokens")
+        return max(1, round(keep * n_visual))
+    if keep > n_visual:
+        raise ValueError(
+            f"keep={keep} asks for more tokens than the {n_visual} there are: lower it, or give a fraction such as 0.25"
+        )
+    return keep
+
+
+def top_k(scores: Tensor, n_keep: int) -> Tensor:
+    """Indices [.., n_keep] of the highest scores [.., n], best first; ties go to the lowest index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n_keep]
+
+
+def greedy(
+    relevance: Tensor,
+    redundancy: Tensor | None,
+    n_keep: int,
+    lam: float,
+    *,
+    aggregation: Aggregation = "max",
+    given: Tensor | None = None,
+) -> Tensor:
+    """Greedy search for the largest marginal gain lam S_cross - (1 - lam) S_self, eq. 22-24.
+
+    S_self of a candidate is the running maximum (``max``, eq. 20) or sum (``global``, eq. 21) of its redundancy terms
+    over the tokens chosen so far, 0 while there are none; each pick costs O(n_visual).
+
+    Parameters
+    ----------
+    relevance : Tensor [.., n_visual]
+    redundancy : Tensor [.., n_visual, n_visual] or None
+        Row i = candidate i. Not read when ``lam`` is 1, and may be None then.
+    n_keep : int
+        Tokens to pick, those of ``given`` not counted.
+    given : Tensor [.., n_given], optional
+        Tokens that are in the set already (MI-Attention's first round); they are not picked again.
+
+    Returns
+    -------
+    Tensor [.., n_keep]
+        Indices in the order of the picks; ties go to the lowest index.
+    """
+    n_given = 0 if given is None else given.shape[-1]
+    if not 0 <= n_keep <= relevance.shape[-1] - n_given:
+        raise ValueError(f"cannot pick {n_keep} of {relevance.shape[-1] - n_given} visual tokens")
+    lowest = torch.finfo(torch.float32).min
+    gain = (lam * relevance.float()).clamp_min(lowest)
+    taken = torch.zeros_like(gain, dtype=torch.bool)
+    if given is not None:
+        taken.scatter_(-1, given, True)
+    if lam == 1:
+        return top_k(gain.masked_fill(taken, -torch.inf), n_keep)
+
+    cost = (1 - lam) * redundancy.float()
+    column = torch.empty_like(gain).unsqueeze(-1)
+    if aggregation == "max":
+        running, accumulate = torch.full_like(gain, -torch.inf), torch.maximum
+    else:
+        running, accumulate = torch.zeros_like(gain), torch.add
+
+    def columns(index: Tensor) -> Tensor:
+        return cost.gather(-1, index[..., None, :].expand(*column.shape[:-1], index.shape[-1]))
+
+    if n_given:
+        chosen = columns(given)
+        running = chosen.amax(-1) if aggregation == "max" else chosen.sum(-1)
+    picks = torch.empty(*gain.shape[:-1], n_keep, dtype=torch.long, device=gain.device)
+    for k in range(n_keep):
+        score = (gain - running).clamp_min(lowest) if k or n_given else gain
+        pick = score.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+        picks[..., k] = pick[..., 0]
+        taken.scatter_(-1, pick, True)
+        running = accumulate(running, columns(pick)[..., 0])
+    return picks
