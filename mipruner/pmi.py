@@ -19,7 +19,7 @@ MINMAX_FLOOR = 1e-12
 
 
 def similarity(visual: Tensor, other: Tensor) -> Tensor:
-    """Cosine similarity [.., n_visual, n_other]: eq. 15 before the division by tau. A zero vector is 0 to everything."""
+    """Cosine similarity [.., n_visual, n_other]: eq. 15 before the division by tau. A zero vector gives 0."""
     visual, other = normalize(visual.float(), dim=-1), normalize(other.float(), dim=-1)
     return visual @ other.mT
 

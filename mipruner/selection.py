@@ -31,7 +31,7 @@ class Selection:
 
 
 def budget(keep: int | float, n_visual: int) -> int:
-    """Number of tokens to keep: a whole number is taken as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
+    """Number of tokens to keep: a whole number as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
 
     ``1`` is one token, ``1.0`` is everything. At least one token stays.
 

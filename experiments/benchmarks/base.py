@@ -13,7 +13,7 @@ class SampleError(Exception):
 
 
 class BenchmarkError(Exception):
-    """The benchmark cannot be read at all (no network, wrong columns, a missing split). One line that says what to do."""
+    """The benchmark cannot be read at all (no network, wrong columns, a missing split). One line says what to do."""
 
 
 @dataclass(frozen=True)
