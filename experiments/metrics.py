@@ -1,0 +1,330 @@
+"""Scores of single answers and of whole benchmarks, as pure functions.
+
+``scoring="llava"`` follows the scripts of LLaVA-1.5 (https://github.com/haotian-liu/LLaVA, ``llava/eval`` and
+``scripts/v1_5/eval``) to the letter, oddities included, because published pruning results were made with them.
+``scoring="lmms_eval"`` gives the rule of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) where it differs.
+LLaVA strips an answer once, when it is generated, and never again while scoring; neither do these functions.
+Accuracies of single answers lie in [0, 1]; those of benchmarks are in percent.
+"""
+
+import re
+import string
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+SCORINGS = ("llava", "lmms_eval")
+
+
+def check_scoring(scoring: str) -> str:
+    """Return ``scoring`` or raise ValueError naming the valid ones."""
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring={scoring!r} is not one of {', '.join(SCORINGS)}")
+    return scoring
+
+
+def mean_percent(scores: Sequence[float]) -> float:
+    """Mean of scores in [0, 1], in percent; 0 for none."""
+    return 100 * fmean(scores) if scores else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- GQA
+
+
+def gqa_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
+    """1 if the prediction is the answer.
+
+    LLaVA: lower case and no full stops at the end, then equality; "the chair" is not "chair". lmms-eval: equality once
+    both are lower-case and rid of ASCII punctuation, so that "T-shirt!" is "tshirt".
+    """
+    if check_scoring(scoring) == "llava":
+        return float(prediction.rstrip(".").lower() == answer)
+    delete = str.maketrans("", "", string.punctuation)
+    return float(prediction.strip().lower().translate(delete) == answer.lower().translate(delete))
+
+
+# ---------------------------------------------------------------------------------------------------------- ScienceQA
+
+
+def scienceqa_letter(prediction: str) -> str | None:
+    """The option letter that LLaVA reads in a prediction, or None.
+
+    A lone A-E, or "B. " at the start, or exactly one "The answer is " + capital + any one character of the same line.
+    So "B.", "(B)", "b" and a final "The answer is B" are not read. LLaVA's random fallback is unreachable code.
+    """
+    if prediction in ("A", "B", "C", "D", "E"):
+        return prediction
+    if prediction[:1] in ("A", "B", "C", "D", "E") and prediction[1:3] == ". ":
+        return prediction[0]
+    found = re.findall(r"The answer is ([A-Z]).", prediction)
+    return found[0] if len(found) == 1 else None
+
+
+def scienceqa_correct(prediction: str, answer: str, n_choices: int, scoring: str = "llava") -> float:
+    """1 if the prediction names the right option.
+
+    Parameters
+    ----------
+    answer : str
+        Letter of the right option, A-E.
+    n_choices : int
+        Options of this question; LLaVA counts a letter beyond them as wrong.
+    """
+    if check_scoring(scoring) == "llava":
+        letter = scienceqa_letter(prediction)
+        return float(letter == answer and letter in "ABCDE"[:n_choices])
+    prediction = prediction.strip()
+    starts_with_option = len(prediction) >= 2 and prediction[0].isupper() and prediction[1] == "."
+    letter = prediction[0] if starts_with_option else prediction
+    return float(letter.lower() == answer.lower())
+
+
+# ------------------------------------------------------------------------------------------------------------ TextVQA
+
+_ARTICLES = ("a", "an", "the")
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS.split())} | {"none": "0"}
+
+# The evaluator repairs a contraction that lacks one of its apostrophes. The four forms with a capital I are in its
+# table but can never match a lower-cased answer; "somebody'd" is in it the wrong way round.
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+_CONTRACTIONS = {
+    whole[: mark.start()] + whole[mark.end() :]: whole
+    for whole in _CONTRACTED.split()
+    for mark in re.finditer("'", whole)
+} | {"somebody'd": "somebodyd"}
+
+
+def textvqa_normalize(text: str) -> str:
+    """Normal form of an answer in the M4C / EvalAI evaluator that LLaVA and lmms-eval share.
+
+    Lower case, punctuation out or to blanks, number words to digits, no articles, apostrophes of contractions put back.
+    A full stop goes unless a digit follows it, so "3." loses its own and ".5" keeps it.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    entered = text
+    for mark in ';/[]"{}()=+\\_-><@`!':
+        beside_blank = f" {mark}" in entered or f"{mark} " in entered
+        text = text.replace(mark, "" if beside_blank else " ")
+    text = re.sub(r"\.(?!\d)", "", text, count=32)  # the evaluator passes a flag, 32, in the place of the count
+    words = (_DIGITS.get(word, word) for word in text.split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy of a prediction against ten human answers: 0, .3, .6, .9 or 1 for 0, 1, 2, 3 or more that agree.
+
+    Mean over the ten of min(1, agreeing among the other nine / 3). Raises ValueError unless there are ten.
+    """
+    if len(answers) != 10:
+        raise ValueError(f"a TextVQA question has ten answers, not {len(answers)}")
+    prediction = textvqa_normalize(prediction)
+    agrees = [textvqa_normalize(answer) == prediction for answer in answers]
+    return fmean(min(1.0, (sum(agrees) - agree) / 3) for agree in agrees)
+
+
+# ---------------------------------------------------------------------------------------------------------------- MME
+
+MME_PERCEPTION = (
+    *("existence", "count", "position", "color", "posters"),
+    *("celebrity", "scene", "landmark", "artwork", "OCR"),
+)
+MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def mme_answer(prediction: str, scoring: str = "llava") -> str:
+    """ "yes", "no" or "other": what the first four characters, lower-cased, contain; "yes" before "no".
+
+    So "not", "know" and "Norway" are no, "yesterday" is yes, "y" is other. lmms-eval strips, deletes full stops first
+    and takes a lone y or n. (The official tool reads tab-separated lines and stops at an answer with a tab or a line
+    break; here such an answer is read like any other.)
+    """
+    start = prediction.lower()
+    if check_scoring(scoring) == "lmms_eval":
+        start = start.strip().replace(".", "")
+        start = {"y": "yes", "n": "no"}.get(start, start)
+    start = start[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def mme_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
+    """1 if the prediction is read as the answer, yes or no."""
+    return float(mme_answer(prediction, scoring) == answer.lower())
+
+
+class MMERow(NamedTuple):
+    """One answered MME question; the two questions of an image share ``image`` within their category."""
+
+    category: str
+    image: str
+    answer: str
+    prediction: str
+
+
+def mme_scores(rows: Iterable[MMERow], scoring: str = "llava") -> dict[str, float]:
+    """MME scores: per category accuracy + accuracy+ (both questions of an image right), each in percent, so 0..200.
+
+    ``perception`` is the sum over its ten categories (at most 2000), ``cognition`` over its four (at most 800), each
+    only there if every one of its categories is. An image of which one question alone is among the rows counts in
+    accuracy but not in accuracy+; a third question of an image raises ValueError.
+
+    Returns
+    -------
+    dict
+        perception, cognition, accuracy (mean over all questions), then per category ``<category>``,
+        ``<category>_accuracy`` and ``<category>_accuracy_plus``, in the official order.
+    """
+    right: dict[str, dict[str, list[float]]] = {}
+    for category, image, answer, prediction in rows:
+        right.setdefault(category, {}).setdefault(image, []).append(mme_correct(prediction, answer, scoring))
+    categories: dict[str, float] = {}
+    for category in [*MME_PERCEPTION, *MME_COGNITION, *sorted({*right} - {*MME_PERCEPTION, *MME_COGNITION})]:
+        images = right.get(category)
+        if images is None:
+            continue
+        if extra := [image for image, scores in images.items() if len(scores) > 2]:
+            raise ValueError(f"MME has two questions an image; {category}/{extra[0]} has {len(images[extra[0]])}")
+        accuracy = mean_percent([score for scores in images.values() for score in scores])
+        accuracy_plus = mean_percent([min(scores) for scores in images.values() if len(scores) == 2])
+        categories[category] = accuracy + accuracy_plus
+        categories[f"{category}_accuracy"] = accuracy
+        categories[f"{category}_accuracy_plus"] = accuracy_plus
+    totals = {
+        name: sum(categories[category] for category in group)
+        for name, group in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))
+        if all(category in categories for category in group)
+    }
+    everything = [score for images in right.values() for scores in images.values() for score in scores]
+    return totals | {"accuracy": mean_percent(everything)} | categories
+
+
+# --------------------------------------------------------------------------------------------------------------- POPE
+
+POPE_CATEGORIES = ("random", "popular", "adversarial")
+
+
+def pope_answer(prediction: str, scoring: str = "llava") -> str:
+    """ "yes", "no" or (lmms-eval alone) "other".
+
+    LLaVA: no if one of the words before the first full stop, commas deleted, is "No", "no" or "not"; *everything* else
+    is yes, also the empty answer, "NO", "Not" and "cannot". lmms-eval: the stripped, lower-cased answer itself.
+    """
+    if check_scoring(scoring) == "llava":
+        words = prediction.split(".")[0].replace(",", "").split(" ")
+        return "no" if {"No", "no", "not"}.intersection(words) else "yes"
+    prediction = prediction.lower().strip()
+    return prediction if prediction in ("yes", "no") else "other"
+
+
+def pope_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
+    """1 if the prediction is read as the answer, "yes" or "no"."""
+    return float(pope_answer(prediction, scoring) == answer.lower().strip())
+
+
+class POPERow(NamedTuple):
+    """One answered POPE question."""
+
+    category: str
+    answer: str
+    prediction: str
+
+
+def _pope_group(rows: Sequence[POPERow], scoring: str) -> dict[str, float]:
+    pairs = [(row.answer.lower().strip(), pope_answer(row.prediction, scoring)) for row in rows]
+    true_positive, false_positive = pairs.count(("yes", "yes")), pairs.count(("no", "yes"))
+    false_negative = pairs.count(("yes", "no"))
+    precision = true_positive / max(1, true_positive + false_positive)
+    recall = true_positive / max(1, true_positive + false_negative)
+    said_yes = [(gold if scoring == "lmms_eval" else said) == "yes" for gold, said in pairs]
+    return {
+        "accuracy": mean_percent([gold == said for gold, said in pairs]),
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_rate": fmean(said_yes),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def pope_scores(rows: Sequence[POPERow], scoring: str = "llava") -> dict[str, float]:
+    """POPE scores per category and, without a prefix, their mean over the categories present, as papers report them.
+
+    Accuracy in percent; F1, yes-rate, precision and recall with yes as positive, in [0, 1], 0 where undefined.
+    LLaVA: yes-rate is the share of answers read as yes. lmms-eval: precision and recall skip answers that are neither
+    yes nor no, the yes-rate is that of the *reference*, and ``pooled_f1`` is the F1 of its `pope` task, over all
+    questions at once.
+    """
+    check_scoring(scoring)
+    present = {row.category: None for row in rows}
+    order = [c for c in POPE_CATEGORIES if c in present] + [c for c in present if c not in POPE_CATEGORIES]
+    groups = {category: _pope_group([row for row in rows if row.category == category], scoring) for category in order}
+    names = ("accuracy", "f1", "yes_rate", "precision", "recall") if groups else ()
+    scores = {name: fmean(group[name] for group in groups.values()) for name in names}
+    if groups and scoring == "lmms_eval":
+        scores["pooled_f1"] = _pope_group(rows, scoring)["f1"]
+    return scores | {f"{category}_{name}": value for category, group in groups.items() for name, value in group.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- uncertainty
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Standard error of the mean of independent scores, in their unit. Raises ValueError for fewer than two."""
+    if len(scores) < 2:
+        raise ValueError("a standard error takes two scores or more")
+    return float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
+
+
+class Bootstrap(NamedTuple):
+    """Spread of a mean over resamples of the items: standard deviation and the 95 % percentile interval."""
+
+    sd: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    scores: Sequence[float], n_resamples: int = 10_000, seed: int = 0, n_items: int | None = None
+) -> Bootstrap:
+    """Resample the items with replacement and look at the spread of their mean, in the unit of ``scores``.
+
+    ``n_items`` resamples so many items instead of all: MI-Pruner's +-7.6 on MM-Vet is not the spread of a mean over its
+    218 questions (about 2.9), but about that over 33. Raises ValueError for fewer than two scores.
+    """
+    if len(scores) < 2:
+        raise ValueError("a bootstrap takes two scores or more")
+    n_items = len(scores) if n_items is None else min(n_items, len(scores))
+
+    def mean(items: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.take(items, range(n_items), axis).mean(axis)
+
+    result = stats.bootstrap(
+        (np.asarray(scores, dtype=float),),
+        mean,
+        n_resamples=n_resamples,
+        batch=max(1, 4_000_000 // len(scores)),
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return Bootstrap(float(result.standard_error), float(low), float(high))
+
+
+def mean_by_group(scored: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Mean in percent of the scores of each group, groups in order of first appearance."""
+    groups: dict[str, list[float]] = {}
+    for group, score in scored:
+        groups.setdefault(group, []).append(score)
+    return {group: mean_percent(scores) for group, scores in groups.items()}
