@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 from mipruner import pmi
 from mipruner.features import Features
+from mipruner.fused import mi_picks
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, greedy
 
@@ -36,6 +37,8 @@ class MIPruner(Pruner):
 
     def picks(self, features: Features, n_keep: int, given=None):
         """Indices [.., n_keep] in the order of the greedy search, after the tokens ``given``."""
+        if self.aggregation == "max" and self.normalization == "softmax":
+            return mi_picks(features.visual, features.text, n_keep, self.lam, self.tau, given=given)
         options = (self.tau, self.aggregation, self.normalization)
         relevance = pmi.relevance(features.visual, features.text, *options)
         redundancy = None if self.lam == 1 else pmi.redundancy(features.visual, *options)

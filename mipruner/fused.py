@@ -1,0 +1,87 @@
+"""MI-Pruner's picks at about the price of one similarity product; `pmi` and `selection.greedy` are the reference.
+
+With p(v_j) = 1 / n_visual, eq. 18 reads PMI(v_i; v_j) = rho_ij - lse_i + log n_visual, where lse_i is the log-sum-exp
+of row i of rho. So one number a token is enough beside rho; rho is symmetric, so that half of the product gives all of
+it, and its contiguous row j serves as the column that picking j adds to the running maximum of eq. 20.
+
+Same picks as the reference as long as the best two gains of every step differ by more than float32 rounding. Equal
+tokens have equal gains here, bit for bit, and the lowest index wins.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mipruner import pmi
+from mipruner.selection import greedy
+
+PANEL = 64
+"""Rows a product: small enough to skip nearly half of rho, large enough for full speed."""
+
+
+def mi_picks(
+    visual: Tensor, text: Tensor, n_keep: int, lam: float, tau: float = 0.1, *, given: Tensor | None = None
+) -> Tensor:
+    """The greedy search of eq. 22-24 with max aggregation and softmax, on whatever device the tokens are.
+
+    Parameters
+    ----------
+    visual : Tensor [.., n_visual, d]
+    text : Tensor [.., n_text, d]
+    n_keep : int
+        Tokens to pick, those of ``given`` not counted.
+    given : Tensor [.., n_given], optional
+        Tokens that are in the set already; they are not picked again.
+
+    Returns
+    -------
+    Tensor [.., n_keep]
+        Indices in the order of the picks; ties go to the lowest index.
+    """
+    n_given = 0 if given is None else given.shape[-1]
+    if not 0 <= n_keep <= visual.shape[-2] - n_given:
+        raise ValueError(f"cannot pick {n_keep} of {visual.shape[-2] - n_given} visual tokens")
+    if lam == 1:
+        return greedy(pmi.relevance(visual, text, tau), None, n_keep, lam, given=given)
+    if visual.device.type != "cpu":
+        return greedy(pmi.relevance(visual, text, tau), pmi.redundancy(visual, tau), n_keep, lam, given=given)
+    if visual.dim() > 2:
+        options = [None] * len(visual) if given is None else given
+        samples = zip(visual, text, options, strict=True)
+        return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g) for v, t, g in samples])
+    picks = _picks(*similarities(visual, text, tau), n_keep, lam, [] if given is None else given.tolist())
+    return torch.tensor(picks, dtype=torch.long)
+
+
+def similarities(visual: Tensor, text: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """rho of eq. 15, [n_visual, n_visual] and [n_visual, n_text], for one sample on a CPU."""
+    n_visual, d = visual.shape
+    tokens = torch.empty(n_visual + len(text), d)
+    for rows, x in ((tokens[:n_visual], visual), (tokens[n_visual:], text)):
+        torch.div(x, x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12), out=rows)
+    rho = torch.empty(n_visual, len(tokens))
+    # The last panel takes the remainder: a product of a row or two would round differently and split ties.
+    edges = [*range(0, max(0, n_visual - PANEL) + 1, PANEL), n_visual]
+    for start, stop in pairwise(edges):
+        torch.mm(tokens[start:stop], tokens[start:].T, out=rho[start:stop, start:])
+        rho[stop:, start:stop] = rho[start:stop, stop:n_visual].T
+    return rho.div_(tau).split([n_visual, len(text)], dim=-1)
+
+
+def _picks(rho: Tensor, rho_text: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
+    log_p = rho_text.log_softmax(-1)
+    relevance = (log_p - log_p.logsumexp(0)).amax(-1) + math.log(len(rho))  # eq. 16-19
+    # The gain of eq. 22 is `gain - (1 - lam) running` with the running maximum over rho alone.
+    score = lam * relevance
+    gain = score + (1 - lam) * (rho.logsumexp(-1) - math.log(len(rho)))
+    running = torch.full_like(gain, -torch.inf)
+    picks = list(given)
+    for k in range(len(given) + n_keep):
+        if k >= len(given):
+            picks.append(int(score.argmax()))
+        torch.maximum(running, rho[picks[k]], out=running)
+        gain[picks[k]] = -torch.inf
+        torch.sub(gain, running, alpha=1 - lam, out=score)
+    return picks[len(given) :]

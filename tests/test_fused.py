@@ -1,0 +1,114 @@
+"""The fused picks against the plain path, against a float64 reading of the equations, and on exact ties."""
+
+import math
+
+import pytest
+import torch
+
+from mipruner import pmi
+from mipruner.fused import PANEL, mi_picks, similarities
+from mipruner.selection import greedy
+
+SHAPES = [(2, 1, 3), (7, 2, 5), (37, 3, 41), (64, 9, 128), (123, 20, 123), (129, 1, 96), (577, 6, 64)]
+"""(n_visual, n_text, d), with remainders on every side of a panel."""
+
+
+def tokens(n_visual, n_text, d, *, seed=0, dtype=torch.float32, distinct=None):
+    """Correlated random tokens, as the projector's are; the visual ones repeat if fewer are ``distinct``."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(d, generator=generator)
+    visual = torch.randn(distinct or n_visual, d, generator=generator) + 0.5 * base
+    if distinct:
+        visual = visual[torch.arange(n_visual)[torch.randperm(n_visual, generator=generator)] % distinct]
+    return visual.to(dtype), (torch.randn(n_text, d, generator=generator) + 0.5 * base).to(dtype)
+
+
+def reference(visual, text, n_keep, lam, tau=0.1, given=None):
+    return greedy(pmi.relevance(visual, text, tau), pmi.redundancy(visual, tau), n_keep, lam, given=given)
+
+
+def regrets(visual, text, picks, lam, tau=0.1):
+    """How far each pick's gain, eq. 22, lies below the best of its step: eq. 15-24 in float64."""
+    visual, text = visual.double(), text.double()
+    unit, unit_text = (x / x.norm(dim=1, keepdim=True) for x in (visual, text))
+    p_text, p_self = ((unit @ other.T / tau).exp() for other in (unit_text, unit))
+    p_text, p_self = p_text / p_text.sum(1, keepdim=True), p_self / p_self.sum(1, keepdim=True)
+    relevance = (p_text / p_text.mean(0)).log().amax(1)
+    pmi_self = (p_self * len(visual)).log()
+    regrets = []
+    for k, pick in enumerate(picks):
+        gain = lam * relevance - (1 - lam) * (pmi_self[:, picks[:k]].amax(1) if k else 0)
+        gain[picks[:k]] = -math.inf
+        regrets.append(float(gain.max() - gain[pick]))
+    return regrets
+
+
+def assert_same_picks(visual, text, n_keep, lam, tau=0.1):
+    """Equal to the plain path up to the first step whose best two gains are the same number in float32."""
+    picks, expected = mi_picks(visual, text, n_keep, lam, tau), reference(visual, text, n_keep, lam, tau)
+    if not torch.equal(picks, expected):
+        assert len(set(picks.tolist())) == n_keep
+        rounding = 4e-6 / tau
+        assert max(regrets(visual, text, expected.tolist(), lam, tau)) < rounding, "the plain path itself is wrong"
+        assert max(regrets(visual, text, picks.tolist(), lam, tau)) < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_picks_as_the_plain_path(shape, lam, dtype):
+    visual, text = tokens(*shape, dtype=dtype)
+    for tau in (0.1, 0.01):
+        for n_keep in {1, shape[0] // 3, shape[0]}:
+            assert_same_picks(visual, text, n_keep, lam, tau)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_exactly_the_plain_picks_at_the_sizes_that_are_used(seed):
+    """576 tokens, 64 kept: no step of these is closer than rounding, so nothing but equality will do."""
+    visual, text = tokens(576, 12, 64, seed=seed)
+    picks = mi_picks(visual, text, 64, 0.5)
+    assert max(regrets(visual, text, picks.tolist(), 0.5)) < 4e-5
+    assert torch.equal(picks, reference(visual, text, 64, 0.5))
+
+
+@pytest.mark.parametrize("shape", [(PANEL, 1, 48), (2 * PANEL - 1, 4, 41), (2 * PANEL + 1, 1, 320), (577, 7, 96)])
+def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape):
+    distinct = shape[0] // 3
+    visual, text = tokens(*shape, distinct=distinct)
+    rho, _ = similarities(visual, text, 0.1)
+    assert torch.equal(rho, rho.T)
+    copies = [(visual == row).all(1).nonzero().flatten() for row in visual.unique(dim=0)]
+    assert len(copies) == distinct
+    for copy in copies:
+        assert (rho[copy] == rho[copy[0]]).all()
+    order = mi_picks(visual, text, shape[0], 0.5)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    assert all((rank[copy].diff() > 0).all() for copy in copies)
+    assert_same_picks(visual, text, shape[0], 0.5)
+
+
+def test_tokens_all_equal_are_picked_in_order():
+    visual, text = torch.ones(70, 8), torch.eye(3, 8)
+    assert mi_picks(visual, text, 70, 0.5).tolist() == list(range(70))
+
+
+def test_zero_tokens_stay_finite():
+    visual, text = tokens(80, 3, 16)
+    visual[::7] = 0
+    assert torch.equal(mi_picks(visual, text, 40, 0.5, 0.01), reference(visual, text, 40, 0.5, 0.01))
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 2)])
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_batches_and_tokens_given(batch, lam):
+    samples = [tokens(90, 4, 24, seed=s) for s in range(math.prod(batch))]
+    visual = torch.stack([v for v, _ in samples]).view(*batch, 90, 24)
+    text = torch.stack([t for _, t in samples]).view(*batch, 4, 24)
+    given = torch.stack([torch.tensor([50, 3, s, 89, 40 + s, 17]) for s in range(len(samples))]).view(*batch, 6)
+    picks = mi_picks(visual, text, 20, lam, given=given)
+    assert torch.equal(picks, reference(visual, text, 20, lam, given=given))
+    assert not (picks[..., None] == given[..., None, :]).any()
+    with pytest.raises(ValueError, match="cannot pick 85 of 84"):
+        mi_picks(visual, text, 85, lam, given=given)
