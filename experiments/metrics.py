@@ -170,7 +170,7 @@ class MMERow(NamedTuple):
     category: str
     image: str
     answer: str
-    prediction: str
+    prediction: str | None
 
 
 def mme_scores(rows: Iterable[MMERow], scoring: str = "llava") -> dict[str, float]:
@@ -178,7 +178,7 @@ def mme_scores(rows: Iterable[MMERow], scoring: str = "llava") -> dict[str, floa
 
     ``perception`` is the sum over its ten categories (at most 2000), ``cognition`` over its four (at most 800), each
     only there if every one of its categories is. An image of which one question alone is among the rows counts in
-    accuracy but not in accuracy+; a third question of an image raises ValueError.
+    accuracy but not in accuracy+; a third question of an image raises ValueError. The prediction None is wrong.
 
     Returns
     -------
@@ -188,7 +188,9 @@ def mme_scores(rows: Iterable[MMERow], scoring: str = "llava") -> dict[str, floa
     """
     right: dict[str, dict[str, list[float]]] = {}
     for category, image, answer, prediction in rows:
-        right.setdefault(category, {}).setdefault(image, []).append(mme_correct(prediction, answer, scoring))
+        right.setdefault(category, {}).setdefault(image, []).append(
+            0.0 if prediction is None else mme_correct(prediction, answer, scoring)
+        )
     categories: dict[str, float] = {}
     for category in [*MME_PERCEPTION, *MME_COGNITION, *sorted({*right} - {*MME_PERCEPTION, *MME_COGNITION})]:
         images = right.get(category)
@@ -238,13 +240,16 @@ class POPERow(NamedTuple):
 
     category: str
     answer: str
-    prediction: str
+    prediction: str | None
 
 
 def _pope_group(rows: Sequence[POPERow], scoring: str) -> dict[str, float]:
-    pairs = [(row.answer.lower().strip(), pope_answer(row.prediction, scoring)) for row in rows]
+    pairs = [
+        (row.answer.lower().strip(), "other" if row.prediction is None else pope_answer(row.prediction, scoring))
+        for row in rows
+    ]
     true_positive, false_positive = pairs.count(("yes", "yes")), pairs.count(("no", "yes"))
-    false_negative = pairs.count(("yes", "no"))
+    false_negative = pairs.count(("yes", "no")) + (pairs.count(("yes", "other")) if scoring == "llava" else 0)
     precision = true_positive / max(1, true_positive + false_positive)
     recall = true_positive / max(1, true_positive + false_negative)
     said_yes = [(gold if scoring == "lmms_eval" else said) == "yes" for gold, said in pairs]
@@ -263,7 +268,7 @@ def pope_scores(rows: Sequence[POPERow], scoring: str = "llava") -> dict[str, fl
     Accuracy in percent; F1, yes-rate, precision and recall with yes as positive, in [0, 1], 0 where undefined.
     LLaVA: yes-rate is the share of answers read as yes. lmms-eval: precision and recall skip answers that are neither
     yes nor no, the yes-rate is that of the *reference*, and ``pooled_f1`` is the F1 of its `pope` task, over all
-    questions at once.
+    questions at once. The prediction None is wrong, and neither yes nor no.
     """
     check_scoring(scoring)
     present = {row.category: None for row in rows}

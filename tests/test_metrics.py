@@ -321,6 +321,16 @@ def test_pope_divisions_by_nothing():
     assert pope_scores([]) == {}
 
 
+def test_failed_samples_are_wrong_and_stay_in_the_denominator():
+    rows = [*pope_rows("random", 3, 0, 3, 0), POPERow("random", "yes", None), POPERow("random", "no", None)]
+    scores = pope_scores(rows)
+    assert scores["accuracy"] == 75
+    assert scores["yes_rate"] == 3 / 8
+    assert (scores["precision"], scores["recall"]) == (1, 0.75)
+    failed = mme_scores([MMERow("count", "1", "Yes", "Yes"), MMERow("count", "1", "No", None)])
+    assert (failed["count_accuracy"], failed["count_accuracy_plus"]) == (50, 0)
+
+
 def test_unknown_scoring_names_the_valid_ones():
     for call in (
         lambda: gqa_correct("x", "x", "vlmeval"),

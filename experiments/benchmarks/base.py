@@ -68,9 +68,26 @@ class Benchmark(ABC):
     def correct(self, sample: Sample, prediction: str) -> float:
         """Score of one prediction in [0, 1]."""
 
+    def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float]:
+        """Scores of all predictions, each in [0, 1]; a failed sample has the prediction None and scores 0.
+
+        Called once, when every sample is answered: this is where a judge is asked, many questions at a time.
+        """
+        return [0.0 if p is None else self.correct(s, p) for s, p in zip(samples, predictions, strict=True)]
+
     @abstractmethod
-    def metrics(self, samples: Sequence[Sample], predictions: Sequence[str]) -> dict[str, float]:
+    def metrics(
+        self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
+    ) -> dict[str, float]:
         """The benchmark's numbers, by name; accuracies in percent. The first entry is the headline.
 
-        A failed sample comes with an empty prediction and stays in the denominator.
+        ``scores`` are those of `score`. A failed sample has the prediction None and stays in the denominator.
         """
+
+    def standard_errors(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
+        """Standard errors of those metrics that are a mean over samples, by the same names and in the same units."""
+        return {}
+
+    def provenance(self) -> dict[str, Any]:
+        """What else the record must say of how the numbers came about, once they are there: the judge, its prompt."""
+        return {}
