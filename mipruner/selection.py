@@ -53,6 +53,25 @@ def budget(keep: int | float, n_visual: int) -> int:
     return keep
 
 
+def split_budget(n_keep: int, counts: list[int]) -> list[int]:
+    """Share ``n_keep`` among pictures of ``counts`` tokens in proportion, by largest remainder, at least one each.
+
+    Raises
+    ------
+    ValueError
+        If there are more pictures than tokens to keep.
+    """
+    if n_keep < len(counts):
+        raise ValueError(f"keep leaves {n_keep} tokens for {len(counts)} pictures: at least one each is needed")
+    total = sum(counts)
+    shares = [max(1, n_keep * n // total) for n in counts]
+    while sum(shares) != n_keep:
+        sign = 1 if sum(shares) < n_keep else -1
+        open_ = [k for k in range(len(counts)) if (shares[k] < counts[k] if sign > 0 else shares[k] > 1)]
+        shares[max(open_, key=lambda k: sign * (n_keep * counts[k] / total - shares[k]))] += sign
+    return shares
+
+
 def top_k(scores: Tensor, n_keep: int) -> Tensor:
     """Indices [.., n_keep] of the highest scores [.., n], best first; ties go to the lowest index."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n_keep]

@@ -1,0 +1,126 @@
+"""From a short prompt to new tokens: one prefill, then a decode loop, straight on the language model.
+
+The loop is `generate` without its set-up, and gives the same tokens and logits; prefill and decode are separate so that
+they can be timed, and Qwen3-VL's deepstack rows are passed as what they are, arguments of the prefill.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mipruner.models.base import Adapter, Batch
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is drawn. Temperature 0 is greedy, the paper's setting; Table 8 samples with top-p and top-k.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+    temperature : float
+    top_p : float
+        1 is off.
+    top_k : int
+        0 is off.
+    seed : int
+        Of the draws, per batch.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def warpers(self) -> LogitsProcessorList:
+        warpers = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
+
+
+@dataclass
+class State:
+    """Between two steps: logits [B, vocabulary] of the next token, and what the next call needs."""
+
+    logits: Tensor
+    cache: object
+    position_ids: Tensor
+    attention_mask: Tensor | None
+
+
+def prefill(adapter: Adapter, batch: Batch) -> State:
+    """Run the prompt through the language model and fill its cache."""
+    out = adapter.language_model(**batch.language_model_inputs(), use_cache=True)
+    return State(
+        logits=adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].float(),
+        cache=out.past_key_values,
+        position_ids=batch.position_ids[..., -1:],
+        attention_mask=batch.attention_mask,
+    )
+
+
+def step(adapter: Adapter, state: State, token: Tensor) -> State:
+    """Append one token [B, 1] to every row."""
+    position_ids, mask = state.position_ids + 1, state.attention_mask
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    out = adapter.language_model(
+        inputs_embeds=adapter.model.get_input_embeddings()(token),
+        position_ids=position_ids,
+        attention_mask=mask,
+        past_key_values=state.cache,
+        use_cache=True,
+    )
+    logits = adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].float()
+    return State(logits, out.past_key_values, position_ids, mask)
+
+
+def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> list[list[int]]:
+    """Draw tokens until every row has ended. Each row comes without its end-of-text token and what follows it."""
+    config = adapter.model.generation_config
+    ends = torch.tensor(
+        config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id], device=adapter.device
+    )
+    penalties = [
+        RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
+        for _ in batch.ids
+        if config.repetition_penalty not in (None, 1.0)
+    ]
+    warpers = decoding.warpers()
+    generator = torch.Generator(adapter.device).manual_seed(decoding.seed)
+    rows = len(batch.embeds)
+    drawn = torch.empty(rows, 0, dtype=torch.long, device=adapter.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=adapter.device)
+    for k in range(decoding.max_new_tokens):
+        if k:
+            state = step(adapter, state, drawn[:, -1:])
+        logits = state.logits
+        for row, penalty in enumerate(penalties):
+            seen = torch.cat([batch.ids[row], drawn[row]])[None]
+            logits[row] = penalty(seen, logits[row : row + 1])[0]
+        logits = warpers(drawn, logits)
+        if decoding.temperature:
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        drawn = torch.cat([drawn, token], 1)
+        ended |= torch.isin(token[:, 0], ends)
+        if ended.all():
+            break
+    is_end = torch.isin(drawn, ends).int()
+    lengths = torch.where(is_end.any(1), is_end.argmax(1), drawn.shape[1])
+    return [row[:length].tolist() for row, length in zip(drawn, lengths.tolist(), strict=True)]

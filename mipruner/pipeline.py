@@ -1,0 +1,127 @@
+"""image, question -> Features -> pruner -> Selection -> short prompt -> LLM -> answer, for a batch of prompts."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from mipruner.decoding import Decoding, decode, prefill
+from mipruner.models.base import Adapter, Encoded, Prompt, Visual, collate
+from mipruner.pruners import Pruner
+from mipruner.selection import Selection, budget, split_budget
+from mipruner.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one prompt.
+
+    Attributes
+    ----------
+    text : str
+    tokens : list of int
+        The new tokens, without the end of text.
+    selections : list of Selection
+        What was kept of each picture, on the CPU.
+    n_visual : list of int
+        Visual tokens of each picture before pruning.
+    visual_tokens_per_layer : list of int
+        Visual tokens that enter each layer of the language model.
+    """
+
+    text: str
+    tokens: list[int]
+    selections: list[Selection]
+    n_visual: list[int]
+    visual_tokens_per_layer: list[int]
+
+
+class VisionCache:
+    """Pictures already seen, by object identity, up to ``max_bytes``; the least recently used goes first."""
+
+    def __init__(self, max_bytes: int = 2**30):
+        self.max_bytes = max_bytes
+        self._held: OrderedDict[int, tuple[Image.Image, Visual]] = OrderedDict()  # the image keeps its id from reuse
+
+    def get(self, image: Image.Image) -> Visual | None:
+        if id(image) not in self._held:
+            return None
+        self._held.move_to_end(id(image))
+        return self._held[id(image)][1]
+
+    def put(self, image: Image.Image, visual: Visual) -> None:
+        self._held[id(image)] = (image, visual)
+        while len(self._held) > 1 and sum(visual.n_bytes for _, visual in self._held.values()) > self.max_bytes:
+            self._held.popitem(last=False)
+
+
+class Pipeline:
+    """A model, a pruner and a budget: ``pipeline(prompts)`` answers a batch.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        From `mipruner.models.load`.
+    pruner : Pruner
+    keep : int or float
+        Budget per prompt, see `mipruner.selection.budget`; several pictures share it in proportion to their tokens.
+    decoding : Decoding
+    """
+
+    def __init__(self, adapter: Adapter, pruner: Pruner, keep: int | float, decoding: Decoding | None = None):
+        self.adapter, self.pruner, self.keep = adapter, pruner, keep
+        self.decoding = decoding or Decoding()
+        self.cache = VisionCache()
+        self.watch = Stopwatch(adapter.device)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answer ``prompts``; adds the time of each stage to ``watch``.
+
+        Raises
+        ------
+        ValueError
+            If a question is empty, the budget does not fit, or the features are not finite.
+        """
+        seen = self.see([image for prompt in prompts for image in prompt.images])
+        with self.watch("scoring"):
+            encoded = [self.adapter.read(prompt, [seen[id(image)] for image in prompt.images]) for prompt in prompts]
+            selections = [self.select(sample) for sample in encoded]
+        with self.watch("prefill"):
+            shorts = [self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)]
+            batch = collate(shorts)
+            state = prefill(self.adapter, batch)
+        with self.watch("decode"):
+            tokens = decode(self.adapter, batch, state, self.decoding)
+        return [
+            Answer(
+                text=self.adapter.decode(new),
+                tokens=new,
+                selections=[Selection(s.indices.cpu()) for s in chosen],
+                n_visual=[len(visual.tokens) for visual in sample.visuals],
+                visual_tokens_per_layer=[sum(s.n_rows for s in chosen)] * self.adapter.n_layers,
+            )
+            for new, sample, chosen in zip(tokens, encoded, selections, strict=True)
+        ]
+
+    def see(self, images: Sequence[Image.Image]) -> dict[int, Visual]:
+        """Every distinct picture through the vision encoder once, by ``id``."""
+        distinct = {id(image): image for image in images}
+        visuals = {key: self.cache.get(image) for key, image in distinct.items()}
+        new = {key: distinct[key] for key, visual in visuals.items() if visual is None}
+        if new:
+            pixels = self.adapter.pixels(list(new.values()))
+            with self.watch("vision"):
+                encoded = self.adapter.encode(pixels, attention=self.pruner.needs_attention)
+            for (key, image), visual in zip(new.items(), encoded, strict=True):
+                visuals[key] = visual
+                self.cache.put(image, visual)
+        return visuals
+
+    def select(self, encoded: Encoded) -> list[Selection]:
+        """Prune each picture of one prompt by its share of the budget."""
+        counts = [len(visual.tokens) for visual in encoded.visuals]
+        shares = split_budget(budget(self.keep, sum(counts)), counts)
+        return [self.pruner(features, n) for features, n in zip(encoded.features(), shares, strict=True)]
