@@ -1,5 +1,6 @@
 """What a pruner sees: one picture after the projector, and the words it is asked about."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 class Features:
     """Everything known about one picture (or one video) before the language model runs.
 
-    Tensors may carry the same leading batch dimensions; a pruner never sees the model they come from.
+    Tensors may carry the same leading batch dimensions; a pruner never sees the model they come from. What is optional
+    is there for the methods that name it in `Pruner.needs` or `Pruner.wants`, and computed only for them.
 
     Attributes
     ----------
@@ -21,6 +23,26 @@ class Features:
         (rows, columns) of the visual tokens, or (frames, rows, columns) for a video.
     attention : Tensor [.., n_visual], optional
         Attention that each visual token receives in the vision encoder, mean over heads (eq. 5).
+    attention_to_self : Tensor [.., n_visual], optional
+        The terms j = i that eq. 5 leaves out, on the scale of `attention`. Only encoders without CLS have them.
+    hidden : Tensor [.., n_visual, d_encoder], optional
+        Encoder features that the projector reads, a merging projector's mean over the patches of a token.
+    cls_hidden : Tensor [.., n_cls, d_encoder], optional
+        The CLS rows of the same layer, one a picture. Absent where the encoder has no CLS.
+    keys : Tensor [.., n_visual, d_head], optional
+        Keys of the layer that `attention` comes from, mean over heads, patches of a token averaged.
+    project : callable, optional
+        The projector, [.., d_encoder] to [.., d], for methods that merge rows of `hidden`.
+    clip_visual, clip_text : Tensor [.., n_visual, d_clip] and [.., n_segments, d_clip], optional
+        CLIP's image and text embeddings of the patches and of the question in segments of 77 tokens. Absent where the
+        model does not name its CLIP.
+    words : sequence of str, optional
+        The text tokens as strings, n_text of them, a blank before the first token of a word. In a batch, one such
+        sequence for each sample.
+    question : bool Tensor [.., n_text], optional
+        False for the text tokens of the answer-format sentence and other instructions around the question.
+    valid : bool Tensor [.., n_visual], optional
+        False for patches that lie wholly in the padding of a squared picture.
     sample : str
         Name of the sample, so that a random choice is the same in every run and in every batch.
     """
@@ -29,6 +51,16 @@ class Features:
     text: Tensor
     grid: tuple[int, ...] | None = None
     attention: Tensor | None = None
+    attention_to_self: Tensor | None = None
+    hidden: Tensor | None = None
+    cls_hidden: Tensor | None = None
+    keys: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    clip_visual: Tensor | None = None
+    clip_text: Tensor | None = None
+    words: Sequence | None = None
+    question: Tensor | None = None
+    valid: Tensor | None = None
     sample: str = ""
 
     @property

@@ -77,6 +77,11 @@ def top_k(scores: Tensor, n_keep: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n_keep]
 
 
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [.., k, d] of ``rows`` [.., n, d] at ``index`` [.., k]."""
+    return rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1]))
+
+
 def greedy(
     relevance: Tensor,
     redundancy: Tensor | None,

@@ -2,11 +2,17 @@
 
 from mipruner.pruners.attention import AttentionPruner
 from mipruner.pruners.base import Pruner, ScorePruner
+from mipruner.pruners.cdpruner import CDPruner
+from mipruner.pruners.divprune import DivPruner
 from mipruner.pruners.mi import MIPruner
 from mipruner.pruners.mi_attention import MIAttentionPruner
+from mipruner.pruners.mmtok import MMTokPruner
 from mipruner.pruners.none import NoPruner
 from mipruner.pruners.random import RandomPruner
 from mipruner.pruners.similarity import SimilarityPruner
+from mipruner.pruners.trimtokenator import TrimTokenatorPruner
+from mipruner.pruners.visionzip import VisionZipPruner
+from mipruner.pruners.vispruner import VisPruner
 
 PRUNERS: dict[str, type[Pruner]] = {
     "none": NoPruner,
@@ -15,6 +21,12 @@ PRUNERS: dict[str, type[Pruner]] = {
     "attention": AttentionPruner,
     "mi": MIPruner,
     "mi_attention": MIAttentionPruner,
+    "visionzip": VisionZipPruner,
+    "vispruner": VisPruner,
+    "divprune": DivPruner,
+    "cdpruner": CDPruner,
+    "mmtok": MMTokPruner,
+    "trimtokenator": TrimTokenatorPruner,
 }
 
 __all__ = ["PRUNERS", "Pruner", "ScorePruner", *(cls.__name__ for cls in PRUNERS.values())]

@@ -13,7 +13,7 @@ class AttentionPruner(ScorePruner):
     The attention is the CLS row where the encoder has a CLS token, else the sum that other patches pay to each patch.
     """
 
-    needs_attention = True
+    needs = frozenset({"attention"})
 
     def score(self, features: Features) -> Tensor:
         return features.attention

@@ -18,8 +18,15 @@ def _all_finite(x: Tensor) -> bool:
 class Pruner(ABC):
     """Chooses visual tokens. A method is a dataclass whose fields are its hyperparameters, and overrides `select`."""
 
-    needs_attention: ClassVar[bool] = False
-    """Whether `Features.attention` must be there; adapters compute it only on demand."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Features` that must be there; adapters compute them only on demand."""
+
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Features` that are used where the model has them."""
+
+    @property
+    def needs_attention(self) -> bool:
+        return "attention" in self.needs
 
     def __call__(self, features: Features, n_keep: int) -> Selection:
         """Keep ``n_keep`` of the visual tokens.
@@ -27,7 +34,7 @@ class Pruner(ABC):
         Raises
         ------
         ValueError
-            If ``n_keep`` is out of range, the text is empty, a feature is not finite, or attention is missing.
+            If ``n_keep`` is out of range, the text is empty, a feature is not finite, or a needed field is missing.
         """
         if not 1 <= n_keep <= features.n_visual:
             raise ValueError(f"cannot keep {n_keep} of {features.n_visual} visual tokens")
@@ -38,8 +45,8 @@ class Pruner(ABC):
             raise ValueError("the question is empty: a pruner that reads the text needs at least one text token")
         if not (_all_finite(features.visual) and _all_finite(features.text)):
             raise ValueError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
-        if self.needs_attention and features.attention is None:
-            raise ValueError(f"{type(self).__name__} needs the encoder's attention, and the features carry none")
+        if missing := sorted(name for name in self.needs if getattr(features, name) is None):
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
         return self.select(features, n_keep)
 
     @abstractmethod

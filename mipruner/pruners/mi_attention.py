@@ -20,7 +20,7 @@ class MIAttentionPruner(MIPruner):
     """
 
     split: float = 0.5
-    needs_attention = True
+    needs = frozenset({"attention"})
 
     def __post_init__(self):
         super().__post_init__()

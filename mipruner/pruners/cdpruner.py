@@ -1,0 +1,93 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mipruner.features import Features
+from mipruner.pmi import similarity
+from mipruner.pruners.base import Pruner
+from mipruner.selection import Selection, take_rows
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class CDPruner(Pruner):
+    """CDPruner: the most probable subset of a determinantal point process, diversity conditioned on the question.
+
+    Greedy search for the largest determinant of diag(q) S diag(q), with S the cosine of the visual tokens and q their
+    relevance to the question scaled to (0, 1]. https://arxiv.org/abs/2506.10967
+
+    Differs from the public code where the kernel's rank is exhausted (there NaN): the rest of the budget goes to the
+    most relevant tokens. Where all tokens are equally relevant (there a division by zero) q is 1. Differs also in
+    scaling the relevance of each picture by itself, not that of all crops together. A model without a CLIP text tower
+    gets the relevance of the projection space.
+
+    Parameters
+    ----------
+    relevance : "clip", "projection" or "auto"
+        ``clip`` is minus the cosine of CLIP's patch and text embeddings, mean over text segments; the sign is the
+        authors', whose penultimate-layer CLIP features rank patches the wrong way round. ``projection`` is plus the
+        cosine of visual tokens and question tokens, mean over the question. ``auto`` is ``clip`` where the model
+        names its CLIP.
+    """
+
+    relevance: str = "auto"
+    wants: ClassVar[frozenset[str]] = frozenset({"clip_visual", "clip_text", "question"})
+
+    def __post_init__(self):
+        if self.relevance not in ("auto", "clip", "projection"):
+            raise ValueError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        score = self.score(features)
+        low, high = score.aminmax(dim=-1, keepdim=True)
+        quality = torch.where(
+            high > low, (score - low + EPS) / (high - low).clamp_min(torch.finfo(score.dtype).tiny), 1
+        )
+        return Selection(dpp_map(similarity(features.visual, features.visual), quality, n_keep).sort(-1).values)
+
+    def source(self, features: Features) -> str:
+        """Which relevance these features get: "clip" or "projection"."""
+        has_clip = features.clip_visual is not None and features.clip_text is not None
+        if self.relevance == "clip" and not has_clip:
+            raise ValueError("CDPruner(relevance='clip') needs a model that names its CLIP: use projection or auto")
+        return "clip" if has_clip and self.relevance != "projection" else "projection"
+
+    def score(self, features: Features) -> Tensor:
+        """Relevance [.., n_visual] of every token to the question, higher is more relevant."""
+        if self.source(features) == "clip":
+            return -similarity(features.clip_visual, features.clip_text).mean(-1)
+        cosine = similarity(features.visual, features.text)
+        if features.question is None:
+            return cosine.mean(-1)
+        question = features.question.float()
+        question = torch.where(question.any(-1, keepdim=True), question, 1.0)
+        return (cosine * question[..., None, :]).sum(-1) / question.sum(-1, keepdim=True)
+
+
+def dpp_map(similarity: Tensor, quality: Tensor, n_keep: int) -> Tensor:
+    """Greedy MAP of the DPP with kernel q_i S_ij q_j by incremental Cholesky (https://arxiv.org/abs/1709.05135).
+
+    similarity [.., n, n], quality [.., n]. Returns the picks [.., n_keep] in their order.
+    """
+    kernel = quality[..., :, None] * similarity * quality[..., None, :]
+    diagonal = kernel.diagonal(dim1=-2, dim2=-1)
+    residual, floor = diagonal.clone(), torch.finfo(kernel.dtype).eps * diagonal
+    fallback = quality - quality.amax(-1, keepdim=True) - 1  # below every residual, in the order of quality
+    factors = kernel.new_zeros(*quality.shape[:-1], n_keep, quality.shape[-1])
+    taken = torch.zeros_like(quality, dtype=torch.bool)
+    picks = torch.empty(*quality.shape[:-1], n_keep, dtype=torch.long, device=quality.device)
+    for k in range(n_keep):
+        spans = residual > floor
+        pick = torch.where(spans, residual, fallback).masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+        picks[..., k] = pick[..., 0]
+        taken.scatter_(-1, pick, True)
+        row = take_rows(kernel, pick)[..., 0, :]
+        done = factors[..., :k, :]
+        at_pick = done.gather(-1, pick[..., None, :].expand(*done.shape[:-1], 1))
+        update = (row - (at_pick * done).sum(-2)) / residual.gather(-1, pick).clamp_min(EPS**4).sqrt()
+        factors[..., k, :] = torch.where(spans.gather(-1, pick), update, 0)
+        residual = residual - factors[..., k, :].square()
+    return picks

@@ -1,0 +1,31 @@
+from dataclasses import dataclass
+
+import torch
+
+from mipruner.features import Features
+from mipruner.pmi import similarity
+from mipruner.pruners.base import Pruner
+from mipruner.selection import Selection, take_rows
+
+
+@dataclass(frozen=True)
+class DivPruner(Pruner):
+    """DivPrune: the subset of visual tokens whose smallest pairwise cosine distance is large (max-min diversity).
+
+    Starts from the token whose nearest neighbour is farthest, then always adds the token farthest from what is kept.
+    https://arxiv.org/abs/2503.02175
+
+    Differs from the public code in never picking a token twice (there, duplicate features enter the sequence twice).
+    """
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        distance = 1 - similarity(features.visual, features.visual)
+        score = distance.kthvalue(2, dim=-1).values  # the smallest is the token itself
+        nearest = torch.full_like(score, torch.inf)
+        taken = torch.zeros_like(score, dtype=torch.bool)
+        for _ in range(n_keep):
+            pick = score.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+            taken.scatter_(-1, pick, True)
+            row = take_rows(distance, pick)[..., 0, :]
+            score = nearest = torch.minimum(nearest, row)
+        return Selection(taken.nonzero()[:, -1].reshape(*taken.shape[:-1], n_keep))
