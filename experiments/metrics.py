@@ -325,11 +325,3 @@ def bootstrap(
     )
     low, high = result.confidence_interval
     return Bootstrap(float(result.standard_error), float(low), float(high))
-
-
-def mean_by_group(scored: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Mean in percent of the scores of each group, groups in order of first appearance."""
-    groups: dict[str, list[float]] = {}
-    for group, score in scored:
-        groups.setdefault(group, []).append(score)
-    return {group: mean_percent(scores) for group, scores in groups.items()}

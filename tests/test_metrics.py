@@ -12,7 +12,6 @@ from experiments.metrics import (
     POPERow,
     bootstrap,
     gqa_correct,
-    mean_by_group,
     mme_answer,
     mme_correct,
     mme_scores,
@@ -359,7 +358,3 @@ def test_standard_error_and_bootstrap():
     for function in (standard_error, bootstrap):
         with pytest.raises(ValueError, match="two scores or more"):
             function([1.0])
-
-
-def test_mean_by_group():
-    assert mean_by_group([("b", 1), ("a", 0), ("b", 0)]) == {"b": 50, "a": 0}

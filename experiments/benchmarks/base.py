@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+from experiments.metrics import mean_percent, standard_error
+
 
 class SampleError(Exception):
     """One sample cannot be used (a corrupt picture, a missing video). It is recorded as failed; the run goes on."""
@@ -75,7 +77,10 @@ class Benchmark(ABC):
         """
         return [0.0 if p is None else self.correct(s, p) for s, p in zip(samples, predictions, strict=True)]
 
-    @abstractmethod
+    def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
+        """Those scores whose mean is a metric, by its name, the headline first. Empty groups are left out."""
+        return {"accuracy": list(scores)}
+
     def metrics(
         self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
     ) -> dict[str, float]:
@@ -83,10 +88,12 @@ class Benchmark(ABC):
 
         ``scores`` are those of `score`. A failed sample has the prediction None and stays in the denominator.
         """
+        return {name: mean_percent(group) for name, group in self.groups(samples, scores).items() if group}
 
     def standard_errors(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
-        """Standard errors of those metrics that are a mean over samples, by the same names and in the same units."""
-        return {}
+        """Standard errors of those metrics that are a mean over two samples or more, in the same units."""
+        groups = self.groups(samples, scores)
+        return {name: 100 * standard_error(group) for name, group in groups.items() if len(group) > 1}
 
     def provenance(self) -> dict[str, Any]:
         """What else the record must say of how the numbers came about, once they are there: the judge, its prompt."""
