@@ -1,7 +1,6 @@
-"""Everything that was measured, and everything that the paper prints, as pandas frames of the same columns.
+"""Everything that was measured, and everything that the paper prints, as pandas frames.
 
-`cells` has one row per result record, `measurements` one row per record and number, `paper` one row per printed number.
-The record is described in experiments/results.py.
+`cells` has one row per result record (the record is described in experiments/results.py), `paper` one row per number.
 """
 
 import json
@@ -45,7 +44,7 @@ def read_record(path: Path) -> dict:
             "metrics": dict(record["metrics"]),
             "standard_errors": dict(record["standard_errors"]),
         }
-        latency = {"latency_ms" if k == "total" else f"{k}_ms": v for k, v in record["latency_ms"].items()}
+        latency = {"latency_ms" if k == "total" else f"{k}_latency_ms": v for k, v in record["latency_ms"].items()}
         row["metrics"] |= latency | {"peak_memory_gib": record["peak_memory_gib"]}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -59,19 +58,6 @@ def cells(results: str | Path = "results") -> pd.DataFrame:
     rows = [read_record(path) for path in sorted(Path(results).glob("*/*/*/*/record.json"))]
     columns = ["model", "dataset", "method", "keep", "seed", "differs", "config", "metrics", "standard_errors", "path"]
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else columns)
-
-
-def measurements(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row per cell and number: the columns of `cells`, metric, value, and standard_error (NaN if there is none)."""
-    fixed = cells.drop(columns=["metrics", "standard_errors"])
-    rows = [
-        {**left, "metric": metric, "value": value, "standard_error": errors.get(metric, float("nan"))}
-        for left, metrics, errors in zip(
-            fixed.to_dict("records"), cells["metrics"], cells["standard_errors"], strict=True
-        )
-        for metric, value in metrics.items()
-    ]
-    return pd.DataFrame(rows, columns=[*fixed.columns, "metric", "value", "standard_error"])
 
 
 def samples(cell: Path) -> pd.DataFrame:

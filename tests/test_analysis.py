@@ -1,8 +1,17 @@
 """The paper's numbers, and tables and figures from toy records."""
 
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import zlib
+
+import pandas as pd
 import pytest
 
-from analysis import load
+from analysis import load, tables
 
 SPLITS = ("random", "popular", "adversarial")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -88,3 +97,217 @@ def test_known_slips(paper):
     mi = accuracy[accuracy.keep.eq("114") & accuracy.method.eq("mi")].value.to_numpy()
     full = accuracy[accuracy.method.eq("none")].value.to_numpy()
     assert round(100 * mi.sum() / full.sum(), 2) == 93.19 and round(100 * (mi / full).mean(), 1) == 87.5
+
+
+# -------------------------------------------------------------------------------------------------------- toy records
+
+
+def write_record(results, model, dataset, pruner, keep, metrics, *, seed=0, n=200, errors=None, failed=(), **options):
+    """A finished cell; ``options`` are settings of the pruner that are not the default."""
+    differs = [f"{key}={value}" for key, value in options.items()] + ([f"seed={seed}"] if seed else [])
+    n_kept = 576 if pruner == "none" else int(keep) if "." not in keep else round(float(keep) * 576)
+    layer_mean = (2 * 576 + 30 * n_kept) / 32 if pruner == "fastv" else float(n_kept)
+    name = f"{','.join([f'keep={keep}', *differs])}-{zlib.crc32(repr((n, differs)).encode()):08x}"
+    folder = results / model / dataset / pruner / name
+    folder.mkdir(parents=True)
+    record = {
+        "schema": 1,
+        "id": name.rpartition("-")[2],
+        "cell": {"model": model, "dataset": dataset, "pruner": pruner, "keep": keep, "seed": seed},
+        "config": {"pruner": {"lam": 1.0, "tau": 0.1, "aggregation": "max", "normalization": "softmax"} | options},
+        "command": f"python run.py model={model} dataset={dataset} pruner={pruner} keep={keep}",
+        "git_commit": "0" * 40,
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},
+        "device": "toy",
+        "started": "2026-11-24T10:00:00",
+        "finished": f"2026-11-24T10:{n % 60:02d}:00",
+        "n_samples": n,
+        "failed": [{"id": str(i), "error": "broken picture"} for i in failed],
+        "metrics": metrics,
+        "standard_errors": errors or {},
+        "tokens": {"visual": 576.0, "kept": float(n_kept), "per_layer": [layer_mean] * 32, "layer_mean": layer_mean},
+        "latency_ms": {"vision": 7.0, "scoring": 0.5, "prefill": 20.0, "decode": 22.0, "total": 49.5},
+        "batch_size": 8,
+        "peak_memory_gib": 14.5,
+    }
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
+def numbers(results, table, **key):
+    """The compared rows of a table that have these values."""
+    compared = tables.compare(tables.wanted(table), load.cells(results))
+    return compared[(compared[list(key)] == list(key.values())).all(axis=1)]
+
+
+def number(results, table, **key):
+    (row,) = numbers(results, table, **key).itertuples()
+    return row
+
+
+GQA = {"model": "llava15_7b", "dataset": "gqa", "keep": "64"}
+
+
+def test_nothing_measured_leaves_cells_empty_and_lists_every_command(results):
+    compared = tables.compare(tables.wanted("table1"), load.cells(results))
+    assert compared.ours.isna().all() and (compared["rank"] == 0).all() and (compared.n_seeds == 0).all()
+    layout = tables.grid(compared)
+    assert len(layout.commands) == 19
+    assert layout.commands[0] == (
+        "python run.py -m model=llava15_7b dataset=gqa,scienceqa,textvqa,mmvet,mme,pope pruner=none keep=1.0"
+    )
+    assert sum("pruner=random" in command and command.endswith("seed=0,1,2") for command in layout.commands) == 2
+    assert "nan" not in tables.markdown(layout) and "nan" not in tables.latex(layout)
+
+
+def test_a_measured_cell_stands_beside_the_printed_number(results):
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 57.123}, errors={"accuracy": 0.44}, n=12578)
+    row = number(results, "table1", **GQA, method="mi", metric="accuracy")
+    assert (row.ours, row.error, row.n_samples, row.printed) == (57.123, 0.44, 12578, "56.88")
+    assert row.difference == pytest.approx(0.243)
+    layout = tables.grid(tables.compare(tables.wanted("table1"), load.cells(results)))
+    assert "57.12 ± 0.44<br>paper <u>56.88</u> (+0.24)" in tables.markdown(layout)
+    assert r"57.12{\scriptsize $\pm$0.44}" in tables.latex(layout)
+    assert not any("dataset=gqa," in line and "pruner=mi keep=64" in line for line in layout.commands)
+    assert any("dataset=scienceqa," in line and "pruner=mi keep=64" in line for line in layout.commands)
+
+
+def test_best_and_second_best_with_ties_and_gaps(results):
+    def ranks(**accuracies):
+        for method, accuracy in accuracies.items():
+            write_record(results, **GQA, pruner=method, metrics={"accuracy": accuracy})
+        got = numbers(results, "table1", **GQA).set_index("method")["rank"]
+        shutil.rmtree(results)
+        return {method: got[method] for method in accuracies}
+
+    assert ranks(fastv=50.0, dart=52.0, mi=51.0) == {"fastv": 0, "dart": 1, "mi": 2}
+    assert ranks(fastv=52.001, dart=52.0, mi=51.0) == {"fastv": 1, "dart": 1, "mi": 2}, "equal as printed is a tie"
+    assert ranks(fastv=50.0, dart=52.0, mi=50.0) == {"fastv": 2, "dart": 1, "mi": 2}
+    assert ranks(mi=52.0) == {"mi": 0}, "a number that stands alone is not best"
+
+
+def test_all_tokens_is_never_best_and_serves_every_budget(results):
+    write_record(results, "llava15_7b", "gqa", "none", "1.0", {"accuracy": 99.0})
+    for method, accuracy in {"dart": 52.0, "mi": 51.0}.items():
+        write_record(results, **GQA, pruner=method, metrics={"accuracy": accuracy})
+    full = number(results, "table1", model="llava15_7b", dataset="gqa", method="none")
+    assert full.ours == 99.0 and full.rank == 0
+    assert number(results, "table1", **GQA, method="dart").rank == 1
+
+
+def test_lower_is_better_for_cost_and_nothing_is_best_for_the_yes_rate(results):
+    printed = tables.compare(tables.wanted("table3"), load.cells(results)).set_index(
+        ["keep", "method", "setting", "metric"]
+    )
+    assert printed.printed_rank["64", "mi", "lam=1", "latency_ms"] == 1
+    assert printed.printed_rank["64", "mi", "lam=0.5", "latency_ms"] == 2
+    assert printed.printed_rank["128", "mi", "lam=0.5", "latency_ms"] == 0
+    table10 = tables.wanted("table10").pipe(tables.compare, load.cells(results))
+    assert (table10[table10.metric.str.endswith("yes_rate")].printed_rank == 0).all()
+    assert (table10[table10.metric == "random_f1"].printed_rank == 1).any()
+
+
+def test_random_is_mean_and_deviation_over_its_seeds(results):
+    for seed, accuracy in enumerate([50.0, 52.0, 54.0]):
+        write_record(
+            results, **GQA, pruner="random", metrics={"accuracy": accuracy}, errors={"accuracy": 3.3}, seed=seed
+        )
+    row = number(results, "table1", **GQA, method="random")
+    assert (row.ours, row.error, row.n_seeds) == (52.0, 2.0, 3)
+    shutil.rmtree(results)
+    write_record(results, **GQA, pruner="random", metrics={"accuracy": 50.0}, errors={"accuracy": 3.3}, seed=1)
+    row = number(results, "table1", **GQA, method="random")
+    assert (row.ours, row.error, row.n_seeds) == (50.0, 3.3, 1)
+    layout = tables.grid(tables.compare(tables.wanted("table1"), load.cells(results)))
+    assert "One seed only." in layout.footnotes.values()
+
+
+def test_an_ablation_never_fills_a_main_table_nor_the_other_way_round(results):
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 55.0}, tau=0.01)
+    assert math.isnan(number(results, "table1", **GQA, method="mi").ours)
+    assert number(results, "table5", **GQA, setting="tau=0.01").ours == 55.0
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 57.0})
+    assert number(results, "table1", **GQA, method="mi").ours == 57.0
+    assert number(results, "table5", **GQA, setting="tau=0.1").ours == 57.0, "the default is the row of its own value"
+    assert number(results, "table6", **GQA, setting="normalization=softmax").ours == 57.0
+    assert math.isnan(number(results, "table6", **GQA, setting="normalization=minmax").ours)
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 1.0}, tau=0.5, normalization="minmax")
+    assert math.isnan(number(results, "table5", **GQA, setting="tau=0.5").ours), "differs in more than tau"
+
+
+def test_one_token_and_all_tokens_are_different_budgets(results):
+    write_record(results, "llava15_7b", "gqa", "mi", "1", {"accuracy": 40.0})
+    cells = load.cells(results)
+    assert tables.find(cells, "llava15_7b", "gqa", "mi", "1.0") == []
+    assert len(tables.find(cells, "llava15_7b", "gqa", "mi", "1")) == 1
+
+
+def test_of_two_runs_the_one_with_more_samples_counts_and_odd_counts_are_said(results):
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 90.0}, n=50)
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 57.0}, n=200)
+    write_record(results, **GQA, pruner="dart", metrics={"accuracy": 50.0}, n=50, failed=(3, 4))
+    assert number(results, "table1", **GQA, method="mi").ours == 57.0
+    layout = tables.grid(tables.compare(tables.wanted("table1"), load.cells(results)))
+    texts = set(layout.footnotes.values())
+    assert {"Over 50 samples only.", "2 of 50 samples failed and count as wrong."} <= texts
+    assert "Samples: GQA 200." in " ".join(layout.remarks)
+
+
+def test_nominal_and_layer_mean_tokens_stand_in_their_own_columns(results):
+    write_record(results, **GQA, pruner="fastv", metrics={"accuracy": 50.0})
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 57.0})
+    layout = tables.grid(tables.compare(tables.wanted("table1"), load.cells(results)))
+    rows = {row.label: row for title, rows in layout.groups if title.endswith("keep 64") for row in rows}
+    assert (rows["FastV"].tokens, rows["FastV"].layer_mean) == ("64", "96")
+    assert (rows["MI-Pruner"].tokens, rows["MI-Pruner"].layer_mean) == ("64", "64")
+    assert (rows["DART"].tokens, rows["DART"].layer_mean) == ("", "")
+
+
+@pytest.mark.parametrize("name", tables.table_names())
+def test_every_table_in_every_format(results, tmp_path, name):
+    for want in tables.wanted(name).drop_duplicates(["model", "keep", "method", "dataset"])[::2].itertuples():
+        metrics = {metric: 12.3456 for metric in tables.wanted(name).metric.unique()}
+        write_record(results, want.model, want.dataset, want.method, want.keep, metrics)
+    markdown, latex, csv = (path.read_text() for path in tables.write([name], results, tmp_path / "out"))
+    compared = tables.compare(tables.wanted(name), load.cells(results))
+    table = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert len({line.count("|") for line in table}) == 1
+    assert len(pd.read_csv(io.StringIO(csv))) == len(compared)
+    for printed in compared.printed[compared.printed != ""]:
+        assert printed in markdown and printed in latex
+    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
+    body = latex[latex.index(r"\toprule") : latex.index(r"\bottomrule")]
+    lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+    width = 3 + compared.groupby(["dataset", "metric"]).ngroups
+    assert all(len(re.findall(r"(?<!\\)&", line)) == width - 1 for line in lines if "multicolumn" not in line)
+    assert not re.search(r"(?<![\\])[%#_]", re.sub(r"\\label{.*}", "", latex.split("\n", 1)[1].replace("{!}{%", "")))
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs a LaTeX installation")
+def test_latex_compiles(results, tmp_path):
+    write_record(results, **GQA, pruner="fastv", metrics={"accuracy": 50.0}, errors={"accuracy": 0.4}, failed=(1,))
+    written = tables.write(list(tables.TITLES), results, tmp_path)
+    inputs = "\n".join(rf"\input{{{path.name}}}\clearpage" for path in written if path.suffix == ".tex")
+    document = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{inputs}\end{{document}}"
+    (tmp_path / "all.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "Overfull" not in run.stdout
+
+
+def test_an_unknown_table_lists_the_right_ones():
+    with pytest.raises(ValueError, match=r"there is no table 'tabel1'.*table1, table2"):
+        tables.wanted("tabel1")
+
+
+def test_a_broken_record_is_named(results):
+    folder = write_record(results, **GQA, pruner="mi", metrics={"accuracy": 57.0})
+    (folder / "record.json").write_text('{"schema": 1')
+    with pytest.raises(ValueError, match=r"record\.json is not a finished record.*delete its folder"):
+        load.cells(results)
