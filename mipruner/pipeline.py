@@ -87,7 +87,10 @@ class Pipeline:
         """
         seen = self.see([image for prompt in prompts for image in prompt.images])
         with self.watch("scoring"):
-            encoded = [self.adapter.read(prompt, [seen[id(image)] for image in prompt.images]) for prompt in prompts]
+            encoded = [
+                self.adapter.read(prompt, [seen[id(image)] for image in prompt.images], self.pruner.signals)
+                for prompt in prompts
+            ]
             selections = [self.select(sample) for sample in encoded]
         with self.watch("prefill"):
             shorts = [self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)]
@@ -114,7 +117,7 @@ class Pipeline:
         if new:
             pixels = self.adapter.pixels(list(new.values()))
             with self.watch("vision"):
-                encoded = self.adapter.encode(pixels, attention=self.pruner.needs_attention)
+                encoded = self.adapter.encode(pixels, self.pruner.signals)
             for (key, image), visual in zip(new.items(), encoded, strict=True):
                 visuals[key] = visual
                 self.cache.put(image, visual)

@@ -5,9 +5,10 @@ sample and unpadded; padding happens once, in `collate`, on the shortened prompt
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,6 +31,9 @@ class Prompt:
         Each is one picture. The same object in two prompts shares one vision pass.
     query : str, optional
         The part of ``text`` that is T of eq. 2 and may score tokens; all of it by default.
+    question : str, optional
+        The part of ``text`` that is the question itself, without the answer-format sentence, for the methods that
+        read only that; all of it by default.
     sample : str
         Name of the sample, see `Features.sample`.
     """
@@ -37,7 +41,29 @@ class Prompt:
     text: str
     images: Sequence[Image.Image]
     query: str | None = None
+    question: str | None = None
     sample: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A rendered prompt with one placeholder a picture.
+
+    Attributes
+    ----------
+    ids : Tensor [S]
+    is_text : Tensor [S] bool
+        The tokens of T, eq. 2.
+    is_question : Tensor [n_text] bool
+        Those of T that belong to the question itself.
+    words : list of str
+        The tokens of T as strings, see `Features.words`.
+    """
+
+    ids: Tensor
+    is_text: Tensor
+    is_question: Tensor
+    words: list[str]
 
 
 @dataclass(frozen=True)
@@ -48,21 +74,21 @@ class Visual:
     ----------
     tokens : Tensor [n_visual, d]
     grid : (rows, columns) or (frames, rows, columns)
-    attention : Tensor [n_visual], optional
-        See `Features.attention`.
+    signals : dict
+        The optional fields of `Features` that a pruner asked for and this picture has.
     deepstack : tuple of Tensor [n_visual, d]
         Rows added to the hidden states of the first decoder layers (Qwen3-VL).
     """
 
     tokens: Tensor
     grid: tuple[int, ...]
-    attention: Tensor | None = None
+    signals: dict[str, Any] = field(default_factory=dict)
     deepstack: tuple[Tensor, ...] = ()
 
     @property
     def n_bytes(self) -> int:
-        held = (self.tokens, self.attention, *self.deepstack)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        held = (self.tokens, *self.signals.values(), *self.deepstack)
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,8 @@ class Encoded:
     is_text : Tensor [S] bool
         The tokens of T, eq. 2.
     visuals : tuple of Visual
+    signals : dict
+        The optional fields of `Features` that come from the text.
     sample : str
     """
 
@@ -89,6 +117,7 @@ class Encoded:
     slots: tuple[Tensor, ...]
     is_text: Tensor
     visuals: tuple[Visual, ...]
+    signals: dict[str, Any] = field(default_factory=dict)
     sample: str = ""
 
     def features(self) -> list[Features]:
@@ -99,7 +128,8 @@ class Encoded:
                 visual=visual.tokens,
                 text=text,
                 grid=visual.grid,
-                attention=visual.attention,
+                **visual.signals,
+                **self.signals,
                 sample=self.sample if len(self.visuals) == 1 else f"{self.sample}/{k}",
             )
             for k, visual in enumerate(self.visuals)
@@ -192,7 +222,7 @@ def captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
 
     def keep(k: int):
         def hook(module, args, output):
-            outputs[k] = output
+            outputs[k] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -261,8 +291,11 @@ class Adapter(ABC):
         """Run the image processor; tensors on the CPU."""
 
     @abstractmethod
-    def encode(self, pixels: dict[str, Tensor], attention: bool = False) -> list[Visual]:
-        """Vision encoder and projector over a batch of pictures; encoder attention only if asked for."""
+    def encode(self, pixels: dict[str, Tensor], signals: Set[str] = frozenset()) -> list[Visual]:
+        """Vision encoder and projector over a batch of pictures.
+
+        ``signals`` names optional fields of `Features`; those that this family has are put into `Visual.signals`.
+        """
 
     def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
         """Positions [P, S] of the full prompt."""
@@ -280,19 +313,21 @@ class Adapter(ABC):
         before, after = rendered.split(TEXT)
         return before, after
 
-    def tokenize(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """Ids [S] with one placeholder a picture, and which of them are T.
+    def tokenize(self, prompt: Prompt) -> Tokens:
+        """Render and tokenize, with one placeholder a picture.
 
         Raises
         ------
         ValueError
-            If the question is empty, does not contain the query, or contains the image placeholder.
+            If the text is empty, does not contain the query or the question, or contains the image placeholder.
         """
         query = prompt.text if prompt.query is None else prompt.query
         if not query.strip():
             raise ValueError(f"the question of sample {prompt.sample!r} is empty")
-        if query not in prompt.text:
-            raise ValueError(f"the query {query!r} is not part of the text {prompt.text!r}")
+        question = prompt.text if prompt.question is None else prompt.question
+        for part in (query, question):
+            if part not in prompt.text:
+                raise ValueError(f"{part!r} is not part of the text {prompt.text!r}")
         before, after = self.render(len(prompt.images))
         rendered = before + prompt.text + after
         bos = self.tokenizer.bos_token
@@ -305,14 +340,28 @@ class Adapter(ABC):
         ids, offsets = tokens["input_ids"][0], tokens["offset_mapping"][0]
         if int((ids == self.image_token_id).sum()) != len(prompt.images):
             raise ValueError(f"the text of sample {prompt.sample!r} contains the placeholder {self.image_token!r}")
-        start = len(before) + prompt.text.index(query)
-        is_text = (offsets[:, 1] > start) & (offsets[:, 0] < start + len(query)) & (offsets[:, 1] > offsets[:, 0])
-        special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
-        return ids, is_text & ~torch.isin(ids, special)
 
-    def read(self, prompt: Prompt, visuals: Sequence[Visual]) -> Encoded:
+        def within(part: str) -> Tensor:
+            start = len(before) + prompt.text.index(part)
+            return (offsets[:, 1] > start) & (offsets[:, 0] < start + len(part)) & (offsets[:, 1] > offsets[:, 0])
+
+        special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
+        is_text = within(query) & ~torch.isin(ids, special)
+        words = [
+            " " * (a == 0 or rendered[a - 1 : a + 1].strip() != rendered[a - 1 : a + 1]) + rendered[a:b].strip()
+            for a, b in offsets[is_text].tolist()
+        ]
+        return Tokens(ids, is_text, within(question)[is_text], words)
+
+    def text_signals(self, prompt: Prompt, tokens: Tokens, signals: Set[str]) -> dict[str, Any]:
+        """Those of the named optional fields of `Features` that come from the text."""
+        known = {"words": tokens.words, "question": tokens.is_question.to(self.device)}
+        return {name: value for name, value in known.items() if name in signals}
+
+    def read(self, prompt: Prompt, visuals: Sequence[Visual], signals: Set[str] = frozenset()) -> Encoded:
         """Embed one full-length prompt around its pictures."""
-        ids, is_text = self.tokenize(prompt)
+        tokens = self.tokenize(prompt)
+        ids, is_text = tokens.ids, tokens.is_text
         counts = torch.ones_like(ids)
         counts[ids == self.image_token_id] = torch.tensor([len(visual.tokens) for visual in visuals])
         ids = ids.repeat_interleave(counts).to(self.device)
@@ -328,6 +377,7 @@ class Adapter(ABC):
             slots=slots,
             is_text=is_text,
             visuals=tuple(visuals),
+            signals=self.text_signals(prompt, tokens, signals),
             sample=prompt.sample,
         )
 

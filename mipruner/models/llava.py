@@ -1,7 +1,8 @@
 """LLaVA-1.5: CLIP patches of one layer, an MLP, a Llama with plain positions."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,14 +19,27 @@ class LlavaAdapter(Adapter):
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         return dict(self.image_processor(images=list(images), return_tensors="pt"))
 
-    def encode(self, pixels: dict[str, Tensor], attention: bool = False) -> list[Visual]:
+    def encode(self, pixels: dict[str, Tensor], signals: Set[str] = frozenset()) -> list[Visual]:
         values = pixels["pixel_values"].to(self.device, self.model.dtype)
-        layer = self.feature_layer.self_attn
-        with captured(layer.q_proj, layer.k_proj) if attention else nullcontext() as outputs:
+        layer = self.feature_layer
+        watched = captured(layer, layer.self_attn.q_proj, layer.self_attn.k_proj) if signals else nullcontext()
+        with watched as outputs:
             tokens = self.model.model.get_image_features(pixel_values=values).pooler_output
-        rows = cls_attention(*outputs, layer.num_heads, layer.scale) if attention else [None] * len(tokens)
+        rows = self.vision_signals(*outputs, signals) if signals else {}
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
-        return [Visual(t, (side, side), row) for t, row in zip(tokens, rows, strict=True)]
+        return [Visual(t, (side, side), {name: row[k] for name, row in rows.items()}) for k, t in enumerate(tokens)]
+
+    def vision_signals(self, hidden: Tensor, q: Tensor, k: Tensor, names: Set[str]) -> dict[str, Sequence[Any]]:
+        """The named fields of `Features`, one entry a picture, from hidden, q, k [B, 1 + n_visual, d_encoder]."""
+        attn = self.feature_layer.self_attn
+        known = {
+            "attention": lambda: cls_attention(q, k, attn.num_heads, attn.scale),
+            "hidden": lambda: hidden[:, 1:],
+            "cls_hidden": lambda: hidden[:, :1],
+            "keys": lambda: k[:, 1:].unflatten(-1, (attn.num_heads, -1)).mean(-2),
+            "project": lambda: [self.model.model.multi_modal_projector] * len(hidden),
+        }
+        return {name: known[name]() for name in known.keys() & names}
 
     @property
     def feature_layer(self):

@@ -25,8 +25,9 @@ class Pruner(ABC):
     """Fields of `Features` that are used where the model has them."""
 
     @property
-    def needs_attention(self) -> bool:
-        return "attention" in self.needs
+    def signals(self) -> frozenset[str]:
+        """Every optional field of `Features` that this method reads."""
+        return self.needs | self.wants
 
     def __call__(self, features: Features, n_keep: int) -> Selection:
         """Keep ``n_keep`` of the visual tokens.
