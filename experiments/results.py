@@ -15,7 +15,7 @@ id                str, the cell's id
 cell              {model, dataset, pruner, keep, seed}: the words of the command line
 config            the resolved config
 command           str, the command that made it
-git_commit        str, with "+" appended when the tree had changes
+git_commit        str, with "+" appended when the tree had changes; null outside a repository
 versions          {python, torch, transformers, ...}
 device            str
 started, finished str, ISO 8601
@@ -23,6 +23,7 @@ n_samples         int, the denominator of every metric
 failed            [{id, error}], samples that could not be run; they count as wrong
 metrics           {name: number}, accuracies in percent, the headline first
 standard_errors   {name: number}, of those metrics that are a mean over samples
+provenance        {}, what else the benchmark says of how its numbers came about (the judge)
 tokens            {visual, kept, per_layer, layer_mean}: means over samples: visual tokens before pruning, the nominal
                   budget, visual tokens entering each LLM layer, and the mean of that over layers
 latency_ms        {vision, scoring, prefill, decode, total}: mean per sample, as measured in the run's batches
@@ -31,6 +32,132 @@ peak_memory_gib   float: of the GPU, or of the process on a CPU
 
 samples.jsonl
 -------------
-id, image_id, task, question, answer, prediction, correct (0..1), n_visual, n_kept, kept (indices per picture),
-error (only if failed)
+id, image_id, task, question, answer, prediction (null if failed), correct (0..1; null until a judge has spoken),
+n_visual, grids ([rows, columns] per picture), boxes ([left, top, right, bottom] of the picture that the grid covers),
+kept (indices per picture), per_layer, latency_ms, error (if failed)
 """
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 1
+NOT_IDENTITY = ("batch_size", "device", "n_masks", "results", "overwrite", "logger")
+"""Keys of the config that change no number."""
+
+
+def cell_id(config: dict[str, Any]) -> str:
+    """Eight hex digits of everything in the resolved config that can change a number."""
+    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def git_commit() -> str | None:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "pillow", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak allocation on the GPU, or peak resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    scratch = path.with_suffix(path.suffix + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+class Cell:
+    """The folder of one cell.
+
+    Parameters
+    ----------
+    config : dict
+        The resolved config.
+    differs : str
+        What to show in the folder's name besides the budget, such as ``lam=0.8``.
+    """
+
+    def __init__(self, config: dict[str, Any], differs: str = ""):
+        self.config, self.id = config, cell_id(config)
+        words = [config[group]["name"] for group in ("model", "dataset", "pruner")]
+        self.cell = dict(zip(("model", "dataset", "pruner"), words, strict=True))
+        self.cell |= {"keep": config["keep"], "seed": config["seed"]}
+        parent = Path(config["results"]).joinpath(*words)
+        found = sorted(parent.glob(f"*-{self.id}"))
+        name = re.sub(r"[^\w.,=+-]", "_", f"keep={config['keep']}" + (f",{differs}" if differs else ""))[:100]
+        self.path = found[0] if found else parent / f"{name}-{self.id}"
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "record.json").exists()
+
+    def open(self, overwrite: bool = False) -> None:
+        """Make the folder; with ``overwrite`` forget what is in it."""
+        if overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.path / "record.json").read_text())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The samples answered so far. A last line that a kill cut short is not counted."""
+        path = self.path / "samples.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def keep_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the samples on disk."""
+        write_atomic(self.path / "samples.jsonl", "".join(map(_line, rows)))
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add answered samples; on disk when this returns."""
+        with open(self.path / "samples.jsonl", "a") as file:
+            file.write("".join(map(_line, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, record: dict[str, Any]) -> None:
+        write_atomic(self.path / "record.json", json.dumps(record, indent=1) + "\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

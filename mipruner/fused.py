@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mipruner import pmi
+from mipruner.errors import InputError
 from mipruner.selection import greedy
 
 PANEL = 64
@@ -42,7 +43,7 @@ def mi_picks(
     """
     n_given = 0 if given is None else given.shape[-1]
     if not 0 <= n_keep <= visual.shape[-2] - n_given:
-        raise ValueError(f"cannot pick {n_keep} of {visual.shape[-2] - n_given} visual tokens")
+        raise InputError(f"cannot pick {n_keep} of {visual.shape[-2] - n_given} visual tokens")
     if lam == 1:
         return greedy(pmi.relevance(visual, text, tau), None, n_keep, lam, given=given)
     if visual.device.type != "cpu":

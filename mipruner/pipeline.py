@@ -27,6 +27,9 @@ class Answer:
         What was kept of each picture, on the CPU.
     n_visual : list of int
         Visual tokens of each picture before pruning.
+    grids : list of (rows, columns) or (frames, rows, columns)
+    boxes : list of (left, top, right, bottom)
+        The part of each picture that its grid covers, in pixels; beyond the picture where it was padded.
     visual_tokens_per_layer : list of int
         Visual tokens that enter each layer of the language model.
     """
@@ -35,6 +38,8 @@ class Answer:
     tokens: list[int]
     selections: list[Selection]
     n_visual: list[int]
+    grids: list[tuple[int, ...]]
+    boxes: list[tuple[float, float, float, float]]
     visual_tokens_per_layer: list[int]
 
 
@@ -82,7 +87,7 @@ class Pipeline:
 
         Raises
         ------
-        ValueError
+        InputError
             If a question is empty, the budget does not fit, or the features are not finite.
         """
         seen = self.see([image for prompt in prompts for image in prompt.images])
@@ -104,9 +109,11 @@ class Pipeline:
                 tokens=new,
                 selections=[Selection(s.indices.cpu()) for s in chosen],
                 n_visual=[len(visual.tokens) for visual in sample.visuals],
+                grids=[visual.grid for visual in sample.visuals],
+                boxes=[self.adapter.box(image.size) for image in prompt.images],
                 visual_tokens_per_layer=[sum(s.n_rows for s in chosen)] * self.adapter.n_layers,
             )
-            for new, sample, chosen in zip(tokens, encoded, selections, strict=True)
+            for prompt, new, sample, chosen in zip(prompts, tokens, encoded, selections, strict=True)
         ]
 
     def see(self, images: Sequence[Image.Image]) -> dict[int, Visual]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mipruner.errors import InputError
+
 Aggregation = Literal["max", "global"]
 Normalization = Literal["softmax", "minmax", "minmax_exact"]
 
@@ -34,7 +36,7 @@ def log_conditional(rho: Tensor, normalization: Normalization = "softmax") -> Te
     if normalization == "softmax":
         return rho.log_softmax(-1)
     if normalization not in ("minmax", "minmax_exact"):
-        raise ValueError(f"unknown normalization {normalization!r}: choose softmax, minmax or minmax_exact")
+        raise InputError(f"unknown normalization {normalization!r}: choose softmax, minmax or minmax_exact")
     low, high = rho.aminmax(dim=-1, keepdim=True)
     flat = high == low
     scaled = torch.where(flat, 1.0, (rho - low) / torch.where(flat, 1.0, high - low))  # eq. 52
@@ -90,7 +92,7 @@ def relevance(
         return pmi.amax(-1)
     if aggregation == "global":
         return _aggregate(log_p, pmi).sum(-1)
-    raise ValueError(f"unknown aggregation {aggregation!r}: choose max or global")
+    raise InputError(f"unknown aggregation {aggregation!r}: choose max or global")
 
 
 def redundancy(
@@ -109,4 +111,4 @@ def redundancy(
         return pmi
     if aggregation == "global":
         return _aggregate(log_p, pmi)
-    raise ValueError(f"unknown aggregation {aggregation!r}: choose max or global")
+    raise InputError(f"unknown aggregation {aggregation!r}: choose max or global")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mipruner.errors import InputError
 from mipruner.pmi import Aggregation
 
 
@@ -37,17 +38,17 @@ def budget(keep: int | float, n_visual: int) -> int:
 
     Raises
     ------
-    ValueError
+    InputError
         If keep is not positive, a fraction above 1, or a whole number above ``n_visual``.
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep > 0:
-        raise ValueError(f"keep={keep!r} is not a budget: give a fraction in (0, 1] or a whole number of tokens")
+        raise InputError(f"keep={keep!r} is not a budget: give a fraction in (0, 1] or a whole number of tokens")
     if isinstance(keep, float):
         if keep > 1:
-            raise ValueError(f"keep={keep} is neither a fraction in (0, 1] nor a whole number of tokens")
+            raise InputError(f"keep={keep} is neither a fraction in (0, 1] nor a whole number of tokens")
         return max(1, round(keep * n_visual))
     if keep > n_visual:
-        raise ValueError(
+        raise InputError(
             f"keep={keep} asks for more tokens than the {n_visual} there are: lower it, or give a fraction such as 0.25"
         )
     return keep
@@ -58,11 +59,11 @@ def split_budget(n_keep: int, counts: list[int]) -> list[int]:
 
     Raises
     ------
-    ValueError
+    InputError
         If there are more pictures than tokens to keep.
     """
     if n_keep < len(counts):
-        raise ValueError(f"keep leaves {n_keep} tokens for {len(counts)} pictures: at least one each is needed")
+        raise InputError(f"keep leaves {n_keep} tokens for {len(counts)} pictures: at least one each is needed")
     total = sum(counts)
     shares = [max(1, n_keep * n // total) for n in counts]
     while sum(shares) != n_keep:
@@ -113,7 +114,7 @@ def greedy(
     """
     n_given = 0 if given is None else given.shape[-1]
     if not 0 <= n_keep <= relevance.shape[-1] - n_given:
-        raise ValueError(f"cannot pick {n_keep} of {relevance.shape[-1] - n_given} visual tokens")
+        raise InputError(f"cannot pick {n_keep} of {relevance.shape[-1] - n_given} visual tokens")
     lowest = torch.finfo(torch.float32).min
     gain = (lam * relevance.float()).clamp_min(lowest)
     taken = torch.zeros_like(gain, dtype=torch.bool)

@@ -5,15 +5,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from mipruner.errors import ModelError
 from mipruner.models.base import Adapter, Prompt
 from mipruner.models.llava import LlavaAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {"llava": LlavaAdapter}
 """Adapter by the ``model_type`` of the model's config."""
-
-
-class ModelError(Exception):
-    """The model cannot be loaded. One line that says what to do."""
 
 
 def load(

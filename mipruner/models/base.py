@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.selection import Selection
 
@@ -269,7 +270,7 @@ class Adapter(ABC):
         prompt: str | None = None,
     ):
         if positions not in ("repack", "keep"):
-            raise ValueError(f"unknown positions {positions!r}: choose repack or keep")
+            raise InputError(f"unknown positions {positions!r}: choose repack or keep")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.positions, self.prompt = positions, prompt
         self.image_token_id = model.config.image_token_id
@@ -297,6 +298,10 @@ class Adapter(ABC):
         ``signals`` names optional fields of `Features`; those that this family has are put into `Visual.signals`.
         """
 
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part (left, top, right, bottom) of a picture of this (width, height) that its grid covers."""
+        return (0, 0, *size)
+
     def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
         """Positions [P, S] of the full prompt."""
         return torch.arange(len(ids), device=ids.device)[None]
@@ -318,16 +323,16 @@ class Adapter(ABC):
 
         Raises
         ------
-        ValueError
+        InputError
             If the text is empty, does not contain the query or the question, or contains the image placeholder.
         """
         query = prompt.text if prompt.query is None else prompt.query
         if not query.strip():
-            raise ValueError(f"the question of sample {prompt.sample!r} is empty")
+            raise InputError(f"the question of sample {prompt.sample!r} is empty")
         question = prompt.text if prompt.question is None else prompt.question
         for part in (query, question):
             if part not in prompt.text:
-                raise ValueError(f"{part!r} is not part of the text {prompt.text!r}")
+                raise InputError(f"{part!r} is not part of the text {prompt.text!r}")
         before, after = self.render(len(prompt.images))
         rendered = before + prompt.text + after
         bos = self.tokenizer.bos_token
@@ -339,7 +344,7 @@ class Adapter(ABC):
         )
         ids, offsets = tokens["input_ids"][0], tokens["offset_mapping"][0]
         if int((ids == self.image_token_id).sum()) != len(prompt.images):
-            raise ValueError(f"the text of sample {prompt.sample!r} contains the placeholder {self.image_token!r}")
+            raise InputError(f"the text of sample {prompt.sample!r} contains the placeholder {self.image_token!r}")
 
         def within(part: str) -> Tensor:
             start = len(before) + prompt.text.index(part)
@@ -390,7 +395,7 @@ class Adapter(ABC):
             place = slot[selection.indices]
             if selection.n_rows != len(place):
                 if self.positions == "keep":
-                    raise ValueError("rows that belong to no patch have no position to keep: use positions=repack")
+                    raise InputError("rows that belong to no patch have no position to keep: use positions=repack")
                 place = slot[: selection.n_rows]
             kept[slot] = False
             kept[place] = True

@@ -19,6 +19,12 @@ class LlavaAdapter(Adapter):
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         return dict(self.image_processor(images=list(images), return_tensors="pt"))
 
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """CLIP's processor crops the centre square."""
+        (width, height), side = size, min(size)
+        left, top = (width - side) / 2, (height - side) / 2
+        return (left, top, left + side, top + side)
+
     def encode(self, pixels: dict[str, Tensor], signals: Set[str] = frozenset()) -> list[Visual]:
         values = pixels["pixel_values"].to(self.device, self.model.dtype)
         layer = self.feature_layer

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.selection import Selection, top_k
 
@@ -34,20 +35,20 @@ class Pruner(ABC):
 
         Raises
         ------
-        ValueError
+        InputError
             If ``n_keep`` is out of range, the text is empty, a feature is not finite, or a needed field is missing.
         """
         if not 1 <= n_keep <= features.n_visual:
-            raise ValueError(f"cannot keep {n_keep} of {features.n_visual} visual tokens")
+            raise InputError(f"cannot keep {n_keep} of {features.n_visual} visual tokens")
         if n_keep == features.n_visual:
             every = torch.arange(n_keep, device=features.visual.device)
             return Selection(every.expand(*features.visual.shape[:-2], n_keep))
         if features.n_text == 0:
-            raise ValueError("the question is empty: a pruner that reads the text needs at least one text token")
+            raise InputError("the question is empty: a pruner that reads the text needs at least one text token")
         if not (_all_finite(features.visual) and _all_finite(features.text)):
-            raise ValueError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
+            raise InputError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
         if missing := sorted(name for name in self.needs if getattr(features, name) is None):
-            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
+            raise InputError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
         return self.select(features, n_keep)
 
     @abstractmethod

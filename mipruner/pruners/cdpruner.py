@@ -4,6 +4,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
@@ -38,7 +39,7 @@ class CDPruner(Pruner):
 
     def __post_init__(self):
         if self.relevance not in ("auto", "clip", "projection"):
-            raise ValueError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
+            raise InputError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         score = self.score(features)
@@ -52,7 +53,7 @@ class CDPruner(Pruner):
         """Which relevance these features get: "clip" or "projection"."""
         has_clip = features.clip_visual is not None and features.clip_text is not None
         if self.relevance == "clip" and not has_clip:
-            raise ValueError("CDPruner(relevance='clip') needs a model that names its CLIP: use projection or auto")
+            raise InputError("CDPruner(relevance='clip') needs a model that names its CLIP: use projection or auto")
         return "clip" if has_clip and self.relevance != "projection" else "projection"
 
     def score(self, features: Features) -> Tensor:

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 from mipruner import pmi
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import mi_picks
 from mipruner.pruners.base import Pruner
@@ -28,9 +29,9 @@ class MIPruner(Pruner):
 
     def __post_init__(self):
         if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam={self.lam} is not in [0, 1]")
+            raise InputError(f"lam={self.lam} is not in [0, 1]")
         if not self.tau > 0:
-            raise ValueError(f"tau={self.tau} is not positive")
+            raise InputError(f"tau={self.tau} is not positive")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         return Selection(self.picks(features, n_keep).sort(-1).values)

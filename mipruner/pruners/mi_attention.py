@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pruners.mi import MIPruner
 from mipruner.selection import Selection, top_k
@@ -25,7 +26,7 @@ class MIAttentionPruner(MIPruner):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.split <= 1:
-            raise ValueError(f"split={self.split} is not in [0, 1]")
+            raise InputError(f"split={self.split} is not in [0, 1]")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         attended = top_k(features.attention, round(self.split * n_keep))

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
@@ -56,7 +57,7 @@ class MMTokPruner(Pruner):
 
     def __post_init__(self):
         if not (self.tau_text > 0 and self.tau_visual > 0):
-            raise ValueError(f"the temperatures {self.tau_text} and {self.tau_visual} are not both positive")
+            raise InputError(f"the temperatures {self.tau_text} and {self.tau_visual} are not both positive")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         valid = features.valid

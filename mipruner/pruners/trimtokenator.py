@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows, top_k
@@ -29,7 +30,7 @@ class TrimTokenatorPruner(Pruner):
 
     def __post_init__(self):
         if not self.candidates >= 1:
-            raise ValueError(f"candidates={self.candidates} is below 1")
+            raise InputError(f"candidates={self.candidates} is below 1")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         visual, text = (normalize(rows.float(), dim=-1) for rows in (features.visual, features.text))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows, top_k
@@ -36,7 +37,7 @@ class VisionZipPruner(Pruner):
 
     def __post_init__(self):
         if self.contextual is not None and not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual={self.contextual} is not in [0, 1]")
+            raise InputError(f"contextual={self.contextual} is not in [0, 1]")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         received = features.attention
@@ -49,7 +50,7 @@ class VisionZipPruner(Pruner):
             rows = torch.cat([take_rows(features.visual, dominant), _merge(features.visual, targets, weights)], -2)
             return Selection(indices, take_rows(rows, order))
         if features.hidden is None or features.project is None:
-            raise ValueError("VisionZip needs hidden and project where the encoder has a CLS")
+            raise InputError("VisionZip needs hidden and project where the encoder has a CLS")
         cls = features.cls_hidden[..., :n_keep, :]
         n_contextual = min(self.n_contextual(n_keep, round(n_keep * 10 / 64)), n_keep - cls.shape[-2])
         n_dominant = n_keep - cls.shape[-2] - n_contextual

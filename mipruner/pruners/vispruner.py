@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows, top_k
@@ -33,7 +34,7 @@ class VisPruner(Pruner):
 
     def __post_init__(self):
         if not 0 <= self.important <= 1:
-            raise ValueError(f"important={self.important} is not in [0, 1]")
+            raise InputError(f"important={self.important} is not in [0, 1]")
 
     def select(self, features: Features, n_keep: int) -> Selection:
         n_important = int(self.important * n_keep)

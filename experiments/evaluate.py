@@ -1,0 +1,167 @@
+"""The accuracy loop: batches of a benchmark's samples through a pipeline, resumable after any batch.
+
+Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
+the same batches, and ends in the same record, as one that never was.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import results
+from experiments.benchmarks.base import Benchmark, Sample, SampleError
+from experiments.results import Cell
+from mipruner.errors import InputError
+from mipruner.models import Prompt
+from mipruner.pipeline import Answer, Pipeline
+
+
+def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed: int) -> list[Sample]:
+    """About ``limit`` samples, whole pictures drawn by ``seed``; of these the pictures of one shard, ``"0/4"``.
+
+    Raises
+    ------
+    InputError
+        If the shard is not of the form k/n, or nothing is left.
+    """
+    pictures: dict[str, list[Sample]] = {}
+    for sample in samples:
+        pictures.setdefault(sample.image_id, []).append(sample)
+    names = list(pictures)
+    if limit is not None:
+        drawn, count = set(), 0
+        for name in random.Random(seed).sample(names, len(names)):
+            if count >= limit:
+                break
+            drawn.add(name)
+            count += len(pictures[name])
+        names = [name for name in names if name in drawn]
+    if shard is not None:
+        try:
+            part, parts = map(int, str(shard).split("/"))
+            names = names[part:][::parts] if 0 <= part < parts else 1 // 0
+        except (ValueError, ZeroDivisionError):
+            raise InputError(f"shard={shard!r} is not a part such as 0/4") from None
+    if not names:
+        raise InputError("no samples are left: raise limit, or choose another shard")
+    return [sample for name in names for sample in pictures[name]]
+
+
+def answer_batch(
+    pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], text_scope: str
+) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl for one batch, ``correct`` still open."""
+    images, errors = {}, {}
+    for image_id in dict.fromkeys(sample.image_id for sample in samples):
+        try:
+            images[image_id] = benchmark.images(image_id)
+        except SampleError as error:
+            errors[image_id] = str(error)
+    usable = [sample for sample in samples if sample.image_id in images]
+    before = dict(pipeline.watch.ms)
+    answers: dict[str, Answer] = {}
+    if usable:
+        prompts = [
+            Prompt(
+                text=sample.text,
+                images=images[sample.image_id],
+                query=sample.question if text_scope == "question" else None,
+                question=sample.question,
+                sample=sample.id,
+            )
+            for sample in usable
+        ]
+        answers = dict(zip((sample.id for sample in usable), pipeline(prompts), strict=True))
+    latency_ms = {k: round((ms - before.get(k, 0)) / max(1, len(usable)), 3) for k, ms in pipeline.watch.ms.items()}
+    rows = []
+    for sample in samples:
+        row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
+        row |= {"prediction": None, "correct": None}
+        if sample.id in answers:
+            answer = answers[sample.id]
+            row |= {
+                "prediction": answer.text,
+                "n_visual": sum(answer.n_visual),
+                "grids": answer.grids,
+                "boxes": answer.boxes,
+                "kept": [selection.indices.tolist() for selection in answer.selections],
+                "per_layer": answer.visual_tokens_per_layer,
+                "latency_ms": latency_ms,
+            }
+        else:
+            row["error"] = errors[sample.image_id]
+        rows.append(row)
+    return rows
+
+
+def evaluate(
+    cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str
+) -> dict[str, Any]:
+    """Answer what is not answered yet, score everything, write and return the record."""
+    batch_size = cell.config["batch_size"]
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    rows = cell.rows()
+    rows = rows[: len(samples) if len(rows) >= len(samples) else len(rows) // batch_size * batch_size]
+    cell.keep_rows(rows)
+    bar = tqdm(total=len(samples), initial=len(rows), unit="q", desc=_words(cell), disable=None, file=sys.stderr)
+    with bar:
+        for start in range(len(rows), len(samples), batch_size):
+            new = answer_batch(pipeline, benchmark, samples[start : start + batch_size], cell.config["text_scope"])
+            cell.append(new)
+            rows += new
+            bar.update(len(new))
+
+    predictions = [row["prediction"] for row in rows]
+    scores = benchmark.score(samples, predictions)
+    for row, score in zip(rows, scores, strict=True):
+        row["correct"] = score
+    cell.keep_rows(rows)
+    record = {
+        "schema": results.SCHEMA,
+        "id": cell.id,
+        "cell": cell.cell,
+        "config": cell.config,
+        "command": command,
+        "git_commit": results.git_commit(),
+        "versions": results.versions(),
+        "device": results.device_name(pipeline.adapter.device),
+        "started": started,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "n_samples": len(samples),
+        "failed": [{"id": row["id"], "error": row["error"]} for row in rows if "error" in row],
+        "metrics": benchmark.metrics(samples, predictions, scores),
+        "standard_errors": benchmark.standard_errors(samples, scores),
+        "provenance": benchmark.provenance(),
+        **_means([row for row in rows if "error" not in row]),
+        "batch_size": batch_size,
+        "peak_memory_gib": round(results.peak_memory_gib(pipeline.adapter.device), 3),
+    }
+    cell.finish(record)
+    return record
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens and latency of the samples that ran, averaged."""
+    if not rows:
+        return {"tokens": None, "latency_ms": None}
+    per_layer = [fmean(counts) for counts in zip(*(row["per_layer"] for row in rows), strict=True)]
+    stages = ("vision", "scoring", "prefill", "decode")
+    latency_ms = {stage: round(fmean(row["latency_ms"].get(stage, 0.0) for row in rows), 3) for stage in stages}
+    return {
+        "tokens": {
+            "visual": fmean(row["n_visual"] for row in rows),
+            "kept": fmean(sum(map(len, row["kept"])) for row in rows),
+            "per_layer": per_layer,
+            "layer_mean": fmean(per_layer),
+        },
+        "latency_ms": latency_ms | {"total": round(sum(latency_ms.values()), 3)},
+    }
+
+
+def _words(cell: Cell) -> str:
+    return " ".join(str(word) for word in (*list(cell.cell.values())[:3], f"keep={cell.cell['keep']}"))

@@ -1,0 +1,9 @@
+"""What a user can get wrong, as opposed to what we got wrong. Each message says what to do."""
+
+
+class InputError(ValueError):
+    """A question, picture, budget or feature that cannot be used."""
+
+
+class ModelError(Exception):
+    """The model cannot be loaded."""

@@ -1,0 +1,133 @@
+"""One cell: a model, a dataset, a pruner, a budget. Skipped if its record is there, resumed if it was cut short.
+
+python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo
+python run.py model=qwen3vl_8b dataset=pope keep=0.25
+python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep
+"""
+
+import errno
+import os
+import shlex
+import sys
+from functools import lru_cache
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from analysis.masks import draw_cell
+from experiments.benchmarks.base import Benchmark, BenchmarkError
+from experiments.evaluate import evaluate, subset
+from experiments.results import NOT_IDENTITY, ROOT, Cell
+from experiments.tracking import track
+from mipruner.errors import InputError, ModelError
+from mipruner.models import Adapter, load
+from mipruner.pipeline import Pipeline
+
+
+@lru_cache(maxsize=1)
+def load_model(options: str, device: str) -> Adapter:
+    """The adapter of a model config; a sweep over pruners loads its model once."""
+    config = OmegaConf.to_container(OmegaConf.create(options))
+    config.pop("name")
+    local = ROOT / config["path"]
+    if local.is_dir():
+        config["path"] = local
+    return load(device=device, **config)
+
+
+@lru_cache(maxsize=1)
+def load_benchmark(options: str) -> Benchmark:
+    return instantiate(OmegaConf.create(options))
+
+
+def differs(overrides: list[str]) -> str:
+    """The overrides that a folder's name should show, without groups and what names the folder already."""
+    shown = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.strip("+~") in ("model", "dataset", "pruner", "ablation", "experiment", "keep", *NOT_IDENTITY):
+            continue
+        if key.split(".")[0] not in NOT_IDENTITY:
+            shown.append(f"{key.split('.')[-1]}={value}")
+    return ",".join(shown)
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config; a pruner that keeps everything has one cell, whatever budget was asked for."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if config["pruner"]["name"] == "none":
+        config["keep"] = 1.0
+    return config
+
+
+def run_cell(config: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Run or resume one cell; returns its record."""
+    cell = Cell(config, name)
+    if cell.is_done and not config["overwrite"]:
+        print(f"finished before: {cell.path} (overwrite=true runs it again)")
+        return cell.record()
+    cell.open(config["overwrite"])
+    device = config["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with track(config["logger"], cell) as report:
+        benchmark = load_benchmark(OmegaConf.to_yaml(config["dataset"]["benchmark"]))
+        samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
+        adapter = load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), device)
+        pruner = instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
+        pipeline = Pipeline(adapter, pruner, config["keep"], instantiate(config["decoding"]))
+        record = evaluate(cell, pipeline, benchmark, samples, command=shlex.join(["python", *sys.argv]))
+        if config["n_masks"]:
+            draw_cell(cell.path, benchmark, config["n_masks"])
+        report(record)
+    return record
+
+
+def show(record: dict[str, Any], path: str) -> str:
+    """The record as a person reads it."""
+    cell, tokens, ms = record["cell"], record["tokens"], record["latency_ms"]
+    lines = [
+        f"{cell['model']}  {cell['dataset']}  {cell['pruner']}  keep={cell['keep']}  ({record['n_samples']} samples)"
+    ]
+    errors = record["standard_errors"]
+    for name, value in record["metrics"].items():
+        lines.append(f"  {name:<28}{value:8.2f}" + (f" ± {errors[name]:.2f}" if name in errors else ""))
+    if tokens:
+        lines.append(
+            f"  tokens kept {tokens['kept']:.0f} of {tokens['visual']:.0f}, {tokens['layer_mean']:.1f} a layer"
+        )
+        stages = "  ".join(f"{stage} {value:.1f}" for stage, value in ms.items())
+        lines.append(f"  ms a sample in batches of {record['batch_size']}: {stages}")
+    if record["failed"]:
+        lines.append(f"  {len(record['failed'])} samples failed and count as wrong, see failed in record.json")
+    lines.append(f"  {path}/record.json")
+    if os.path.exists(f"{path}/masks.png"):
+        lines.append(f"  {path}/masks.png")
+    return "\n".join(lines)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    try:
+        config = resolve(cfg)
+        name = differs(list(HydraConfig.get().overrides.task))
+        record = run_cell(config, name)
+        print(show(record, str(Cell(config, name).path)))
+    except (InputError, ModelError, BenchmarkError) as error:
+        raise CompactHydraException(f"error: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise CompactHydraException(
+            f"error: cannot write {error.filename or config['results']}: {error.strerror}. "
+            "What was answered so far is kept; make room and run the same command again."
+        ) from error
+
+
+if __name__ == "__main__":
+    main()
