@@ -8,6 +8,7 @@ Same picks as the reference as long as the best two gains of every step differ b
 tokens have equal gains here, bit for bit, and the lowest index wins.
 """
 
+import importlib.util
 import math
 from itertools import pairwise
 
@@ -18,6 +19,10 @@ from mipruner import pmi
 from mipruner.errors import InputError
 from mipruner.selection import greedy
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+MAX_VISUAL = 16384
+"""Visual tokens that one program of the greedy kernel holds in its registers."""
+
 PANEL = 64
 """Rows a product: small enough to skip nearly half of rho, large enough for full speed."""
 
@@ -25,7 +30,10 @@ PANEL = 64
 def mi_picks(
     visual: Tensor, text: Tensor, n_keep: int, lam: float, tau: float = 0.1, *, given: Tensor | None = None
 ) -> Tensor:
-    """The greedy search of eq. 22-24 with max aggregation and softmax, on whatever device the tokens are.
+    """The greedy search of eq. 22-24 with max aggregation and softmax.
+
+    On a GPU the Triton kernels run, on a CPU the code below; elsewhere, beyond `MAX_VISUAL` tokens, and on a CPU with
+    ``lam`` 1, where there is no redundancy to save, the plain path.
 
     Parameters
     ----------
@@ -44,10 +52,15 @@ def mi_picks(
     n_given = 0 if given is None else given.shape[-1]
     if not 0 <= n_keep <= visual.shape[-2] - n_given:
         raise InputError(f"cannot pick {n_keep} of {visual.shape[-2] - n_given} visual tokens")
-    if lam == 1:
-        return greedy(pmi.relevance(visual, text, tau), None, n_keep, lam, given=given)
-    if visual.device.type != "cpu":
-        return greedy(pmi.relevance(visual, text, tau), pmi.redundancy(visual, tau), n_keep, lam, given=given)
+    if visual.is_cuda and HAS_TRITON and visual.shape[-2] <= MAX_VISUAL:
+        from mipruner import kernels
+
+        flat = [visual.flatten(0, -3), text.flatten(0, -3)] if visual.dim() > 2 else [visual[None], text[None]]
+        given = None if given is None else given.reshape(-1, n_given)
+        return kernels.mi_picks(*flat, n_keep, lam, tau, given=given).view(*visual.shape[:-2], n_keep)
+    if lam == 1 or visual.device.type != "cpu":
+        redundancy = None if lam == 1 else pmi.redundancy(visual, tau)
+        return greedy(pmi.relevance(visual, text, tau), redundancy, n_keep, lam, given=given)
     if visual.dim() > 2:
         options = [None] * len(visual) if given is None else given
         samples = zip(visual, text, options, strict=True)

@@ -1,0 +1,251 @@
+"""Triton kernels of `mipruner.fused`: from tokens to picks in four steps, batched and ragged.
+
+    similarity   rho of eq. 15, for T = V and for T = the text
+    log_sums     log-sum-exp of every row of rho over the picture: the denominators of eq. 16 for T = V
+    relevance    softmax over the text, its marginal over the picture and the maximum of the PMI, eq. 16-19
+    greedy       all picks of eq. 22-24 in one launch
+
+Only rho is as large as n_visual^2 (1 GiB at 16,384 tokens); p, PMI and redundancy are never stored. In a ragged batch a
+sample's tokens beyond ``n_visual`` and ``n_text`` are padding.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mipruner.errors import InputError
+from mipruner.fused import MAX_VISUAL
+from mipruner.selection import greedy
+
+
+@triton.jit
+def similarity_kernel(
+    rho,  # [B, R, N]
+    rows,  # [B, R, D]
+    columns,  # [B, N, D]
+    row_norm,  # [B, R]
+    column_norm,  # [B, N]
+    n_rows,  # [B]
+    n_columns,  # [B]
+    R,
+    N,
+    D,
+    tau,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of eq. 15. If rows and columns are the same tokens, a tile below the diagonal also fills its mirror."""
+    sample = tl.program_id(2).to(tl.int64)
+    first_row, first_column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    if (first_row >= tl.load(n_rows + sample)) | (first_column >= tl.load(n_columns + sample)):
+        return
+    if SYMMETRIC & (first_row < first_column):
+        return
+    row = (first_row + tl.arange(0, BLOCK)).to(tl.int64)
+    column = (first_column + tl.arange(0, BLOCK)).to(tl.int64)
+    is_row, is_column = row < R, column < N
+    dot = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        is_d = d < D
+        a = tl.load(rows + (sample * R + row[:, None]) * D + d, mask=is_row[:, None] & is_d, other=0.0)
+        b = tl.load(columns + (sample * N + column[:, None]) * D + d, mask=is_column[:, None] & is_d, other=0.0)
+        dot = tl.dot(a, tl.trans(b), dot, input_precision="ieee")
+    norms = (
+        tl.load(row_norm + sample * R + row, mask=is_row, other=1.0)[:, None]
+        * tl.load(column_norm + sample * N + column, mask=is_column, other=1.0)[None, :]
+    )
+    tile = dot / norms / tau
+    rho += sample * R * N
+    tl.store(rho + row[:, None] * N + column[None, :], tile, mask=is_row[:, None] & is_column[None, :])
+    if SYMMETRIC & (first_row > first_column):
+        tl.store(rho + column[:, None] * N + row[None, :], tl.trans(tile), mask=is_column[:, None] & is_row[None, :])
+
+
+@triton.jit
+def log_sums_kernel(
+    lse,  # [B, N]
+    rho,  # [B, N, N]
+    n_visual,  # [B]
+    N,
+    BLOCK: tl.constexpr,
+):
+    """log sum_j exp(rho_ij), with a running maximum and a running sum. One program a row."""
+    sample, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    n = tl.load(n_visual + sample).to(tl.int32)
+    if row >= n:
+        return
+    rho += (sample * N + row) * N
+    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, n, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        x = tl.load(rho + j, mask=j < n, other=float("-inf"))
+        top = tl.maximum(highest, x)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        total = total * tl.exp(highest - finite) + tl.exp(x - finite)
+        highest = top
+    top = tl.max(highest, 0)
+    tl.store(lse + sample * N + row, top + tl.log(tl.sum(total * tl.exp(highest - top), 0)))
+
+
+@triton.jit
+def relevance_kernel(
+    relevance,  # [B, N]
+    rho,  # [B, M, N]
+    n_visual,  # [B]
+    n_text,  # [B]
+    N,
+    M,
+    BLOCK: tl.constexpr,
+):
+    """S_cross of eq. 19. One program a sample: all visual tokens side by side, one text token after the other."""
+    sample = tl.program_id(0).to(tl.int64)
+    n, m = tl.load(n_visual + sample).to(tl.int32), tl.load(n_text + sample).to(tl.int32)
+    i = tl.arange(0, BLOCK)
+    inside = i < n
+    rho += sample * M * N
+    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for j in range(m):
+        x = tl.load(rho + j * N + i, mask=inside, other=0.0)
+        top = tl.maximum(highest, x)
+        total = total * tl.exp(highest - top) + tl.exp(x - top)
+        highest = top
+    lse = highest + tl.log(total)
+    best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    for j in range(m):
+        x = tl.load(rho + j * N + i, mask=inside, other=0.0)
+        log_p = tl.where(inside, x - lse, float("-inf"))
+        top = tl.max(log_p, 0)
+        log_marginal = top + tl.log(tl.sum(tl.exp(log_p - top), 0)) - tl.log(n.to(tl.float32))
+        best = tl.maximum(best, log_p - log_marginal)
+    tl.store(relevance + sample * N + i, best, mask=inside)
+
+
+@triton.jit
+def greedy_kernel(
+    picks,  # [B, G + K]
+    relevance,  # [B, N]
+    rho,  # [B, N, N]
+    lse,  # [B, N]
+    given,  # [B, G]
+    n_visual,  # [B]
+    n_keep,  # [B]
+    N,
+    G,
+    K,
+    lam,
+    BLOCK: tl.constexpr,
+):
+    """One program a sample. Row j of rho is the column that picking j adds to the running maximum of eq. 20."""
+    sample = tl.program_id(0).to(tl.int64)
+    n = tl.load(n_visual + sample).to(tl.int32)
+    i = tl.arange(0, BLOCK)
+    inside = i < n
+    rho += sample * N * N
+    score = tl.where(inside, lam * tl.load(relevance + sample * N + i, mask=inside, other=0.0), float("-inf"))
+    offset = tl.load(lse + sample * N + i, mask=inside, other=0.0) - tl.log(n.to(tl.float32))
+    gain = score + (1 - lam) * offset
+    running = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    for k in range(G + tl.load(n_keep + sample).to(tl.int32)):
+        pick = tl.argmax(score, 0).to(tl.int64)
+        if k < G:
+            pick = tl.load(given + sample * G + k)
+        tl.store(picks + sample * (G + K) + k, pick)
+        running = tl.maximum(running, tl.load(rho + pick * N + i, mask=inside, other=0.0))
+        gain = tl.where(i == pick, float("-inf"), gain)
+        score = gain - (1 - lam) * running
+
+
+def _one_program(n: int) -> dict[str, int]:
+    """Launch options of a program that holds n elements: at most 16 a thread."""
+    block = triton.next_power_of_2(n)
+    return {"BLOCK": block, "num_warps": min(32, max(4, block // 512))}
+
+
+def _similarity(rows: Tensor, columns: Tensor, n_rows: Tensor, n_columns: Tensor, tau: float) -> Tensor:
+    """rho [B, R, N] of the tokens [B, R, d] and [B, N, d]."""
+    (B, R, D), N = rows.shape, columns.shape[1]
+    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min(1e-12) for x in (rows, columns)]
+    rho = torch.empty(B, R, N, device=rows.device)
+    block = 128 if min(R, N) >= 2048 else 64
+    grid = (triton.cdiv(R, block), triton.cdiv(N, block), B)
+    similarity_kernel[grid](
+        rho,
+        rows.contiguous(),
+        columns.contiguous(),
+        *norms,
+        n_rows,
+        n_columns,
+        R,
+        N,
+        D,
+        tau,
+        SYMMETRIC=rows is columns,
+        BLOCK=block,
+        BLOCK_D=32 if rows.dtype == torch.float32 else 64,
+        num_warps=block // 16,
+    )
+    return rho
+
+
+def mi_picks(
+    visual: Tensor,
+    text: Tensor,
+    n_keep: int | Tensor,
+    lam: float,
+    tau: float = 0.1,
+    *,
+    given: Tensor | None = None,
+    n_visual: Tensor | None = None,
+    n_text: Tensor | None = None,
+) -> Tensor:
+    """Greedy picks of a batch, see `mipruner.fused.mi_picks`. The host waits for nothing unless ``n_keep`` is a tensor.
+
+    Parameters
+    ----------
+    visual : Tensor [B, N, d] with N <= `MAX_VISUAL`
+    text : Tensor [B, M, d]
+    n_keep : int, or Tensor [B]
+    given : Tensor [B, n_given] of int64, optional
+    n_visual, n_text : Tensor [B], optional
+        How many tokens of each sample are not padding.
+
+    Returns
+    -------
+    Tensor [B, max n_keep]
+        Indices in the order of the picks, then -1 where a sample has fewer.
+
+    Raises
+    ------
+    InputError
+        If there are more than `MAX_VISUAL` visual tokens.
+    """
+    B, N, _ = visual.shape
+    if N > MAX_VISUAL:
+        raise InputError(f"the kernels hold at most {MAX_VISUAL} visual tokens, not {N}")
+    device, M = visual.device, text.shape[1]
+    K = n_keep if isinstance(n_keep, int) else int(n_keep.max())
+
+    def lengths(n: int | Tensor) -> Tensor:
+        return torch.full((B,), n, device=device) if isinstance(n, int) else n.to(device, torch.long).contiguous()
+
+    n_keep, n_visual = lengths(n_keep), lengths(N if n_visual is None else n_visual)
+    n_text = lengths(M if n_text is None else n_text)
+    relevance = torch.full((B, N), -torch.inf, device=device)
+    relevance_kernel[(B,)](
+        relevance, _similarity(text, visual, n_text, n_visual, tau), n_visual, n_text, N, M, **_one_program(N)
+    )
+    if lam == 1:
+        picks = greedy(relevance, None, K, 1, given=given)
+        return picks.masked_fill(torch.arange(K, device=device) >= n_keep[:, None], -1)
+    rho, lse = _similarity(visual, visual, n_visual, n_visual, tau), torch.empty_like(relevance)
+    log_sums_kernel[(N, B)](lse, rho, n_visual, N, BLOCK=min(1024, triton.next_power_of_2(N)))
+    given = torch.empty(B, 0, dtype=torch.long, device=device) if given is None else given.contiguous()
+    G = given.shape[1]
+    picks = torch.full((B, G + K), -1, device=device)
+    greedy_kernel[(B,)](picks, relevance, rho, lse, given, n_visual, n_keep, N, G, K, float(lam), **_one_program(N))
+    return picks[:, G:]

@@ -1,0 +1,148 @@
+"""The Triton kernels against the plain path: on a GPU as they are, elsewhere through Triton's interpreter."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_fused import assert_same_picks, reference, tokens
+
+pytest.importorskip("triton", reason="Triton is not available for this platform")
+from mipruner import kernels
+from mipruner.fused import mi_picks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def picks(visual, text, *args, **options):
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return kernels.mi_picks(visual.to(DEVICE), text.to(DEVICE), *args, **options).cpu()
+
+
+def half_types():
+    interpreted = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter cannot multiply bfloat16")
+    return [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=interpreted)]
+
+
+@pytest.mark.parametrize("dtype", half_types())
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(2, 1, 3), (7, 2, 5), (64, 3, 64), (65, 9, 41), (123, 20, 70), (200, 1, 33)])
+def test_same_picks_as_the_plain_path(shape, lam, dtype):
+    visual, text = tokens(*shape, dtype=dtype)
+    for tau in (0.1, 0.01):
+        n_keep = (shape[0] + 1) // 2
+        assert_same_picks(picks(visual[None], text[None], n_keep, lam, tau)[0], visual, text, lam, tau)
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_a_ragged_batch_is_its_samples_alone(lam):
+    sizes = [(90, 5, 30), (41, 1, 41), (128, 7, 64), (3, 2, 1)]  # n_visual, n_text, n_keep
+    samples = [tokens(n, m, 24, seed=n) for n, m, _ in sizes]
+    visual = torch.full((4, 128, 24), torch.nan)
+    text = torch.full((4, 7, 24), torch.nan)
+    for row, (v, t) in enumerate(samples):
+        visual[row, : len(v)], text[row, : len(t)] = v, t
+    n_visual, n_text, n_keep = torch.tensor(sizes).T
+    together = picks(visual, text, n_keep, lam, n_visual=n_visual, n_text=n_text)
+    assert together.shape == (4, 64)
+    for row, (v, t) in enumerate(samples):
+        k = sizes[row][2]
+        assert torch.equal(together[row, :k], reference(v, t, k, lam))
+        assert (together[row, k:] == -1).all()
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_tokens_given(lam):
+    samples = [tokens(70, 4, 24, seed=s) for s in range(2)]
+    visual, text = (torch.stack(x) for x in zip(*samples, strict=True))
+    given = torch.tensor([[50, 3, 69], [0, 1, 2]])
+    assert torch.equal(picks(visual, text, 20, lam, given=given), reference(visual, text, 20, lam, given=given))
+
+
+@pytest.mark.parametrize("shape", [(96, 1, 48), (129, 4, 41)])
+def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape):
+    """Whole numbers, so that the interpreter's products are exact too, whatever the order of their sums."""
+    visual, text = (x.mul(2).round() for x in tokens(*shape, distinct=shape[0] // 3))
+    order = picks(visual[None], text[None], shape[0], 0.5)[0]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    copies = [(visual == row).all(1).nonzero().flatten() for row in visual.unique(dim=0)]
+    assert len(copies) == shape[0] // 3
+    assert all((rank[copy].diff() > 0).all() for copy in copies)
+    assert_same_picks(order, visual, text, 0.5)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+def test_tokens_on_a_gpu_take_the_kernels(batch, monkeypatch):
+    visual, text = tokens(math.prod(batch) * 33, math.prod(batch) * 4, 16)
+    visual, text = visual.view(*batch, 33, 16), text.view(*batch, 4, 16)
+    given = torch.tensor([2, 32]).expand(*batch, 2)
+    expected = reference(visual, text, 9, 0.5, given=given)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    calls = []
+    monkeypatch.setattr(kernels, "mi_picks", lambda *a, _run=kernels.mi_picks, **k: calls.append(1) or _run(*a, **k))
+    visual, text, given = visual.to(DEVICE), text.to(DEVICE), given.to(DEVICE)
+    assert torch.equal(mi_picks(visual, text, 9, 0.5, given=given).cpu(), expected)
+    assert calls == [1]
+
+
+def test_more_tokens_than_a_program_holds():
+    with pytest.raises(ValueError, match="at most 16384"):
+        picks(torch.empty(1, 16385, 1), torch.empty(1, 1, 1), 4, 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("n_visual", [576, 2304, 16384])
+def test_large_pictures(n_visual):
+    visual, text = tokens(n_visual, 20, 512, dtype=torch.bfloat16)
+    expected = reference(visual.to(DEVICE), text.to(DEVICE), n_visual // 8, 0.5).cpu()
+    same = (picks(visual[None], text[None], n_visual // 8, 0.5)[0] == expected).float().mean()
+    assert same == 1
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mipruner import kernels
+
+def compile(kernel, dtype, warps, **constants):
+    kinds = {"rows": dtype, "columns": dtype, "picks": "i64", "given": "i64", "tau": "fp32", "lam": "fp32"}
+    floats = "rho row_norm column_norm lse relevance".split()
+    lengths = "n_rows n_columns n_visual n_text n_keep".split()
+    kinds |= dict.fromkeys(floats, "fp32") | dict.fromkeys(lengths, "i64")
+    pointers = {"rows", "columns", "picks", "given", *floats, *lengths}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = kinds.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else "*" + kind if name in pointers else kind
+        if name in pointers or name in ("R", "N", "D"):
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+    print(kernel.__name__, dtype, "wgmma" in ptx)
+
+for dtype in ("bf16", "fp16", "fp32"):
+    compile(kernels.similarity_kernel, dtype, 4, SYMMETRIC=True, BLOCK=64, BLOCK_D=32 if dtype == "fp32" else 64)
+compile(kernels.log_sums_kernel, "", 4, BLOCK=1024)
+for kernel in (kernels.relevance_kernel, kernels.greedy_kernel):
+    compile(kernel, "", 32, BLOCK=16384)
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    """Types and shapes hold for sm_90 in every dtype, and 16-bit tiles reach its tensor cores."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "similarity_kernel bf16 True",
+        "similarity_kernel fp16 True",
+        "similarity_kernel fp32 False",
+        "log_sums_kernel  False",
+        "relevance_kernel  False",
+        "greedy_kernel  False",
+    ]
