@@ -71,16 +71,16 @@ def run_cell(config: dict[str, Any], name: str = "") -> dict[str, Any]:
     if cell.is_done and not config["overwrite"]:
         print(f"finished before: {cell.path} (overwrite=true runs it again)")
         return cell.record()
-    cell.open(config["overwrite"])
     device = config["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    benchmark = load_benchmark(OmegaConf.to_yaml(config["dataset"]["benchmark"]))
+    samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
+    adapter = load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), device)
+    pruner = instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
+    pipeline = Pipeline(adapter, pruner, config["keep"], instantiate(config["decoding"]))
+    cell.open(config["overwrite"])
     with track(config["logger"], cell) as report:
-        benchmark = load_benchmark(OmegaConf.to_yaml(config["dataset"]["benchmark"]))
-        samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
-        adapter = load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), device)
-        pruner = instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
-        pipeline = Pipeline(adapter, pruner, config["keep"], instantiate(config["decoding"]))
         record = evaluate(cell, pipeline, benchmark, samples, command=shlex.join(["python", *sys.argv]))
         if config["n_masks"]:
             draw_cell(cell.path, benchmark, config["n_masks"])
