@@ -61,18 +61,21 @@ def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
 
 
 def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) -> None:
-    """One row a sample, the whole picture first and then one column a cell, titled with question and answers."""
+    """For each sample the whole picture, then one panel a cell; blue titles are right answers, orange ones wrong."""
     read = [read_cell(cell) for cell in cells]
-    figure, axes = plt.subplots(
-        len(samples), 1 + len(cells), figsize=(2.5 * (1 + len(cells)), 3.0 * len(samples)), squeeze=False
-    )
-    for line, sample in zip(axes, samples, strict=True):
+    width = 1 + len(cells)
+    per_line = max(1, 6 // width)
+    lines = -(-len(samples) // per_line)
+    size = (2.5 * width * per_line, 3.1 * lines)
+    figure, axes = plt.subplots(lines, width * per_line, figsize=size, squeeze=False)
+    for k, sample in enumerate(samples):
+        line = axes[k // per_line, k % per_line * width :]
         first = read[0][1][sample]
         image = benchmark.images(first["image_id"])[0]
         line[0].imshow(image)
-        question = "\n".join(textwrap.wrap(first["question"], 34))
-        line[0].set_title(f"{question}\n{_answer(first['answer'])}", fontsize=8, loc="left")
-        for axis, (record, rows) in zip(line[1:], read, strict=True):
+        question = "\n".join(textwrap.wrap(first["question"], 36))
+        line[0].set_title(f"{question}\nanswer: {_answer(first['answer'])}", fontsize=8, loc="left")
+        for axis, (record, rows) in zip(line[1:], read, strict=False):
             row = rows[sample]
             axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
             right = row["correct"] is not None and row["correct"] >= 0.5
