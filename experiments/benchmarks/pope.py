@@ -1,0 +1,58 @@
+"""POPE on COCO, the later version: 3,000 questions each in random, popular and adversarial, on 500 pictures.
+
+https://arxiv.org/abs/2305.10355
+"""
+
+from collections.abc import Sequence
+
+from experiments.benchmarks.base import Sample
+from experiments.benchmarks.prompts import check_prompt, with_format
+from experiments.benchmarks.table import TableBenchmark, by_picture
+from experiments.metrics import POPE_CATEGORIES, POPERow, check_scoring, pope_correct, pope_scores
+
+
+class POPE(TableBenchmark):
+    """Object presence, yes or no: accuracy, F1 and yes-rate of each category, and the mean of the three.
+
+    ``prompt``: "short_answer" is LLaVA's; "plain" is the bare question, which the full-token row of MI-Pruner's tables
+    appears to be made with (yes-rate .56 where LLaVA's prompt gives about .42). LLaVA's own files are an earlier
+    version with 2,910 random questions.
+    """
+
+    columns = ("question_id", "question", "answer", "image_source", "category")
+    image_column = "image_source"
+
+    def __init__(
+        self, hub: Sequence[str], path: str | None = None, prompt: str = "short_answer", scoring: str = "llava"
+    ):
+        super().__init__(hub, path)
+        self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)
+
+    def samples(self) -> list[Sample]:
+        return by_picture(
+            [
+                Sample(
+                    id=f"{row['category']}/{row['question_id']}",
+                    text=with_format(row["question"], self.prompt),
+                    question=row["question"],
+                    answer=row["answer"],
+                    image_id=image_id,
+                    task=row["category"],
+                )
+                for row, image_id in self.rows()
+            ]
+        )
+
+    def correct(self, sample: Sample, prediction: str) -> float:
+        return pope_correct(prediction, sample.answer, self.scoring)
+
+    def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
+        scored = list(zip(samples, scores, strict=True))
+        by_category = {c: [score for sample, score in scored if sample.task == c] for c in POPE_CATEGORIES}
+        return {"accuracy": list(scores)} | {f"{c}_accuracy": category for c, category in by_category.items()}
+
+    def metrics(
+        self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
+    ) -> dict[str, float]:
+        answered = zip(samples, predictions, strict=True)
+        return pope_scores([POPERow(s.task, s.answer, prediction) for s, prediction in answered], self.scoring)

@@ -1,0 +1,392 @@
+"""The benchmarks' tables through the real loader, on five-row files in the hub's exact schema."""
+
+import io
+import json
+import re
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from experiments.benchmarks import table
+from experiments.benchmarks.base import BenchmarkError, SampleError
+
+ROOT = Path(__file__).parent.parent
+SCHEMAS = ROOT / "tests/data/schemas"
+FILES = {
+    "gqa": SCHEMAS,
+    "scienceqa": SCHEMAS / "scienceqa_img.parquet",
+    "textvqa": SCHEMAS / "textvqa_validation.parquet",
+    "mme": SCHEMAS / "mme_test.parquet",
+    "pope": SCHEMAS / "pope_test.parquet",
+}
+SHORT = "Answer the question using a single word or phrase."
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing of a test lands in the caches of whoever runs it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def benchmark(name, path=None, **options):
+    config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml")})
+    config.dataset.path = str(path or FILES[name])
+    config.dataset.benchmark.update(options)
+    return instantiate(config.dataset.benchmark)
+
+
+def rewrite(name, target, change):
+    """A copy of a schema file in which ``change`` has edited the rows."""
+    source = pq.read_table(FILES[name])
+    rows = source.to_pylist()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(change(rows) or rows, schema=source.schema), target)
+    return target
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_samples_keep_the_contract(name):
+    bench = benchmark(name)
+    samples = bench.samples()
+    assert len({sample.id for sample in samples}) == len(samples) == (4 if name == "mme" else 5)
+    assert bench.samples() == samples
+    image_ids = [sample.image_id for sample in samples]
+    changes = sum(a != b for a, b in pairwise(image_ids))
+    assert changes == len(set(image_ids)) - 1
+    for sample in samples:
+        assert sample.question in sample.text
+        (picture,) = bench.images(sample.image_id)
+        assert picture.mode == "RGB" and picture.size == (32, 32)
+    json.dumps([[sample.answer, sample.meta] for sample in samples])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_right_and_failed_answers(name):
+    bench = benchmark(name)
+    samples = bench.samples()
+    right = [sample.answer[0] if isinstance(sample.answer, list) else sample.answer for sample in samples]
+    scores = bench.score(samples, right)
+    assert scores == [1] * len(samples)
+    assert next(iter(bench.metrics(samples, right, scores).values())) == 100
+    failed = [None] * len(samples)
+    assert bench.score(samples, failed) == [0] * len(samples)
+    metrics = bench.metrics(samples, failed, bench.score(samples, failed))
+    assert next(iter(metrics.values())) == 0
+    assert set(bench.standard_errors(samples, scores)) <= set(metrics)
+
+
+def test_gqa():
+    samples = benchmark("gqa").samples()
+    assert [sample.id for sample in samples] == ["20000000", "20000003", "20000001", "20000004", "20000002"]
+    assert samples[0].text == f"Is the square red?\n{SHORT}"
+    assert [sample.task for sample in samples] == ["binary", "open", "open", "binary", "binary"]
+    bench = benchmark("gqa", scoring="lmms_eval")
+    predictions = ["Yes.", "the blue", "chair!", "yes", "outdoors"]
+    assert bench.score(samples, predictions) == [1, 0, 1, 0, 1]
+    assert benchmark("gqa").score(samples, predictions) == [1, 0, 0, 0, 1]
+    metrics = bench.metrics(samples, predictions, bench.score(samples, predictions))
+    assert metrics == pytest.approx({"accuracy": 60, "binary": 200 / 3, "open": 50})
+
+
+def test_scienceqa():
+    bench = benchmark("scienceqa")
+    with_context, without = bench.samples()[:2]
+    option_letter = "Answer with the option's letter from the given choices directly."
+    assert with_context.text == (
+        f"Context: Figure: a made-up square.\nWhich one is number 0?\nA. solid\nB. liquid\n{option_letter}"
+    )
+    assert without.text == f"Which one is number 1?\nA. solid\nB. liquid\nC. gas\n{option_letter}"
+    assert [sample.answer for sample in bench.samples()] == ["A", "B", "A", "B", "A"]
+    assert bench.correct(with_context, "C") == 0
+
+
+def test_scienceqa_finds_equal_pictures_by_content(tmp_path):
+    def change(rows):
+        rows[4]["image"] = rows[0]["image"]
+
+    samples = benchmark("scienceqa", rewrite("scienceqa", tmp_path / "x.parquet", change)).samples()
+    assert [sample.id for sample in samples] == ["0", "4", "1", "2", "3"]
+
+
+def test_textvqa():
+    samples = benchmark("textvqa").samples()
+    assert samples[0].text == f"What is the brand?\nReference OCR token: ACME, 12\n{SHORT}"
+    assert samples[2].text == f"Who made this?\nReference OCR token: \n{SHORT}"
+    assert benchmark("textvqa", ocr=False).samples()[0].text == f"What is the brand?\n{SHORT}"
+    assert benchmark("textvqa").score(samples, ["Acme.", "x", "bob", "ten past ten", "8oz"]) == [1, 0, 1, 1, 0.9]
+
+
+def test_textvqa_without_answers(tmp_path):
+    def change(rows):
+        rows[1]["answers"] = []
+
+    with pytest.raises(BenchmarkError, match="question 34603 has 0 answers"):
+        benchmark("textvqa", rewrite("textvqa", tmp_path / "x.parquet", change)).samples()
+
+
+def test_mme():
+    samples = benchmark("mme").samples()
+    assert [sample.id for sample in samples[:2]] == ["existence/0001.png#0", "existence/0001.png#1"]
+    assert samples[0].text == f"Is there a square in this image?\n{SHORT}"
+    plain = benchmark("mme", prompt="plain").samples()[0]
+    assert plain.text == "Is there a square in this image? Please answer yes or no."
+    assert plain.question == samples[0].question == "Is there a square in this image?"
+
+
+def test_mme_cognition_and_pairs(tmp_path):
+    def change(rows):
+        rows.append({**rows[4], "question": "Is it  C?  Please answer yes or no.", "answer": "No"})
+
+    samples = benchmark("mme", rewrite("mme", tmp_path / "x.parquet", change), cognition=True).samples()
+    assert [sample.task for sample in samples[4:]] == ["code_reasoning"] * 2
+    assert samples[5].text == f"Is it  C?\n{SHORT}"
+    with pytest.raises(BenchmarkError, match=r"two questions a picture; code_reasoning/0003.png has 1"):
+        benchmark("mme", cognition=True).samples()
+
+
+def test_pope():
+    samples = benchmark("pope").samples()
+    assert samples[0].id == "adversarial/1"
+    assert samples[0].text == f"Is there a square in the image?\n{SHORT}"
+    assert benchmark("pope", prompt="plain").samples()[0].text == "Is there a square in the image?"
+    bench = benchmark("pope")
+    predictions = ["yes", "", "Yes", "No", None]
+    scores = bench.score(samples, predictions)
+    assert scores == [1, 0, 1, 1, 0]
+    metrics = bench.metrics(samples, predictions, scores)
+    assert (metrics["adversarial_accuracy"], metrics["popular_accuracy"], metrics["random_accuracy"]) == (50, 100, 50)
+    assert metrics["accuracy"] == pytest.approx(200 / 3)
+
+
+def test_pope_keys_on_category_and_number(tmp_path):
+    """question_id starts anew in each category."""
+
+    def change(rows):
+        for row in rows:
+            row["question_id"] = "1"
+        return [rows[0], rows[2], rows[3]]
+
+    samples = benchmark("pope", rewrite("pope", tmp_path / "x.parquet", change)).samples()
+    assert [sample.id for sample in samples] == ["adversarial/1", "popular/1", "random/1"]
+
+
+@pytest.mark.parametrize("options", [{"prompt": "chatty"}, {"scoring": "vlmeval"}])
+def test_unknown_option(options):
+    with pytest.raises(Exception, match=r"is not one of (short_answer, plain|llava, lmms_eval)"):
+        benchmark("pope", **options)
+
+
+def test_each_picture_is_decoded_once(monkeypatch):
+    opened = []
+    monkeypatch.setattr(table.Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
+    bench = benchmark("pope")
+    samples = bench.samples()
+    assert not opened
+    for sample in samples:
+        bench.images(sample.image_id)
+    assert len(opened) == len({sample.image_id for sample in samples}) == 3
+
+
+def test_pictures_kept_in_memory_are_bounded():
+    bench = benchmark("scienceqa")
+    pictures = table.Pictures(bench.table, {f"{i}": i for i in range(5)}, cache_size=2)
+    for i in range(5):
+        pictures.load(f"{i}")
+    assert pictures.load.cache_info().currsize == 2
+
+
+def test_a_broken_picture_is_an_error_of_its_sample_alone(tmp_path):
+    def change(rows):
+        whole = rows[0]["image"]["bytes"]
+        rows[0]["image"] = {"bytes": b"not a picture", "path": None}
+        rows[2]["image"] = {"bytes": whole[: len(whole) // 2], "path": None}
+        rows[4]["image"] = None
+
+    bench = benchmark("pope", rewrite("pope", tmp_path / "x.parquet", change))
+    first, _, second, _, third = bench.samples()
+    for sample, reason in ((first, "cannot be decoded"), (second, "cannot be decoded"), (third, "is empty")):
+        with pytest.raises(SampleError, match=f"{sample.image_id} {reason}"):
+            bench.images(sample.image_id)
+    with pytest.raises(SampleError, match="no picture COCO_9 in the table"):
+        bench.images("COCO_9")
+
+
+def test_grey_and_palette_pictures_become_rgb(tmp_path):
+    def change(rows):
+        for row, mode in zip(rows, ("L", "P", "RGBA", "1", "CMYK"), strict=True):
+            content = io.BytesIO()
+            Image.new(mode, (5, 7)).save(content, "TIFF" if mode == "CMYK" else "PNG")
+            row["image"] = {"bytes": content.getvalue(), "path": None}
+
+    bench = benchmark("scienceqa", rewrite("scienceqa", tmp_path / "x.parquet", change))
+    assert {bench.images(sample.image_id)[0].mode for sample in bench.samples()} == {"RGB"}
+
+
+# ------------------------------------------------------------------------------------------------------- local layouts
+
+
+def test_a_folder_laid_out_like_the_repository(tmp_path):
+    for name in ("data/test-00000-of-00002.parquet", "data/test-00001-of-00002.parquet", "Full/random-00000.parquet"):
+        rewrite("pope", tmp_path / name, lambda rows: rows[:2])
+    assert len(benchmark("pope", tmp_path).samples()) == 4
+    assert len(benchmark("pope", tmp_path / "data/*.parquet").samples()) == 4
+    (tmp_path / "data/test-00001-of-00002.parquet").unlink()
+    with pytest.raises(BenchmarkError, match="1 of the 2 parquet files of split test"):
+        benchmark("pope", tmp_path).samples()
+
+
+def test_config_and_split_pick_the_files(tmp_path):
+    for name in ("ScienceQA-FULL/test-00000-of-00001", "ScienceQA-IMG/validation-00000-of-00001"):
+        rewrite("scienceqa", tmp_path / f"{name}.parquet", lambda rows: rows[:1])
+    with pytest.raises(BenchmarkError, match="no parquet file of config ScienceQA-IMG, split test; it has ScienceQA-F"):
+        benchmark("scienceqa", tmp_path).samples()
+    rewrite("scienceqa", tmp_path / "ScienceQA-IMG/test-00000-of-00001.parquet", lambda rows: rows[:3])
+    assert len(benchmark("scienceqa", tmp_path).samples()) == 3
+
+
+def test_errors_of_files_are_one_line(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"nowhere.parquet does not exist; give a parquet file"):
+        benchmark("pope", tmp_path / "nowhere.parquet").samples()
+    with pytest.raises(BenchmarkError, match=r"lacks the column answer, image_source, question_id; it has .*question"):
+        pq.write_table(pq.read_table(FILES["pope"]).select(["question", "image", "category"]), tmp_path / "a.parquet")
+        benchmark("pope", tmp_path / "a.parquet").samples()
+    with pytest.raises(BenchmarkError, match="lacks the column image;"):
+        pq.write_table(pq.read_table(FILES["pope"]).drop(["image"]), tmp_path / "b.parquet")
+        benchmark("pope", tmp_path / "b.parquet").samples()
+    with pytest.raises(BenchmarkError, match=r"the column image of .* holds no pictures"):
+        numbers = pq.read_table(FILES["pope"]).drop(["image"]).append_column("image", pa.array(range(5)))
+        pq.write_table(numbers, tmp_path / "c.parquet")
+        benchmark("pope", tmp_path / "c.parquet").samples()
+    with pytest.raises(BenchmarkError, match=r"d.parquet cannot be read: ") as error:
+        (tmp_path / "d.parquet").write_bytes(b"PAR1 this is no parquet file")
+        benchmark("pope", tmp_path / "d.parquet").samples()
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The four kinds of request with which a data set is fetched from the hub."""
+
+    repositories: dict[str, dict[str, bytes]]
+    fetched: list[str]
+    sha = "0" * 40
+
+    def reply(self, content: bytes, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), "X-Repo-Commit": self.sha, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(resolve|tree|revision)/[^/]+/?(.*))?", path)
+        files = match and self.repositories.get(match[1])
+        if files is None:
+            return self.reply(b"{}", 404, X_Error_Code="RepoNotFound")
+        if match[2] == "resolve":
+            if self.command == "GET":
+                self.fetched.append(match[3])
+            return self.reply(files[match[3]], ETag=f'"{hash(files[match[3]])}"')
+        if match[2] == "tree":
+            listing = [{"type": "file", "path": n, "size": len(c), "oid": f"{hash(c)}"} for n, c in files.items()]
+            return self.reply(json.dumps(listing).encode())
+        info = {"id": match[1], "sha": self.sha, "siblings": [{"rfilename": name} for name in files]}
+        return self.reply(json.dumps(info).encode())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def hub(monkeypatch, repositories):
+    handler = type("Handler", (Hub,), {"repositories": repositories, "fetched": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    constants, endpoint = huggingface_hub.constants, f"http://127.0.0.1:{server.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    try:
+        yield handler
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def from_hub(name):
+    config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml")})
+    return instantiate(config.dataset.benchmark)
+
+
+def test_hub_fetches_the_split_alone_and_serves_it_without_a_network(monkeypatch):
+    content = FILES["textvqa"].read_bytes()
+    files = {f"data/{name}-00000-of-00001.parquet": content for name in ("train", "validation", "test")}
+    with hub(monkeypatch, {"lmms-lab/textvqa": files}) as server:
+        samples = from_hub("textvqa").samples()
+        assert len(samples) == 5
+        assert server.fetched == ["data/validation-00000-of-00001.parquet"]
+    start = time.monotonic()
+    assert from_hub("textvqa").samples() == samples
+    assert time.monotonic() - start < 4
+
+
+def test_hub_tries_the_renamed_organisation(monkeypatch):
+    files = {f"data/{name}.parquet": (SCHEMAS / f"{name}.parquet").read_bytes() for name in ("mme_test", "pope_test")}
+    with hub(monkeypatch, {"lmms-lab-encoder/MME": {"data/test-00000.parquet": files["data/mme_test.parquet"]}}):
+        assert len(from_hub("mme").samples()) == 4
+        with pytest.raises(BenchmarkError, match=r"lmms-lab/POPE is not there.*lmms-lab-encoder/POPE is not there"):
+            from_hub("pope").samples()
+
+
+def test_hub_without_the_split(monkeypatch):
+    files = {"data/train-00000.parquet": b"", "README.md": b""}
+    with (
+        hub(monkeypatch, {"lmms-lab/POPE": files}),
+        pytest.raises(BenchmarkError, match="lmms-lab/POPE has no parquet file of split test; it has data/train-00000"),
+    ):
+        from_hub("pope").samples()
+
+
+def test_no_network_is_one_line_within_seconds(monkeypatch):
+    with hub(monkeypatch, {}):
+        pass  # now nobody listens there
+    start = time.monotonic()
+    with pytest.raises(BenchmarkError, match=r"the hub cannot be reached .*set dataset.path") as error:
+        from_hub("pope").samples()
+    assert time.monotonic() - start < 4
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BenchmarkError, match=r"the hub cannot be reached .*offline mode.*set dataset.path"):
+        from_hub("pope").samples()
+
+
+def test_a_network_that_never_answers(monkeypatch):
+    monkeypatch.setattr(table, "HUB_TIMEOUT_S", 0.3)
+    with hub(monkeypatch, {}) as server:
+        server.do_GET = lambda self: time.sleep(1)
+        start = time.monotonic()
+        with pytest.raises(BenchmarkError, match="the hub cannot be reached"):
+            from_hub("pope").samples()
+        assert time.monotonic() - start < 1
