@@ -15,6 +15,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -63,6 +64,9 @@ DATASETS = {
     "tgif": "TGIF",
     "msvd": "MSVD",
     "msrvtt": "MSRVTT",
+    "demo": "Demo",
+    "demo_sparse": "Demo, sparse",
+    "demo_canvases": "Demo, canvases",
 }
 MODELS = {
     "llava15_7b": "LLaVA-1.5-7B",
@@ -87,6 +91,8 @@ METRICS = {
     "latency_ms": "latency (ms)",
 }
 HEADLINES = {
+    "demo": ["accuracy", "gqa", "scienceqa", "textvqa", "mme", "pope"],
+    "demo_canvases": ["accuracy", "gqa", "scienceqa", "textvqa", "mme", "pope"],
     "mmvet": ["score"],
     "mme": ["perception"],
     "pope": ["accuracy", "f1", "yes_rate"],
@@ -121,7 +127,7 @@ def wanted(table: str) -> pd.DataFrame:
         return paper[paper.table == table].reset_index(drop=True)
     if not (EXPERIMENTS / f"{table}.yaml").exists():
         raise ValueError(f"there is no table {table!r}: choose from {', '.join(table_names())}")
-    frame = pd.DataFrame([row for sweep in sweeps(table) for row in product(table, sweep)], columns=WANTED)
+    frame = pd.DataFrame(product(table, sweep(table)), columns=WANTED)
     return frame.assign(value=math.nan, printed="", spread=math.nan, notes=[[] for _ in range(len(frame))])
 
 
@@ -130,23 +136,24 @@ def table_names() -> list[str]:
     return [*TITLES, *sorted({path.stem for path in EXPERIMENTS.glob("demo_*.yaml")} - set(TITLES))]
 
 
-def sweeps(experiment: str) -> list[dict[str, list[str]]]:
-    """What an experiment file sweeps, by key."""
+def sweep(experiment: str) -> dict[str, list[str]]:
+    """What an experiment file sweeps, by key of the command line."""
     params = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text())["hydra"]["sweeper"]["params"]
-    return [{key: [value.strip() for value in str(values).split(",")] for key, values in params.items()}]
+    return {key: [value.strip() for value in str(values).split(",")] for key, values in params.items()}
 
 
-def product(table: str, sweep: dict[str, list[str]]) -> list[tuple]:
-    """The numbers that a sweep measures, as rows of `WANTED`; its seeds are one number."""
-    fixed = ("model", "keep", "pruner", "dataset", "seed")
-    extra = [key for key in sweep if key not in fixed]
+def product(table: str, swept: dict[str, list[str]]) -> list[tuple]:
+    """The numbers that a sweep measures, as rows of `WANTED`. Seeds are one number; all tokens have one budget."""
+    named = ("model", "keep", "pruner", "dataset")
+    extra = [key for key in swept if key not in (*named, "seed")]
     rows = []
-    for model, keep, method, dataset in itertools.product(*(sweep[key] for key in fixed[:4])):
-        for values in itertools.product(*(sweep[key] for key in extra)):
+    for model, keep, method, dataset in itertools.product(*(swept[key] for key in named)):
+        for values in itertools.product(*(swept[key] for key in extra)):
             setting = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(extra, values, strict=True))
+            keep = "1.0" if method == "none" else keep
             metrics = HEADLINES.get(dataset, ["accuracy"])
             rows += [(table, model, keep, method, setting, dataset, metric) for metric in metrics]
-    return rows
+    return list(dict.fromkeys(rows))
 
 
 # ---------------------------------------------------------------------------------------------------- what was measured
@@ -166,16 +173,17 @@ def same(a, b) -> bool:
 
 
 def satisfies(cell, setting: dict[str, str]) -> bool:
-    """Whether a cell has these settings of its pruner and is default in everything else."""
-    options = cell.config.get("pruner") or {}
-    return all(same(options.get(key), value) for key, value in setting.items()) and set(cell.differs) <= set(setting)
+    """Whether a cell has these settings and is default in everything else."""
+    return all(same(cell.settings.get(key), value) for key, value in setting.items()) and cell.differs <= set(setting)
 
 
-def find(cells: pd.DataFrame, model: str, dataset: str, method: str, keep: str, setting: str = "") -> list:
-    """The cells that measured this, one per seed: of several (an older limit, say) the one with the most samples."""
-    named = cells[(cells.model == model) & (cells.dataset == dataset) & (cells.method == method)]
+def find(cells: list, method: str, keep: str, setting: str = "") -> list:
+    """Of the cells of one method those that measured this budget, one per seed of the random pruner, else one.
+
+    Of several that did (with a limit, say) the one with the most samples counts.
+    """
     by_seed = {}
-    for cell in sorted(named.itertuples(index=False), key=lambda cell: (cell.n_samples, cell.finished)):
+    for cell in sorted(cells, key=lambda cell: (cell.n_samples, cell.finished)):
         same_budget = method == "none" or (same(cell.keep, keep) and ("." in cell.keep) == ("." in keep))
         if same_budget and satisfies(cell, parse_setting(setting)):
             by_seed[cell.seed] = cell
@@ -194,17 +202,21 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     - rank and printed_rank: 1 best, 2 second best of the budget, else 0; equal numbers share a rank, and the model with
       all tokens has none
     """
+    named = {key: list(rows.itertuples(index=False)) for key, rows in cells.groupby(["model", "dataset", "method"])}
     rows = []
     for want in wanted.itertuples(index=False):
-        found = find(cells, want.model, want.dataset, want.method, want.keep, want.setting)
-        found = [cell for cell in found if want.metric in cell.metrics]
-        values = pd.Series([cell.metrics[want.metric] for cell in found], dtype=float)
-        errors = [cell.standard_errors.get(want.metric, math.nan) for cell in found]
-        row = {"ours": values.mean(), "error": values.std() if len(found) > 1 else errors[0] if found else math.nan}
+        candidates = named.get((want.model, want.dataset, want.method), [])
+        found = find([cell for cell in candidates if want.metric in cell.metrics], want.method, want.keep, want.setting)
+        values = [cell.metrics[want.metric] for cell in found]
+        errors = [cell.standard_errors.get(want.metric, math.nan) for cell in found] or [math.nan]
+        row = {
+            "ours": np.mean(values) if found else math.nan,
+            "error": np.std(values, ddof=1) if len(found) > 1 else errors[0],
+        }
         row["difference"] = row["ours"] - want.value
         row["n_seeds"] = len(found)
         for name in ("n_samples", "n_failed", "n_visual", "n_kept", "layer_mean"):
-            row[name] = pd.Series([getattr(cell, name) for cell in found], dtype=float).mean()
+            row[name] = np.mean([getattr(cell, name) for cell in found]) if found else math.nan
         row["cell"] = " ".join(cell.path.as_posix() for cell in found)
         rows.append(row)
     table = pd.concat([wanted, pd.DataFrame(rows, index=wanted.index)], axis=1)
@@ -358,7 +370,7 @@ def entry(number, marks: str) -> Entry:
         number.printed,
         text(number.spread),
         number.printed_rank,
-        text(number.difference, "+"),
+        text(number.difference, "+z"),
         marks,
     )
 

@@ -11,7 +11,7 @@ import zlib
 import pandas as pd
 import pytest
 
-from analysis import load, tables
+from analysis import figures, load, tables
 
 SPLITS = ("random", "popular", "adversarial")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -102,19 +102,29 @@ def test_known_slips(paper):
 # -------------------------------------------------------------------------------------------------------- toy records
 
 
+def toy_config(**options):
+    pruner = {"name": "mi", "lam": 1.0, "tau": 0.1, "aggregation": "max", "normalization": "softmax"}
+    return {"pruner": pruner | options, "text_scope": "user", "limit": None}
+
+
+@pytest.fixture(autouse=True)
+def toy_defaults(monkeypatch):
+    monkeypatch.setattr(load, "default_settings", lambda *names: load.settings(toy_config()))
+
+
 def write_record(results, model, dataset, pruner, keep, metrics, *, seed=0, n=200, errors=None, failed=(), **options):
     """A finished cell; ``options`` are settings of the pruner that are not the default."""
-    differs = [f"{key}={value}" for key, value in options.items()] + ([f"seed={seed}"] if seed else [])
+    words = [f"keep={keep}", *(f"{key}={value}" for key, value in options.items())]
     n_kept = 576 if pruner == "none" else int(keep) if "." not in keep else round(float(keep) * 576)
     layer_mean = (2 * 576 + 30 * n_kept) / 32 if pruner == "fastv" else float(n_kept)
-    name = f"{','.join([f'keep={keep}', *differs])}-{zlib.crc32(repr((n, differs)).encode()):08x}"
-    folder = results / model / dataset / pruner / name
+    identity = f"{zlib.crc32(repr((words, n, seed)).encode()):08x}"
+    folder = results / model / dataset / pruner / f"{','.join(words)}-{identity}"
     folder.mkdir(parents=True)
     record = {
         "schema": 1,
-        "id": name.rpartition("-")[2],
-        "cell": {"model": model, "dataset": dataset, "pruner": pruner, "keep": keep, "seed": seed},
-        "config": {"pruner": {"lam": 1.0, "tau": 0.1, "aggregation": "max", "normalization": "softmax"} | options},
+        "id": identity,
+        "cell": {"model": model, "dataset": dataset, "pruner": pruner, "keep": json.loads(keep), "seed": seed},
+        "config": toy_config(**options),
         "command": f"python run.py model={model} dataset={dataset} pruner={pruner} keep={keep}",
         "git_commit": "0" * 40,
         "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},
@@ -242,9 +252,8 @@ def test_an_ablation_never_fills_a_main_table_nor_the_other_way_round(results):
 
 def test_one_token_and_all_tokens_are_different_budgets(results):
     write_record(results, "llava15_7b", "gqa", "mi", "1", {"accuracy": 40.0})
-    cells = load.cells(results)
-    assert tables.find(cells, "llava15_7b", "gqa", "mi", "1.0") == []
-    assert len(tables.find(cells, "llava15_7b", "gqa", "mi", "1")) == 1
+    cells = list(load.cells(results).itertuples())
+    assert tables.find(cells, "mi", "1.0") == [] and tables.find(cells, "mi", "1") == cells
 
 
 def test_of_two_runs_the_one_with_more_samples_counts_and_odd_counts_are_said(results):
@@ -311,3 +320,85 @@ def test_a_broken_record_is_named(results):
     (folder / "record.json").write_text('{"schema": 1')
     with pytest.raises(ValueError, match=r"record\.json is not a finished record.*delete its folder"):
         load.cells(results)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def fill(results, source, accuracy=lambda want: 50.0, skip=lambda want: False):
+    """A record for every number that a table or experiment wants."""
+    for want in tables.wanted(source).drop_duplicates(["model", "dataset", "method", "keep", "setting"]).itertuples():
+        if not skip(want):
+            options = {k: json.loads(v) if v[0].isdigit() else v for k, v in tables.parse_setting(want.setting).items()}
+            metrics = dict.fromkeys(tables.HEADLINES.get(want.dataset, ["accuracy"]), accuracy(want))
+            write_record(results, want.model, want.dataset, want.method, want.keep, metrics, **options)
+
+
+def drawn(figure, ax=0):
+    """{label: (x, y)} of the points with error bars in one panel."""
+    return {bar.get_label(): tuple(map(list, bar.lines[0].get_data())) for bar in figure.axes[ax].containers}
+
+
+def test_accuracy_over_budget(results):
+    fill(
+        results,
+        "fig4",
+        accuracy=lambda want: 60.0 if want.method == "none" else 10.0 * float(want.keep),
+        skip=lambda want: want.method == "dart" or (want.method == "mi" and want.keep == "0.5"),
+    )
+    figure = figures.draw_figure("fig4", load.cells(results))
+    assert [ax.get_title() for ax in figure.axes] == ["Qwen2-VL-7B", "Qwen2.5-VL-7B"]
+    lines = drawn(figure)
+    assert lines["FastV"] == ([75, 50, 25], [7.5, 5.0, 2.5])
+    assert lines["MI-Pruner"][1][::2] == [7.5, 2.5] and math.isnan(lines["MI-Pruner"][1][1]), "a gap, not a guess"
+    assert "DART" not in lines or all(map(math.isnan, lines["DART"][1]))
+    (full,) = (line for line in figure.axes[0].lines if line.get_label() == "All tokens")
+    assert set(full.get_ydata()) == {60.0}
+
+
+def test_accuracy_over_lam_names_the_best_of_each_budget(results):
+    fill(results, "fig6b", accuracy=lambda want: 50 - 10 * abs(float(want.setting.split("=")[1]) - 0.6))
+    figure = figures.draw_figure("fig6b", load.cells(results))
+    x, y = drawn(figure)["keep 64"]
+    assert x == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1] and max(y) == y[6] == 50.0
+    assert [(text.get_text(), text.xy) for text in figure.axes[0].texts] == [("50.0", (0.6, 50.0))] * 2
+
+
+def test_choices_stand_beside_the_papers(results):
+    fill(results, "table6", accuracy=lambda want: 70.0 if want.setting.endswith("softmax") else 60.0)
+    figure = figures.draw_figure("table6", load.cells(results))
+    assert drawn(figure)["normalization = softmax"][1] == [70.0] * 4
+    printed = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert printed["normalization = softmax, paper"] == [56.88, 55.78, 69.81, 69.26]
+
+
+def test_tradeoff_has_a_point_for_every_measured_method(results):
+    fill(results, "table1", skip=lambda want: want.method in ("dart", "random"))
+    figure = figures.draw_figure("tradeoff", load.cells(results))
+    assert len([ax for ax in figure.axes if ax.get_title()]) == 2 * 6
+    assert set(drawn(figure)) == {tables.METHODS[m] for m in tables.wanted("table1").method} - {
+        "DART",
+        "Random",
+        "All tokens",
+    }
+    assert all(x == [49.5] for x, _ in drawn(figure).values())
+
+
+def test_figures_are_written_where_something_was_measured(results, tmp_path):
+    assert figures.write(list(figures.FIGURES), results, tmp_path / "out") == []
+    fill(results, "table5")
+    written = figures.write(list(figures.FIGURES), results, tmp_path / "out")
+    assert {path.name for path in written} >= {"table5.pdf", "table5.png"}
+    assert all(path.stat().st_size > 5_000 for path in written)
+    with pytest.raises(ValueError, match=r"no figure 'fig9'.*fig4"):
+        figures.draw_figure("fig9", load.cells(results))
+
+
+def test_every_method_has_a_name_and_a_style():
+    from mipruner import PRUNERS
+
+    assert set(PRUNERS) <= set(tables.METHODS)
+    assert set(PRUNERS) - {"none"} <= set(figures.STYLES)
+    assert (
+        len(set(figures.STYLES.values())) == len({style[1] for style in figures.STYLES.values()}) == len(figures.STYLES)
+    )

@@ -1,0 +1,275 @@
+"""Figures from the result records, as PDF for print and PNG for the screen.
+
+    python -m analysis.figures                                      all of them, from results/ into docs/results/
+    python -m analysis.figures --figure fig6b --results results --out figures
+
+A figure draws the same comparison as a table (`analysis.tables.compare`): what was not measured is not drawn, and where
+the paper prints the number it stands beside ours as a hollow marker. Colours are Okabe and Ito's, told apart by readers
+with any colour vision; every method also has its own marker, so the figures survive a grey printer.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import load, tables
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = [
+    "#000000",
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#d9c400",
+    "#0072b2",
+    "#d55e00",
+    "#cc79a7",
+]
+GREY = "#8c8c8c"
+STYLES = {
+    "mi": (RED, "o", "-"),
+    "mi_attention": (ORANGE, "s", "-"),
+    "similarity": (BLUE, "^", "-"),
+    "attention": (SKY, "v", "-"),
+    "random": (GREY, "x", ":"),
+    "fastv": (PINK, "D", "--"),
+    "sparsevlm": (PINK, "P", "--"),
+    "dart": (PINK, "X", "--"),
+    "autoprune": (PINK, "<", "--"),
+    "visionzip": (SKY, "d", "--"),
+    "vispruner": (SKY, "p", "--"),
+    "cdpruner": (GREEN, "h", "-."),
+    "divprune": (GREEN, "*", "-."),
+    "mmtok": (GREEN, ">", "-."),
+    "trimtokenator": (YELLOW, "H", "-."),
+}
+"""Colour, marker and line. Families share a colour: pink acts inside the language model, sky blue reads the encoder's
+attention, green and yellow spread over the picture; the paper's own methods are drawn solid."""
+
+PAPER = ", paper"
+COLUMN, PAGE = 3.4, 7.0
+"""Widths of one column and of a page in inches; the type is at least 7 points at that size."""
+
+plt.rcParams.update(
+    {
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.labelsize": 8,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.linewidth": 0.4,
+        "grid.alpha": 0.5,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 4,
+        "pdf.fonttype": 42,
+        "svg.fonttype": "none",
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def panels(table: pd.DataFrame, by: list[str]) -> tuple[Figure, list[tuple[tuple, pd.DataFrame, Axes]]]:
+    """A figure with one panel per value of the columns ``by``, in order: (value, its rows, its axes)."""
+    groups = list(table.groupby(by, sort=False))
+    columns = len(groups) if len(groups) < 4 else 2 if len(groups) == 4 else 3
+    rows = math.ceil(len(groups) / columns)
+    width = PAGE if columns > 1 else COLUMN if table.method.nunique() < 6 else 1.4 * COLUMN
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 2.4 * rows), squeeze=False)
+    for empty in axes.flat[len(groups) :]:
+        empty.set_axis_off()
+    return figure, [(value, rows, ax) for (value, rows), ax in zip(groups, axes.flat, strict=False)]
+
+
+def legend(figure: Figure) -> None:
+    """One legend below all panels, the paper's hollow markers after ours."""
+    handles = {
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    labels = sorted(handles, key=lambda label: label.endswith(PAPER))
+    columns = max(1, int(figure.get_figwidth() / (0.55 + 0.062 * max(map(len, labels)))))
+    figure.set_figheight(figure.get_figheight() + 0.16 * math.ceil(len(labels) / columns))
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns)
+
+
+def draw(ax: Axes, x, rows: pd.DataFrame, label: str, colour: str, marker: str, line: str = "-") -> None:
+    """Ours with error bars; the paper's numbers, where there are any, as hollow markers of the same kind."""
+    ax.errorbar(x, rows.ours, rows.error.fillna(0), label=label, color=colour, marker=marker, ls=line, elinewidth=0.8)
+    if rows.value.notna().any():
+        ax.plot(x, rows.value, color=colour, marker=marker, ls="none", markerfacecolor="none", label=label + PAPER)
+
+
+def y_label(rows: pd.DataFrame) -> str:
+    metric = rows.metric.iloc[0]
+    return tables.column_name(rows.dataset.iloc[0], metric) + (" (%)" if tables.plain(metric) == "accuracy" else "")
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The first metric of each dataset."""
+    return table[table.metric == table.groupby("dataset").metric.transform("first")]
+
+
+def over_budget(table: pd.DataFrame) -> Figure:
+    """Accuracy over the budget, a line a method, a panel per model and dataset (the paper's Fig. 4)."""
+    figure, parts = panels(headline(table), ["model", "dataset"])
+    for (model, _), rows, ax in parts:
+        fraction = rows.keep[rows.method != "none"].str.contains(".", regex=False).all()
+        for method, line in rows[rows.method != "none"].groupby("method", sort=False):
+            x = line.keep.astype(float) * (100 if fraction else 1)
+            draw(ax, x, line, tables.METHODS.get(method, method), *STYLES[method])
+        for full in rows[(rows.method == "none") & rows.ours.notna()].head(1).itertuples():
+            ax.axhline(full.ours, color=BLACK, lw=0.8, ls=(0, (4, 2)), label=tables.METHODS["none"])
+        budgets = sorted(rows.keep[rows.method != "none"].astype(float).unique() * (100 if fraction else 1))
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets], minor=False)
+        ax.set(xlabel="visual tokens kept (%)" if fraction else "visual tokens kept", ylabel=y_label(rows))
+        ax.set_title(tables.MODELS.get(model, model))
+    legend(figure)
+    return figure
+
+
+def over_setting(table: pd.DataFrame) -> Figure:
+    """Accuracy over a number such as lam, a line a budget, a panel per model and dataset (the paper's Fig. 6b)."""
+    figure, parts = panels(headline(table), ["model", "dataset"])
+    (name,) = {key for setting in table.setting for key in tables.parse_setting(setting)}
+    for (model, _), rows, ax in parts:
+        for (keep, line), style in zip(rows.groupby("keep", sort=False), STYLES.values(), strict=False):
+            x = line.setting.map(lambda setting: float(tables.parse_setting(setting)[name]))
+            draw(ax, x, line, f"keep {tables.budget_name(keep)}", *style)
+            if line.ours.notna().any():
+                best = line.loc[line.ours.idxmax()]
+                ax.annotate(
+                    f"{best.ours:.1f}", (x[best.name], best.ours), (0, 6), textcoords="offset points", ha="center"
+                )
+        ax.margins(y=0.15)
+        ax.set(xlabel={"lam": "\u03bb", "tau": "\u03c4"}.get(name, name), ylabel=y_label(rows))
+        ax.set_title(tables.MODELS.get(model, model))
+    legend(figure)
+    return figure
+
+
+def choices(table: pd.DataFrame) -> Figure:
+    """The values of a setting side by side, per dataset and budget (the paper's Fig. 6a, Tables 5 and 6)."""
+    table = headline(table)
+    figure, parts = panels(table, ["model", "metric"])
+    for (model, _), rows, ax in parts:
+        budgets = list(dict.fromkeys(rows.keep))
+        places = [(dataset, keep) for dataset in dict.fromkeys(rows.dataset) for keep in budgets]
+        settings = list(rows.groupby("setting", sort=False))
+        for i, ((setting, points), (colour, marker, _)) in enumerate(zip(settings, STYLES.values(), strict=False)):
+            shift = (i - (len(settings) - 1) / 2) * 0.18
+            x = [places.index(place) + shift for place in zip(points.dataset, points.keep, strict=True)]
+            draw(ax, x, points, setting.replace("=", " = "), colour, marker, "none")
+        names = [f"{tables.DATASETS.get(dataset, dataset)}\n{tables.budget_name(keep)}" for dataset, keep in places]
+        ax.set_xticks(range(len(places)), names)
+        ax.set_xlim(-0.5, len(places) - 0.5)
+        ax.grid(axis="x", visible=False)
+        ax.set(ylabel="accuracy (%)", title=tables.MODELS.get(model, model))
+    legend(figure)
+    return figure
+
+
+def tradeoff(table: pd.DataFrame, cost: pd.DataFrame) -> Figure:
+    """Accuracy against latency, a point a method, a panel per model, dataset and budget. Up and left is better.
+
+    The latency is the mean per sample as the evaluation ran it, in its batches; Tables 3 and 9 measure single samples.
+    """
+    table = headline(table)
+    table["latency_ms"] = cost.ours
+    pruned = table[(table.method != "none") & table.ours.notna()]
+    figure, parts = panels(pruned, ["model", "dataset", "keep"])
+    for (model, dataset, keep), rows, ax in parts:
+        for point in rows.itertuples():
+            colour, marker, _ = STYLES[point.method]
+            label = tables.METHODS.get(point.method, point.method)
+            error = 0 if math.isnan(point.error) else point.error
+            ax.errorbar(
+                point.latency_ms, point.ours, error, color=colour, marker=marker, ls="none", label=label, elinewidth=0.8
+            )
+        full = table[
+            (table.model == model) & (table.dataset == dataset) & (table.method == "none") & table.ours.notna()
+        ]
+        for point in full.head(1).itertuples():
+            ax.plot(
+                point.latency_ms, point.ours, color=BLACK, marker="*", ms=7, ls="none", label=tables.METHODS["none"]
+            )
+        ax.set(xlabel="latency (ms per question)", ylabel=y_label(rows))
+        ax.set_title(f"{tables.MODELS.get(model, model)}, keep {tables.budget_name(keep)}")
+    legend(figure)
+    return figure
+
+
+FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
+    "fig4": (over_budget, "fig4"),
+    "fig6a": (choices, "fig6a"),
+    "fig6b": (over_setting, "fig6b"),
+    "table5": (choices, "table5"),
+    "table6": (choices, "table6"),
+    "tradeoff": (tradeoff, "table1"),
+    "demo_table1": (over_budget, "demo_table1"),
+    "demo_table2": (over_budget, "demo_table2"),
+    "demo_fig6a": (choices, "demo_fig6a"),
+    "demo_fig6b": (over_setting, "demo_fig6b"),
+    "demo_table5": (choices, "demo_table5"),
+    "demo_table6": (choices, "demo_table6"),
+    "demo_tradeoff": (tradeoff, "demo_table1"),
+}
+"""What is drawn, from which table or experiment."""
+
+
+def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
+    """The figure of this name; None if nothing of it was measured. Raises ValueError if there is no such figure."""
+    if name not in FIGURES:
+        raise ValueError(f"there is no figure {name!r}: choose from {', '.join(FIGURES)}")
+    kind, source = FIGURES[name]
+    wanted = tables.wanted(source)
+    table = tables.compare(wanted, cells)
+    if table.ours.isna().all():
+        return None
+    return kind(table, tables.compare(wanted.assign(metric="latency_ms"), cells)) if kind is tradeoff else kind(table)
+
+
+def write(names: list[str], results: Path, out: Path) -> list[Path]:
+    """Draw the figures of which anything was measured, each as NAME.pdf and NAME.png."""
+    cells = load.cells(results)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names:
+        figure = draw_figure(name, cells)
+        if figure is None:
+            continue
+        for suffix in (".pdf", ".png"):
+            written.append(out / f"{name}{suffix}")
+            figure.savefig(written[-1], dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+        plt.close(figure)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", nargs="+", default=list(FIGURES), metavar="NAME", help=", ".join(FIGURES))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    arguments = parser.parse_args()
+    try:
+        written = write(arguments.figure, arguments.results, arguments.out)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    print("\n".join(map(str, written)) or f"nothing of {', '.join(arguments.figure)} has been measured yet")
+
+
+if __name__ == "__main__":
+    main()
