@@ -36,7 +36,7 @@ MIXES = {"sparse": Mix(2, 1, True), "crowded": Mix(4, 2, False)}
 
 @dataclass(frozen=True)
 class Question:
-    """``category`` is POPE's split or MME's category, else empty. ``answer``: yes | no, a word, a letter or two digits."""
+    """``category`` is POPE's split or MME's category, else empty; an answer is words of the vocabulary."""
 
     task: str
     category: str
@@ -135,7 +135,9 @@ def _mme(scene: Scene, rng: np.random.Generator, counting: bool) -> Iterator[Que
         true = len(scene.objects)
         wrong = {max(true - WRONG_COUNT_OFFSET, 1), min(true + WRONG_COUNT_OFFSET, len(COUNTS))} - {true}
         count = true if rng.random() < 0.5 else _pick(rng, sorted(wrong))
-        yield Question("mme", "count", f"Are there {COUNTS[count - 1]} objects in the image ?", _yes_or_no(count == true))
+        yield Question(
+            "mme", "count", f"Are there {COUNTS[count - 1]} objects in the image ?", _yes_or_no(count == true)
+        )
 
     comparisons = [
         (a, relation, b, sign * (a.center[axis] - b.center[axis]))

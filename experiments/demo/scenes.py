@@ -200,13 +200,12 @@ def _background(rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray
 def _place(rng: np.random.Generator, size: tuple[int, int], canvas: tuple[int, int], taken: list[Box]) -> Box | None:
     """A free place for a box of ``size``, at least GAP from the ``taken`` ones, or None after some tries."""
     for _ in range(PLACEMENT_TRIES):
-        left, top = (int(rng.integers(MARGIN, room - side - MARGIN + 1)) for room, side in zip(canvas, size, strict=True))
+        left, top = (
+            int(rng.integers(MARGIN, room - side - MARGIN + 1)) for room, side in zip(canvas, size, strict=True)
+        )
         box = (left, top, left + size[0], top + size[1])
         if all(
-            box[2] + GAP <= other[0]
-            or other[2] + GAP <= box[0]
-            or box[3] + GAP <= other[1]
-            or other[3] + GAP <= box[1]
+            box[2] + GAP <= other[0] or other[2] + GAP <= box[0] or box[3] + GAP <= other[1] or other[3] + GAP <= box[1]
             for other in taken
         ):
             return box
