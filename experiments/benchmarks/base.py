@@ -55,7 +55,6 @@ class Benchmark(ABC):
     ``samples`` are ordered so that those sharing a picture are neighbours.
     """
 
-    max_new_tokens: int = 128
     is_video: bool = False
 
     @abstractmethod

@@ -15,7 +15,6 @@ class ScienceQA(TableBenchmark):
 
     config = "ScienceQA-IMG"
     columns = ("question", "choices", "answer", "hint", "subject")
-    max_new_tokens = 1024
 
     def __init__(self, hub: Sequence[str], path: str | None = None, scoring: str = "llava"):
         super().__init__(hub, path)

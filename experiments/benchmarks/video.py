@@ -1,0 +1,235 @@
+"""TGIF-QA, MSVD-QA, MSRVTT-QA as Video-LLaVA tests them: short open answers, graded yes / no and 0 to 5 by a judge.
+
+https://arxiv.org/abs/2311.10122; the judge is Video-ChatGPT's, https://arxiv.org/abs/2306.05424.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.table import by_picture
+from experiments.judge import Judge, prompt_hash
+from experiments.metrics import mean_percent, textvqa_normalize
+
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".gif")
+
+ROLE = """\
+You are a fair examiner of answers to questions about videos. Look at whether the predicted answer means the same as \
+the correct one; synonyms and paraphrases are welcome."""
+PROMPT = """\
+Question: {question}
+Correct Answer: {answer}
+Predicted Answer: {prediction}
+
+Reply with a Python dictionary and nothing else: under 'pred' the string 'yes' if the prediction is correct and 'no' \
+if it is not, under 'score' a whole number from 0 to 5 for how well it matches, 5 being the best. \
+For example: {{'pred': 'yes', 'score': 4}}"""
+
+
+class Grade(NamedTuple):
+    """A judge's reply: right or wrong, None if it said neither; and a score, 0 to 5."""
+
+    right: bool | None
+    score: int
+
+
+def read_grade(reply: str) -> Grade:
+    """The first {...} of a reply. Raises ValueError if it is no dictionary of a verdict and a score from 0 to 5.
+
+    As in Video-LLaVA's script "yes" counts wherever it stands in the verdict, else "no" does, so "not sure" is no and
+    "maybe" neither; 4.8 is 4; and a score that is no number, such as "4.8", takes the verdict with it.
+    """
+    found = re.search(r"\{.*?\}", reply, re.DOTALL)
+    try:
+        grade = ast.literal_eval(found[0])
+        verdict, score = str(grade["pred"]).lower(), grade["score"]
+    except (TypeError, KeyError, SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError("no dictionary with pred and score") from None
+    try:
+        score = int(score)
+    except (TypeError, ValueError, OverflowError):
+        return Grade(None, 0)
+    if not 0 <= score <= 5:
+        raise ValueError(f"{score} is not between 0 and 5")
+    return Grade(True if "yes" in verdict else False if "no" in verdict else None, score)
+
+
+def grade_request(sample: Sample, prediction: str, temperature: float | None) -> dict[str, Any]:
+    """What the judge is asked."""
+    user = PROMPT.format(question=sample.question, answer=sample.answer, prediction=prediction)
+    messages = [{"role": "system", "content": ROLE}, {"role": "user", "content": user}]
+    return {"messages": messages} | ({} if temperature is None else {"temperature": temperature})
+
+
+def offline_grade(answer: str, prediction: str) -> Grade:
+    """Right and 5 if the answer stands in the prediction as whole words; else wrong and 5 x the F1 of their words."""
+    gold, said = textvqa_normalize(answer), textvqa_normalize(prediction)
+    if f" {gold} " in f" {said} ":
+        return Grade(True, 5)
+    gold_words, said_words = gold.split(), said.split()
+    common = sum(min(gold_words.count(word), said_words.count(word)) for word in set(gold_words))
+    return Grade(False, round(5 * 2 * common / max(1, len(gold_words) + len(said_words))))
+
+
+def frames(path: Path, n_frames: int) -> list[Image.Image]:
+    """``n_frames`` RGB frames at linspace(0, n - 1) of the n that decode. Raises SampleError for a broken video."""
+    try:
+        with av.open(str(path)) as container:
+            n = sum(1 for _ in container.decode(video=0))
+        if not n:
+            raise SampleError(f"the video {path.name} has no frames")
+        wanted = np.linspace(0, n - 1, n_frames, dtype=int).tolist()
+        taken: dict[int, Image.Image] = {}
+        with av.open(str(path)) as container:
+            for i, frame in enumerate(container.decode(video=0)):
+                if i in wanted:
+                    taken[i] = frame.to_image().convert("RGB")
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        raise SampleError(f"the video {path.name} cannot be decoded: {error}") from error
+    return [taken[i] for i in wanted]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        if file.suffix == ".parquet":
+            return pq.read_table(file).to_pylist()
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _column(row: dict[str, Any], names: Sequence[str], file: Path) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise BenchmarkError(f"{file} lacks the column {' or '.join(names)}; it has {', '.join(row)}")
+
+
+class VideoQA(Benchmark):
+    """Accuracy in percent and mean score, 0 to 5.
+
+    Differs from Video-LLaVA's script in that no frame is flipped at random, in that answers are paired by question_id
+    instead of by position, and in the wording of the judge's prompt, which has the same parts. A verdict that is
+    neither yes nor no takes its question out of the accuracy, as there; a reply that cannot be read five times counts
+    as no and 0. Without a judge a word match gives ``offline_accuracy`` and ``offline_score``, which compare with
+    nothing.
+
+    Parameters
+    ----------
+    path : str
+        Folder of the data set.
+    questions, answers : str
+        Files in it, ``.json``, ``.jsonl`` or ``.parquet``, of rows with video_name (or video_id, or video), question
+        and question_id, and of rows with answer and question_id. ``answers`` is None where the questions have theirs
+        with them; these need no question_id.
+    videos : str
+        Folder in it; a video is named as in the questions, with or without one of the usual suffixes.
+    n_frames : int
+        Evenly spaced, the first and the last among them.
+    first : int, optional
+        So many questions, in the order of the file.
+    temperature : float, optional
+        Of the judge. Video-ChatGPT sends none, which means 1; lmms-eval sends 0.
+    """
+
+    is_video = True
+
+    def __init__(
+        self,
+        path: str | None,
+        videos: str,
+        questions: str = "test_q.json",
+        answers: str | None = "test_a.json",
+        n_frames: int = 8,
+        first: int | None = 1000,
+        judge: Judge | None = None,
+        temperature: float | None = None,
+    ):
+        self.path, self.videos, self.questions, self.answers = path, videos, questions, answers
+        self.n_frames, self.first, self.judge, self.temperature = n_frames, first, judge, temperature
+        self.prefix = "" if judge else "offline_"
+        self._frames = lru_cache(2)(lambda name: frames(self._file(name), n_frames))
+
+    def samples(self) -> list[Sample]:
+        if not self.path:
+            raise BenchmarkError("the videos are on no hub in one form; set dataset.path to their folder, see docs")
+        file = Path(self.path) / self.questions
+        answer_of = self._answers()
+        samples: dict[str, Sample] = {}
+        for i, row in enumerate(_rows(file)[: self.first]):
+            if answer_of is None:
+                name, answer = str(row.get("question_id", i)), _column(row, ["answer"], file)
+            else:
+                name = str(_column(row, ["question_id"], file))
+                if name not in answer_of:
+                    raise BenchmarkError(f"{self.answers} has no answer to question {name}")
+                answer = answer_of[name]
+            if name in samples:
+                raise BenchmarkError(f"{file} has two questions {name}")
+            question = _column(row, ["question"], file)
+            video = str(_column(row, ["video_name", "video_id", "video"], file))
+            samples[name] = Sample(id=name, text=question, question=question, answer=str(answer), image_id=video)
+        return by_picture(list(samples.values()))
+
+    def _answers(self) -> dict[str, Any] | None:
+        if self.answers is None:
+            return None
+        file = Path(self.path) / self.answers
+        return {str(_column(row, ["question_id"], file)): _column(row, ["answer"], file) for row in _rows(file)}
+
+    def _file(self, name: str) -> Path:
+        video = Path(self.path) / self.videos / name
+        for candidate in (video, *(video.with_name(video.name + suffix) for suffix in SUFFIXES)):
+            if candidate.is_file():
+                return candidate
+        raise SampleError(f"no video {name} in {video.parent}")
+
+    def images(self, image_id: str) -> list[Image.Image]:
+        return self._frames(image_id)
+
+    def _grades(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[Grade]:
+        answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
+        if self.judge:
+            requests = [lambda attempt, s=s, p=p: grade_request(s, p, self.temperature) for s, p in answered]
+            grades = iter(self.judge.grade(requests, read_grade))
+        else:
+            grades = iter([offline_grade(sample.answer, prediction) for sample, prediction in answered])
+        wrong = Grade(False, 0)
+        return [wrong if prediction is None else next(grades) or wrong for prediction in predictions]
+
+    def correct(self, sample: Sample, prediction: str) -> float:
+        return self.score([sample], [prediction])[0]
+
+    def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float]:
+        return [float(bool(grade.right)) for grade in self._grades(samples, predictions)]
+
+    def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
+        return {f"{self.prefix}accuracy": list(scores)}
+
+    def metrics(
+        self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
+    ) -> dict[str, float]:
+        grades = self._grades(samples, predictions)
+        decided = [grade.right for grade in grades if grade.right is not None]
+        return {
+            f"{self.prefix}accuracy": mean_percent(decided),
+            f"{self.prefix}score": fmean(grade.score for grade in grades),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        if self.judge:
+            return self.judge.provenance(prompt_hash(ROLE, PROMPT))
+        return {"judge": "offline: whole words, not comparable with a judge's score"}

@@ -1,0 +1,194 @@
+"""A judge: a chat model behind an OpenAI-compatible endpoint, every reply of which is kept on disk.
+
+A reply is found again by what was asked, so that a rerun, or one that goes on after a kill, asks nothing twice. What is
+asked, and how a reply reads, belongs to the benchmark. The key comes from the environment, OPENAI_API_KEY, and is
+written nowhere.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import openai
+from openai import OpenAI
+from tqdm import tqdm
+
+from experiments.benchmarks.base import BenchmarkError
+
+Reading = TypeVar("Reading")
+ATTEMPTS = 5
+"""How often a question is asked whose reply cannot be read."""
+
+
+def prompt_hash(*texts: str) -> str:
+    """Twelve hex digits that stand for a prompt in a record."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+class Replies:
+    """Replies by the hash of what was asked, in a file of one JSON object a line.
+
+    A line is appended in one write, so that processes can share the file; a last line cut off by a kill is ignored.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        self.by_key: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_bytes().split(b"\n"):
+                try:
+                    reply = json.loads(line)
+                    self.by_key[reply["key"]] = reply
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def add(self, reply: dict[str, Any]) -> None:
+        line = b"\n" + json.dumps(reply, ensure_ascii=False).encode() + b"\n"  # the first ends a line that was cut off
+        with self.lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, line)
+            finally:
+                os.close(file)
+            self.by_key[reply["key"]] = reply
+
+
+class Judge:
+    """A chat model that grades answers.
+
+    Parameters
+    ----------
+    model : str
+        As the endpoint calls it.
+    base_url : str, optional
+        Of the endpoint; OpenAI's if None. Any server of chat/completions will do, a local one without a key.
+    cache : str
+        Folder of the replies, one file a model.
+    concurrency : int
+        Questions under way at a time.
+    max_retries : int
+        Of a request that failed for a reason that may pass (429, 5xx, no connection), with growing waits.
+    max_tokens : int, optional
+        Instead of the benchmark's own bound, for a judge that thinks aloud.
+
+    Raises
+    ------
+    BenchmarkError
+        If OpenAI itself is to be asked and there is no key.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        cache: str = "results/judge",
+        concurrency: int = 8,
+        max_retries: int = 8,
+        timeout_s: float = 60,
+        max_tokens: int | None = None,
+    ):
+        self.model, self.concurrency, self.max_tokens = model, concurrency, max_tokens
+        self.key = os.environ.get("OPENAI_API_KEY", "")
+        self.client = OpenAI(api_key=self.key or "none", base_url=base_url, max_retries=max_retries, timeout=timeout_s)
+        self.base_url = str(self.client.base_url)
+        if not self.key and self.base_url.startswith("https://api.openai.com"):
+            raise BenchmarkError(
+                f"the judge {model} needs a key in the environment, OPENAI_API_KEY; or set judge.base_url to a server "
+                "of your own; or take judge=offline, whose scores are not comparable"
+            )
+        self.replies = Replies(Path(cache) / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', model)}.jsonl")
+        self.models: set[str] = set()
+        self.unreadable = 0
+
+    def provenance(self, prompt: str) -> dict[str, Any]:
+        """What a record says of the judge: its name, the exact models that answered, the hash of the prompt."""
+        return {
+            "judge": self.model,
+            "judge_base_url": self.base_url,
+            "judge_models": sorted(self.models),
+            "judge_prompt": prompt,
+            "judge_unreadable": self.unreadable,
+        }
+
+    def grade(
+        self, requests: Sequence[Callable[[int], dict[str, Any]]], read: Callable[[str], Reading]
+    ) -> list[Reading | None]:
+        """The reading of each reply, None if none of five could be read. Equal requests are asked once.
+
+        Parameters
+        ----------
+        requests : sequence of callable
+            Each gives the arguments of chat/completions, but the model, for attempt 0, 1, ...
+        read : callable
+            The reading of a reply; ValueError if it cannot be read.
+
+        Raises
+        ------
+        BenchmarkError
+            If the judge cannot be reached or refuses. The replies so far are kept.
+        """
+        self.models = set()
+        keys = [self._key(request(0), 0) for request in requests]
+        distinct = dict(zip(keys, requests, strict=True))
+        readings: dict[str, Reading | None] = {}
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures: dict[str, Future] = {
+                key: pool.submit(self._read_one, request, read) for key, request in distinct.items()
+            }
+            try:
+                for key, future in tqdm(
+                    futures.items(), f"judge {self.model}", unit="q", disable=None, file=sys.stderr
+                ):
+                    readings[key] = future.result()
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, openai.OpenAIError):
+                    raise BenchmarkError(self._explain(error)) from error
+                raise
+        self.unreadable = sum(readings[key] is None for key in keys)
+        return [readings[key] for key in keys]
+
+    def _read_one(self, request: Callable[[int], dict[str, Any]], read: Callable[[str], Reading]) -> Reading | None:
+        for attempt in range(ATTEMPTS):
+            reply = self._ask(request(attempt), attempt)
+            self.models.add(reply["model"])
+            try:
+                return read(reply["reply"])
+            except ValueError:
+                continue
+        return None
+
+    def _key(self, request: dict[str, Any], attempt: int) -> str:
+        asked = [self.base_url, self.model, self.max_tokens, request, attempt]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _ask(self, request: dict[str, Any], attempt: int) -> dict[str, Any]:
+        key = self._key(request, attempt)
+        if key not in self.replies.by_key:
+            bound = {"max_tokens": self.max_tokens} if self.max_tokens else {}
+            completion = self.client.chat.completions.create(model=self.model, **(request | bound))
+            try:
+                reply, model = completion.choices[0].message.content or "", completion.model
+            except (AttributeError, IndexError, TypeError) as error:
+                raise openai.OpenAIError("the endpoint does not answer as chat/completions does") from error
+            self.replies.add({"key": key, "model": model or self.model, "request": request, "reply": reply})
+        return self.replies.by_key[key]
+
+    def _explain(self, error: openai.OpenAIError) -> str:
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            reason = "the key in OPENAI_API_KEY is refused"
+        else:
+            reason = " ".join(str(error).split())[:200]
+            reason = reason.replace(self.key, "***") if self.key else reason
+        return (
+            f"the judge {self.model} at {self.base_url} gave up: {reason}. Its replies so far are kept; run the same "
+            "command again to ask for the rest"
+        )
