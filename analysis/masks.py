@@ -48,8 +48,8 @@ def read_cell(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
-    """Ids of ``n`` samples that ran, each from another picture and another task as far as there are any."""
-    usable = [row for row in rows if "error" not in row]
+    """Ids of ``n`` samples whose tokens lie on a grid, each from another picture and task as far as possible."""
+    usable = [row for row in rows if "error" not in row and None not in row["grids"]]
     chosen: list[dict[str, Any]] = []
     while usable and len(chosen) < n:
         tasks = [row["task"] for row in chosen]

@@ -17,7 +17,7 @@ from experiments import results
 from experiments.benchmarks.base import Benchmark, Sample, SampleError
 from experiments.results import Cell
 from mipruner.errors import InputError
-from mipruner.models import Prompt
+from mipruner.models import Prompt, Video
 from mipruner.pipeline import Answer, Pipeline
 
 
@@ -59,7 +59,8 @@ def answer_batch(
     images, errors = {}, {}
     for image_id in dict.fromkeys(sample.image_id for sample in samples):
         try:
-            images[image_id] = benchmark.images(image_id)
+            frames = benchmark.images(image_id)
+            images[image_id] = [Video(frames)] if benchmark.is_video else frames
         except SampleError as error:
             errors[image_id] = str(error)
     usable = [sample for sample in samples if sample.image_id in images]

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
 from mipruner.decoding import Decoding, decode, prefill
-from mipruner.models.base import Adapter, Encoded, Prompt, Visual, collate
+from mipruner.models.base import Adapter, Encoded, Picture, Prompt, Visual, collate
 from mipruner.pruners import Pruner
 from mipruner.selection import Selection, budget, split_budget
 from mipruner.timing import Stopwatch
@@ -27,18 +26,19 @@ class Answer:
         What was kept of each picture, on the CPU.
     n_visual : list of int
         Visual tokens of each picture before pruning.
-    grids : list of (rows, columns) or (frames, rows, columns)
+    grids : list of (rows, columns) or (frames, rows, columns), or None
+        See `Visual.grid`.
     boxes : list of (left, top, right, bottom)
         The part of each picture that its grid covers, in pixels; beyond the picture where it was padded.
     visual_tokens_per_layer : list of int
-        Visual tokens that enter each layer of the language model.
+        Visual tokens that enter each layer of the language model, rows that are always kept included.
     """
 
     text: str
     tokens: list[int]
     selections: list[Selection]
     n_visual: list[int]
-    grids: list[tuple[int, ...]]
+    grids: list[tuple[int, ...] | None]
     boxes: list[tuple[float, float, float, float]]
     visual_tokens_per_layer: list[int]
 
@@ -48,15 +48,15 @@ class VisionCache:
 
     def __init__(self, max_bytes: int = 2**30):
         self.max_bytes = max_bytes
-        self._held: OrderedDict[int, tuple[Image.Image, Visual]] = OrderedDict()  # the image keeps its id from reuse
+        self._held: OrderedDict[int, tuple[Picture, Visual]] = OrderedDict()  # the image keeps its id from reuse
 
-    def get(self, image: Image.Image) -> Visual | None:
+    def get(self, image: Picture) -> Visual | None:
         if id(image) not in self._held:
             return None
         self._held.move_to_end(id(image))
         return self._held[id(image)][1]
 
-    def put(self, image: Image.Image, visual: Visual) -> None:
+    def put(self, image: Picture, visual: Visual) -> None:
         self._held[id(image)] = (image, visual)
         while len(self._held) > 1 and sum(visual.n_bytes for _, visual in self._held.values()) > self.max_bytes:
             self._held.popitem(last=False)
@@ -108,21 +108,21 @@ class Pipeline:
                 text=self.adapter.decode(new),
                 tokens=new,
                 selections=[Selection(s.indices.cpu()) for s in chosen],
-                n_visual=[len(visual.tokens) for visual in sample.visuals],
+                n_visual=[visual.n_visual for visual in sample.visuals],
                 grids=[visual.grid for visual in sample.visuals],
                 boxes=[self.adapter.box(image.size) for image in prompt.images],
-                visual_tokens_per_layer=[sum(s.n_rows for s in chosen)] * self.adapter.n_layers,
+                visual_tokens_per_layer=[sample.n_fixed + sum(s.n_rows for s in chosen)] * self.adapter.n_layers,
             )
             for prompt, new, sample, chosen in zip(prompts, tokens, encoded, selections, strict=True)
         ]
 
-    def see(self, images: Sequence[Image.Image]) -> dict[int, Visual]:
+    def see(self, images: Sequence[Picture]) -> dict[int, Visual]:
         """Every distinct picture through the vision encoder once, by ``id``."""
         distinct = {id(image): image for image in images}
         visuals = {key: self.cache.get(image) for key, image in distinct.items()}
         new = {key: distinct[key] for key, visual in visuals.items() if visual is None}
         if new:
-            pixels = self.adapter.pixels(list(new.values()))
+            pixels = [self.adapter.pixels(image) for image in new.values()]
             with self.watch("vision"):
                 encoded = self.adapter.encode(pixels, self.pruner.signals)
             for (key, image), visual in zip(new.items(), encoded, strict=True):
@@ -132,6 +132,6 @@ class Pipeline:
 
     def select(self, encoded: Encoded) -> list[Selection]:
         """Prune each picture of one prompt by its share of the budget."""
-        counts = [len(visual.tokens) for visual in encoded.visuals]
+        counts = [visual.n_visual for visual in encoded.visuals]
         shares = split_budget(budget(self.keep, sum(counts)), counts)
         return [self.pruner(features, n) for features, n in zip(encoded.features(), shares, strict=True)]

@@ -1,16 +1,36 @@
 """Adapters: what differs between model families, and nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
-from mipruner.errors import ModelError
-from mipruner.models.base import Adapter, Prompt
-from mipruner.models.llava import LlavaAdapter
+from mipruner.errors import InputError, ModelError
+from mipruner.models.base import Adapter, Prompt, Video
+from mipruner.models.hub import locate
+from mipruner.models.internvl import InternVLAdapter
+from mipruner.models.llava import VICUNA_V1, LlavaAdapter
+from mipruner.models.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
+from mipruner.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
+from mipruner.models.video_llava import LLAVA_V1, VideoLlavaAdapter
 
-FAMILIES: dict[str, type[Adapter]] = {"llava": LlavaAdapter}
+FAMILIES: dict[str, type[Adapter]] = {
+    "llava": LlavaAdapter,
+    "qwen2_vl": QwenVLAdapter,
+    "qwen2_5_vl": QwenVLAdapter,
+    "qwen3_vl": Qwen3VLAdapter,
+    "qwen3_vl_moe": Qwen3VLAdapter,
+    "video_llava": VideoLlavaAdapter,
+    "llava_next": LlavaNextAdapter,
+    "llava_onevision": LlavaOnevisionAdapter,
+    "internvl": InternVLAdapter,
+    "qwen3_5": Qwen3VLAdapter,
+}
 """Adapter by the ``model_type`` of the model's config."""
+
+PROMPTS = {"vicuna_v1": VICUNA_V1, "llava_v1": LLAVA_V1}
+"""Conversations by their name in the original code."""
 
 
 def load(
@@ -19,37 +39,75 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
+    device_map: str | dict | None = None,
+    quantization: str | None = None,
     attn_implementation: str = "sdpa",
-    positions: str = "repack",
     prompt: str | None = None,
+    **options: Any,
 ) -> Adapter:
     """Load a stock transformers model from a folder or the hub and wrap it in the adapter of its family.
+
+    Parameters
+    ----------
+    path : str or Path
+        A folder with config.json and safetensors, or a hub id.
+    revision : str, optional
+        Commit, tag or branch on the hub.
+    dtype : str
+        Name of a torch dtype, or ``auto`` for that of the checkpoint.
+    device : str
+        Where the model goes; not read if there is a ``device_map``.
+    device_map : str or dict, optional
+        Spread a model that is larger than a card, ``auto`` for all cards.
+    quantization : "4bit" or "8bit", optional
+        Load the weights quantized by bitsandbytes (NF4, or LLM.int8).
+    prompt : str, optional
+        A name of `PROMPTS` or a template, see `Adapter`.
+    options
+        Of the family's adapter.
 
     Raises
     ------
     ModelError
-        If the folder or the hub has no such model, or its family has no adapter.
+        If the folder or the hub has no such model, it does not fit together, or its family has no adapter.
+    InputError
+        If an option is not one.
     """
-    path = str(path)
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
-        raise ModelError(f"no folder {path}: give a folder with config.json and model.safetensors, or a hub id")
+    folder = locate(str(path), revision)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"unknown dtype {dtype!r}: choose auto, bfloat16, float16 or float32")
+    if quantization not in (None, "4bit", "8bit"):
+        raise InputError(f"unknown quantization {quantization!r}: choose 4bit or 8bit")
+    weights = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": attn_implementation,
+        "use_safetensors": True,
+    }
+    if quantization == "4bit":
+        compute = torch.bfloat16 if dtype == "auto" else weights["dtype"]
+        weights["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    elif quantization == "8bit":
+        weights["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if device_map is not None or quantization is not None:
+        weights["device_map"] = device if device_map is None else device_map
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(folder)
         if config.model_type not in FAMILIES:
             raise ModelError(f"{path} is a {config.model_type!r}; there are adapters for {', '.join(sorted(FAMILIES))}")
         family = FAMILIES[config.model_type]
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        image_processor = family.image_processor_class.from_pretrained(path, revision=revision)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path,
-            revision=revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-        )
-    except OSError as error:
-        raise ModelError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
-    return family(model.to(device).eval(), tokenizer, image_processor, positions=positions, prompt=prompt)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = family.image_processor_class.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, **weights).eval()
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
+    if "device_map" not in weights:
+        model = model.to(device)
+    try:
+        return family(model, tokenizer, image_processor, prompt=PROMPTS.get(prompt, prompt), **options)
+    except TypeError as error:
+        raise InputError(f"{path} is a {config.model_type}: {str(error).split('() ')[-1]}") from error
 
 
-__all__ = ["FAMILIES", "Adapter", "ModelError", "Prompt", "load"]
+__all__ = ["FAMILIES", "PROMPTS", "Adapter", "ModelError", "Prompt", "Video", "load"]

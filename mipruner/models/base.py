@@ -4,11 +4,12 @@ An adapter is the only place that knows a model family, and it never branches on
 sample and unpadded; padding happens once, in `collate`, on the shortened prompts.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -20,16 +21,49 @@ from mipruner.features import Features
 from mipruner.selection import Selection
 
 
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A clip, as frames sampled in time.
+
+    Attributes
+    ----------
+    frames : sequence of PIL images
+        Oldest first, all of one size. They share one budget.
+    fps : float
+        How many of these frames make a second. Read by the families that tell the model the time of a frame (Qwen-VL).
+    """
+
+    frames: Sequence[Image.Image]
+    fps: float = 2.0
+
+    def __post_init__(self):
+        if not self.frames:
+            raise InputError("a video needs at least one frame")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of a frame."""
+        return self.frames[0].size
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When each frame was, in seconds."""
+        return tuple(k / self.fps for k in range(len(self.frames)))
+
+
+Picture = Image.Image | Video
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One question about one or several pictures.
+    """One question about one or several pictures or videos.
 
     Attributes
     ----------
     text : str
         The user's text as sent to the model.
-    images : sequence of PIL images
-        Each is one picture. The same object in two prompts shares one vision pass.
+    images : sequence of PIL images and `Video`
+        They stand in front of the text, in this order. The same object in two prompts shares one vision pass.
     query : str, optional
         The part of ``text`` that is T of eq. 2 and may score tokens; all of it by default.
     question : str, optional
@@ -40,7 +74,7 @@ class Prompt:
     """
 
     text: str
-    images: Sequence[Image.Image]
+    images: Sequence[Picture]
     query: str | None = None
     question: str | None = None
     sample: str = ""
@@ -48,7 +82,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rendered prompt with one placeholder a picture.
+    """A rendered prompt, with a placeholder for each row of each picture.
 
     Attributes
     ----------
@@ -69,26 +103,48 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Visual:
-    """One picture after vision encoder and projector.
+    """One picture or video after vision encoder and projector.
 
     Attributes
     ----------
-    tokens : Tensor [n_visual, d]
-    grid : (rows, columns) or (frames, rows, columns)
+    rows : Tensor [n_rows, d]
+        What the language model reads of it, in the order of the prompt.
+    grid : (rows, columns) or (frames, rows, columns), optional
+        Of the visual tokens. None where they do not lie on one grid (several crops of a picture).
     signals : dict
         The optional fields of `Features` that a pruner asked for and this picture has.
     deepstack : tuple of Tensor [n_visual, d]
         Rows added to the hidden states of the first decoder layers (Qwen3-VL).
+    is_candidate : Tensor [n_rows] bool, optional
+        False for rows that are no patch, such as the CLS of a frame or the end of a line: they are never scored and
+        always kept, like text. None if every row is a candidate.
+    times : tuple of float
+        When each frame was, in seconds; empty for a picture.
     """
 
-    tokens: Tensor
-    grid: tuple[int, ...]
+    rows: Tensor
+    grid: tuple[int, ...] | None
     signals: dict[str, Any] = field(default_factory=dict)
     deepstack: tuple[Tensor, ...] = ()
+    is_candidate: Tensor | None = None
+    times: tuple[float, ...] = ()
+
+    @property
+    def is_video(self) -> bool:
+        return bool(self.times)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The candidates [n_visual, d], V of eq. 1."""
+        return self.rows if self.is_candidate is None else self.rows[self.is_candidate]
+
+    @property
+    def n_visual(self) -> int:
+        return len(self.rows) if self.is_candidate is None else int(self.is_candidate.sum())
 
     @property
     def n_bytes(self) -> int:
-        held = (self.tokens, *self.signals.values(), *self.deepstack)
+        held = (self.rows, *self.signals.values(), *self.deepstack)
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
 
 
@@ -103,7 +159,7 @@ class Encoded:
     position_ids : Tensor [P, S]
         P is 1, or 4 with M-RoPE (text position, then time, height, width).
     slots : tuple of Tensor [n_visual]
-        Where in the prompt each picture's tokens stand.
+        Where in the prompt each picture's candidates stand.
     is_text : Tensor [S] bool
         The tokens of T, eq. 2.
     visuals : tuple of Visual
@@ -120,6 +176,11 @@ class Encoded:
     visuals: tuple[Visual, ...]
     signals: dict[str, Any] = field(default_factory=dict)
     sample: str = ""
+
+    @property
+    def n_fixed(self) -> int:
+        """Visual rows that are no candidates."""
+        return sum(len(visual.rows) - visual.n_visual for visual in self.visuals)
 
     def features(self) -> list[Features]:
         """What a pruner sees, one entry a picture."""
@@ -216,20 +277,28 @@ def collate(shorts: Sequence[Short]) -> Batch:
     )
 
 
-@contextmanager
-def captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of ``modules`` in one forward pass, by forward hooks that are gone afterwards."""
-    outputs: list[Tensor] = [None] * len(modules)
+@dataclass
+class Call:
+    """What went through a module in one forward pass: its keyword arguments and its (first) output."""
 
-    def keep(k: int):
-        def hook(module, args, output):
-            outputs[k] = output[0] if isinstance(output, tuple) else output
+    kwargs: dict[str, Any] | None = None
+    output: Tensor | None = None
+
+
+@contextmanager
+def captured(*modules: nn.Module) -> Iterator[list[Call]]:
+    """The calls of ``modules`` in one forward pass, by forward hooks that are gone afterwards."""
+    calls = [Call() for _ in modules]
+
+    def keep(call: Call):
+        def hook(module, args, kwargs, output):
+            call.kwargs, call.output = kwargs, output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    handles = [module.register_forward_hook(keep(k)) for k, module in enumerate(modules)]
+    handles = [m.register_forward_hook(keep(call), with_kwargs=True) for m, call in zip(modules, calls, strict=True)]
     try:
-        yield outputs
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
@@ -237,6 +306,8 @@ def captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
 
 TEXT = "\N{LEFT WHITE CURLY BRACKET}text\N{RIGHT WHITE CURLY BRACKET}"
 """Stands for the user's text while the template around it is rendered."""
+
+END_OF_THINKING = "</think>"
 
 
 class Adapter(ABC):
@@ -250,30 +321,42 @@ class Adapter(ABC):
         A fast tokenizer.
     image_processor
         A transformers image processor on the PIL backend.
-    positions : "repack" or "keep"
-        Whether the short prompt is numbered 0, 1, 2, ... or its tokens stay at their original positions.
+    positions : "repack" or "keep", optional
+        Whether the short prompt is numbered 0, 1, 2, ... or its tokens stay at their original positions. By default
+        what the family's public pruners do.
     prompt : str, optional
-        Template with ``{image}`` and ``{text}``; the tokenizer's chat template by default.
+        Template with ``{image}`` and ``{text}`` instead of the tokenizer's chat template. The text on each side of a
+        picture is then tokenized by itself, as the original LLaVA code does.
+    system : str, optional
+        System message for the chat template; by default the template's own.
+    thinking : bool
+        Ask the chat template for a thinking answer, and read what comes after the thinking.
     """
 
-    image_processor_class: type
+    image_processor_class: ClassVar[type]
     """Of transformers, on the PIL backend."""
-    image_token: str
-    """The placeholder that stands once for a picture in the rendered prompt."""
+    default_positions: ClassVar[str] = "repack"
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         image_processor,
-        positions: str = "repack",
+        positions: str | None = None,
         prompt: str | None = None,
+        system: str | None = None,
+        thinking: bool = False,
     ):
-        if positions not in ("repack", "keep"):
+        self.positions = self.default_positions if positions is None else positions
+        if self.positions not in ("repack", "keep"):
             raise InputError(f"unknown positions {positions!r}: choose repack or keep")
+        if prompt is None and tokenizer.chat_template is None:
+            raise InputError("the tokenizer has no chat template: give prompt, a template with {image} and {text}")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.positions, self.prompt = positions, prompt
-        self.image_token_id = model.config.image_token_id
+        self.prompt, self.system, self.thinking = prompt, system, thinking
+        ids = {"image": model.config.image_token_id, "video": getattr(model.config, "video_token_id", None)}
+        self.placeholder_ids = {kind: k for kind, k in ids.items() if k is not None}
+        self.placeholders = {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
 
     @property
     def device(self) -> torch.device:
@@ -288,15 +371,29 @@ class Adapter(ABC):
         return self.model.model.language_model
 
     @abstractmethod
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Run the image processor; tensors on the CPU."""
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        """Run the image processor over one picture or video; tensors on the CPU, ``times`` if it is a video."""
 
-    @abstractmethod
-    def encode(self, pixels: dict[str, Tensor], signals: Set[str] = frozenset()) -> list[Visual]:
-        """Vision encoder and projector over a batch of pictures.
+    def encode(self, pixels: Sequence[dict[str, Any]], signals: Set[str] = frozenset()) -> list[Visual]:
+        """Vision encoder and projector, one pass over the pictures and one over the videos.
 
         ``signals`` names optional fields of `Features`; those that this family has are put into `Visual.signals`.
         """
+        visuals: list[Visual | None] = [None] * len(pixels)
+        for is_video in (False, True):
+            members = [k for k, one in enumerate(pixels) if ("times" in one) is is_video]
+            if members:
+                for k, visual in zip(members, self.look([pixels[k] for k in members], signals), strict=True):
+                    visuals[k] = visual
+        return visuals
+
+    @abstractmethod
+    def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
+        """One pass of the vision encoder and the projector, over pictures or over videos."""
+
+    def layout(self, visual: Visual) -> tuple[str, list[int]]:
+        """What stands for a picture in the rendered prompt, and how many rows each of its placeholders is."""
+        return self.placeholders["video" if visual.is_video else "image"], [len(visual.rows)]
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The part (left, top, right, bottom) of a picture of this (width, height) that its grid covers."""
@@ -306,25 +403,37 @@ class Adapter(ABC):
         """Positions [P, S] of the full prompt."""
         return torch.arange(len(ids), device=ids.device)[None]
 
-    def render(self, n_images: int) -> tuple[str, str]:
-        """The prompt before and after the user's text."""
-        if self.prompt is not None:
-            rendered = self.prompt.format(image=self.image_token * n_images, text=TEXT)
-        else:
-            content = [{"type": "image"}] * n_images + [{"type": "text", "text": TEXT}]
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-        before, after = rendered.split(TEXT)
-        return before, after
-
-    def tokenize(self, prompt: Prompt) -> Tokens:
-        """Render and tokenize, with one placeholder a picture.
+    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
+        """The prompt before and after the user's text, with one placeholder a picture.
 
         Raises
         ------
         InputError
-            If the text is empty, does not contain the query or the question, or contains the image placeholder.
+            If the family takes no videos and one is there.
+        """
+        kinds = ["video" if isinstance(image, Video) else "image" for image in images]
+        if unknown := set(kinds) - self.placeholders.keys():
+            raise InputError(f"a {self.model.config.model_type} model takes no {unknown.pop()}")
+        if self.prompt is not None:
+            rendered = self.prompt.format(image="".join(self.placeholders[kind] for kind in kinds), text=TEXT)
+        else:
+            content = [*({"type": kind} for kind in kinds), {"type": "text", "text": TEXT}]
+            messages = [{"role": "user", "content": content}]
+            if self.system is not None:
+                messages.insert(0, {"role": "system", "content": self.system})
+            rendered = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
+            )
+        before, after = rendered.split(TEXT)
+        return before, after
+
+    def tokenize(self, prompt: Prompt, visuals: Sequence[Visual]) -> Tokens:
+        """Render and tokenize.
+
+        Raises
+        ------
+        InputError
+            If the text is empty, does not contain the query or the question, or contains a placeholder.
         """
         query = prompt.text if prompt.query is None else prompt.query
         if not query.strip():
@@ -333,18 +442,17 @@ class Adapter(ABC):
         for part in (query, question):
             if part not in prompt.text:
                 raise InputError(f"{part!r} is not part of the text {prompt.text!r}")
-        before, after = self.render(len(prompt.images))
+        for placeholder in self.placeholders.values():
+            if placeholder in prompt.text:
+                raise InputError(f"the text of sample {prompt.sample!r} contains the placeholder {placeholder!r}")
+
+        before, after = self.render(prompt.images)
+        layouts = [self.layout(visual) for visual in visuals]
+        a_placeholder = re.compile("|".join(map(re.escape, self.placeholders.values())))
+        texts = iter(text for text, _ in layouts)
+        before = a_placeholder.sub(lambda match: next(texts), before)
         rendered = before + prompt.text + after
-        bos = self.tokenizer.bos_token
-        tokens = self.tokenizer(
-            rendered,
-            return_offsets_mapping=True,
-            return_tensors="pt",
-            add_special_tokens=not (bos and rendered.startswith(bos)),
-        )
-        ids, offsets = tokens["input_ids"][0], tokens["offset_mapping"][0]
-        if int((ids == self.image_token_id).sum()) != len(prompt.images):
-            raise InputError(f"the text of sample {prompt.sample!r} contains the placeholder {self.image_token!r}")
+        ids, offsets = self.tokenize_text(rendered, a_placeholder)
 
         def within(part: str) -> Tensor:
             start = len(before) + prompt.text.index(part)
@@ -356,7 +464,27 @@ class Adapter(ABC):
             " " * (a == 0 or rendered[a - 1 : a + 1].strip() != rendered[a - 1 : a + 1]) + rendered[a:b].strip()
             for a, b in offsets[is_text].tolist()
         ]
-        return Tokens(ids, is_text, within(question)[is_text], words)
+        counts = torch.ones_like(ids)
+        counts[self.is_placeholder(ids)] = torch.tensor([n for _, runs in layouts for n in runs], dtype=counts.dtype)
+        return Tokens(
+            ids.repeat_interleave(counts), is_text.repeat_interleave(counts), within(question)[is_text], words
+        )
+
+    def tokenize_text(self, rendered: str, a_placeholder: re.Pattern) -> tuple[Tensor, Tensor]:
+        """Ids [S] and where in ``rendered`` they come from, [S, 2]."""
+        ids, offsets, start = [], [], 0
+        pieces = re.split(f"({a_placeholder.pattern})", rendered) if self.prompt is not None else [rendered]
+        bos = self.tokenizer.bos_token
+        for k, piece in enumerate(pieces):
+            with_bos = k == 0 and not (bos and rendered.startswith(bos))
+            tokens = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=with_bos)
+            ids += tokens["input_ids"]
+            offsets += [(start + a, start + b) for a, b in tokens["offset_mapping"]]
+            start += len(piece)
+        return torch.tensor(ids), torch.tensor(offsets)
+
+    def is_placeholder(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(list(self.placeholder_ids.values()), device=ids.device))
 
     def text_signals(self, prompt: Prompt, tokens: Tokens, signals: Set[str]) -> dict[str, Any]:
         """Those of the named optional fields of `Features` that come from the text."""
@@ -365,22 +493,21 @@ class Adapter(ABC):
 
     def read(self, prompt: Prompt, visuals: Sequence[Visual], signals: Set[str] = frozenset()) -> Encoded:
         """Embed one full-length prompt around its pictures."""
-        tokens = self.tokenize(prompt)
-        ids, is_text = tokens.ids, tokens.is_text
-        counts = torch.ones_like(ids)
-        counts[ids == self.image_token_id] = torch.tensor([len(visual.tokens) for visual in visuals])
-        ids = ids.repeat_interleave(counts).to(self.device)
-        is_text = is_text.repeat_interleave(counts).to(self.device)
+        tokens = self.tokenize(prompt, visuals)
+        ids = tokens.ids.to(self.device)
         embeds = self.model.get_input_embeddings()(ids)
-        slots = (ids == self.image_token_id).nonzero()[:, 0].split([len(visual.tokens) for visual in visuals])
-        for slot, visual in zip(slots, visuals, strict=True):
-            embeds[slot] = visual.tokens.to(embeds)
+        places = self.is_placeholder(ids).nonzero()[:, 0].split([len(visual.rows) for visual in visuals])
+        for place, visual in zip(places, visuals, strict=True):
+            embeds[place] = visual.rows.to(embeds)
         return Encoded(
             ids=ids,
             embeds=embeds,
             position_ids=self.position_ids(ids, visuals),
-            slots=slots,
-            is_text=is_text,
+            slots=tuple(
+                place if visual.is_candidate is None else place[visual.is_candidate]
+                for place, visual in zip(places, visuals, strict=True)
+            ),
+            is_text=tokens.is_text.to(self.device),
             visuals=tuple(visuals),
             signals=self.text_signals(prompt, tokens, signals),
             sample=prompt.sample,
@@ -419,5 +546,8 @@ class Adapter(ABC):
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The answer's text, stripped once, here and nowhere else."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        """The answer's text, stripped once, here and nowhere else. Thinking that does not end has no answer."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if self.thinking:
+            text = text.rpartition(END_OF_THINKING)[2] if END_OF_THINKING in text else ""
+        return text.strip()

@@ -1,61 +1,146 @@
-"""LLaVA-1.5: CLIP patches of one layer, an MLP, a Llama with plain positions."""
+"""LLaVA-1.5: patches of one ViT layer, an MLP, a language model with plain positions.
+
+Its kin differ in how many tiles a picture is cut into and how their patches are put in a row; they override that.
+"""
 
 from collections.abc import Sequence, Set
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
 
-from mipruner.models.base import Adapter, Visual, captured
+from mipruner.models.attention import cls_attention, received_attention
+from mipruner.models.base import Adapter, Call, Picture, Visual, captured
+
+VICUNA_V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image}\n{text} ASSISTANT:"
+)
+"""The conversation that LLaVA-1.5 was tuned on and is evaluated with: 35 tokens stand before the picture."""
 
 
 class LlavaAdapter(Adapter):
-    image_processor_class = CLIPImageProcessorPil
-    image_token = "<image>"
+    """Takes pictures.
 
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        return dict(self.image_processor(images=list(images), return_tensors="pt"))
+    Parameters
+    ----------
+    square : bool
+        Pad a picture to a square with the mean colour, as LLaVA-1.5's evaluation does, instead of cutting its longer
+        side.
+    """
+
+    image_processor_class = CLIPImageProcessorPil
+    signals: ClassVar[frozenset[str]] = frozenset(
+        {"attention", "attention_to_self", "hidden", "cls_hidden", "keys", "project", "valid"}
+    )
+
+    def __init__(self, *args, square: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.square = square
+
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        if not self.square:
+            return {"pixel_values": self.image_processor(images=[image], return_tensors="pt")["pixel_values"]}
+        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
+        side = max(image.size)
+        left, top = (int(-edge) for edge in self.box(image.size)[:2])
+        padded = Image.new("RGB", (side, side), colour)
+        padded.paste(image.convert("RGB"), (left, top))
+        return {
+            "pixel_values": self.image_processor(images=[padded], return_tensors="pt")["pixel_values"],
+            "valid": covered(left, image.width, side, self.side) & covered(top, image.height, side, self.side)[:, None],
+        }
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """CLIP's processor crops the centre square."""
-        (width, height), side = size, min(size)
+        """The centre square that CLIP's processor cuts out, or the square around the padded picture."""
+        (width, height), side = size, (max if self.square else min)(size)
         left, top = (width - side) / 2, (height - side) / 2
+        if self.square:
+            left, top = float(-((side - width) // 2)), float(-((side - height) // 2))
         return (left, top, left + side, top + side)
 
-    def encode(self, pixels: dict[str, Tensor], signals: Set[str] = frozenset()) -> list[Visual]:
-        values = pixels["pixel_values"].to(self.device, self.model.dtype)
-        layer = self.feature_layer
-        watched = captured(layer, layer.self_attn.q_proj, layer.self_attn.k_proj) if signals else nullcontext()
-        with watched as outputs:
-            tokens = self.model.model.get_image_features(pixel_values=values).pooler_output
-        rows = self.vision_signals(*outputs, signals) if signals else {}
-        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
-        return [Visual(t, (side, side), {name: row[k] for name, row in rows.items()}) for k, t in enumerate(tokens)]
-
-    def vision_signals(self, hidden: Tensor, q: Tensor, k: Tensor, names: Set[str]) -> dict[str, Sequence[Any]]:
-        """The named fields of `Features`, one entry a picture, from hidden, q, k [B, 1 + n_visual, d_encoder]."""
-        attn = self.feature_layer.self_attn
-        known = {
-            "attention": lambda: cls_attention(q, k, attn.num_heads, attn.scale),
-            "hidden": lambda: hidden[:, 1:],
-            "cls_hidden": lambda: hidden[:, :1],
-            "keys": lambda: k[:, 1:].unflatten(-1, (attn.num_heads, -1)).mean(-2),
-            "project": lambda: [self.model.model.multi_modal_projector] * len(hidden),
-        }
-        return {name: known[name]() for name in known.keys() & names}
-
     @property
-    def feature_layer(self):
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        config = self.model.config.vision_config
+        size, patch = (x[0] if isinstance(x, list | tuple) else x for x in (config.image_size, config.patch_size))
+        return size // patch
+
+    def tower(self, is_video: bool) -> nn.Module:
+        return self.model.model.vision_tower
+
+    def feature_layer(self, is_video: bool) -> nn.Module:
         """The encoder layer whose output the projector takes: hidden_states[-2] is what layers[-2] puts out."""
         index = self.model.config.vision_feature_layer
-        return self.model.model.vision_tower.encoder.layers[index if index < 0 else index - 1]
+        return self.tower(is_video).encoder.layers[index if index < 0 else index - 1]
+
+    def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
+        is_video = "times" in pixels[0]
+        names = signals & self.signals
+        layer = self.feature_layer(is_video)
+        attn = layer.self_attn
+        values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device, self.model.dtype)
+        with captured(layer, attn.q_proj, attn.k_proj) if names else nullcontext() as calls:
+            rows = self.project(values, pixels)
+        found = self.vision_signals(calls, attn, pixels, names) if names else [{}] * len(pixels)
+        return [
+            Visual(
+                rows=own,
+                grid=self.grid(one),
+                signals=signals_of_one,
+                is_candidate=self.is_candidate(one),
+                times=one.get("times", ()),
+            )
+            for own, one, signals_of_one in zip(rows, pixels, found, strict=True)
+        ]
+
+    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        """Rows [n_rows, d] of each picture, from all tiles [n_tiles, 3, height, width]."""
+        return self.model.model.get_image_features(pixel_values=values).pooler_output
+
+    def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
+        """What belongs to patches [n_tiles, patches, c], in the order and number [n_visual, c] of the visual tokens."""
+        return tiles.flatten(0, 1)
+
+    def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
+        """See `Visual.is_candidate`."""
+        return None
+
+    def grid(self, one: dict[str, Any]) -> tuple[int, ...] | None:
+        """See `Visual.grid`."""
+        return (self.side, self.side)
+
+    def vision_signals(
+        self, calls: Sequence[Call], attn: nn.Module, pixels: Sequence[dict[str, Any]], names: Set[str]
+    ) -> list[dict[str, Any]]:
+        """The named fields of `Features`, for each picture; calls of layer, queries, keys [n_tiles, patches, d]."""
+        hidden, q, k = (call.output for call in calls)
+        q, k = (x.unflatten(-1, (attn.num_heads, -1)) for x in (q, k))
+        first = int(hidden.shape[1] - self.side**2)  # patch 0, behind the CLS if there is one
+        known = {"hidden": hidden[:, first:], "keys": k[:, first:].mean(-2)}
+        if "attention" in names and first:
+            known["attention"] = cls_attention(q, k, attn.scale)[..., None]
+        elif "attention" in names:
+            others, own = received_attention(q, k, attn.scale)
+            known |= {"attention": others[..., None], "attention_to_self": own[..., None]}
+        found, start = [], 0
+        for one in pixels:
+            tiles = slice(start, start + len(one["pixel_values"]))
+            start = tiles.stop
+            fields = {name: self.arrange(known[name][tiles], one) for name in known.keys() & names}
+            fields |= {name: fields[name][:, 0] for name in fields.keys() & {"attention", "attention_to_self"}}
+            if first:
+                fields |= {"cls_hidden": hidden[tiles, 0], "project": self.model.model.multi_modal_projector}
+            if "valid" in one:
+                fields["valid"] = one["valid"].flatten().to(self.device)
+            found.append({name: value for name, value in fields.items() if name in names})
+        return found
 
 
-def cls_attention(q: Tensor, k: Tensor, n_heads: int, scale: float) -> Tensor:
-    """Attention [B, n_visual] of the CLS token to every patch, mean over heads, from q, k [B, 1 + n_visual, dim]."""
-    q, k = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k))
-    logits = (q[:, :, :1] @ k.mT) * scale
-    return torch.softmax(logits, -1, dtype=torch.float32)[:, :, 0, 1:].mean(1)
+def covered(start: int, length: int, side: int, n: int) -> Tensor:
+    """Which of ``n`` equal parts of a line of ``side`` pixels the pixels start .. start + length touch. [n] bool"""
+    edges = torch.arange(n + 1) * side
+    return (edges[1:] > start * n) & (edges[:-1] < (start + length) * n)

@@ -1,0 +1,33 @@
+"""Attention inside a vision encoder, recomputed from the queries and keys of one layer: no encoder ever runs eager."""
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**24
+"""Attention weights held at a time."""
+
+
+def cls_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention [.., n_visual] that the CLS (token 0) pays to each patch, mean over heads.
+
+    q, k [.., 1 + n_visual, heads, d_head].
+    """
+    q, k = (x.float().transpose(-3, -2) for x in (q, k))
+    weights = (q[..., :1, :] @ k.mT * scale).softmax(-1)
+    return weights[..., 0, 1:].mean(-2)
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention that each token receives from all others (eq. 5) and from itself, both [.., n], mean over heads.
+
+    q, k [.., n, heads, d_head].
+    """
+    q, k = (x.float().transpose(-3, -2) for x in (q, k))
+    received, own = torch.zeros_like(k[..., 0]), []
+    step = max(1, BLOCK // k[..., 0].numel())
+    for start in range(0, q.shape[-2], step):
+        weights = (q[..., start : start + step, :] @ k.mT * scale).softmax(-1)
+        received += weights.sum(-2)
+        own.append(weights.diagonal(start, -2, -1))
+    own = torch.cat(own, -1)
+    return (received - own).mean(-2), own.mean(-2)

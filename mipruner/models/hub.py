@@ -1,0 +1,91 @@
+"""From a model's name to a folder with its files: the folder itself, the hub's cache, or the hub. It never hangs."""
+
+import json
+from pathlib import Path
+from threading import Thread
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from mipruner.errors import ModelError
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What a model is loaded from: no pickles, no code."""
+PATIENCE_S = 1.5
+"""How long the hub may take to say whether it has a model."""
+
+
+def locate(path: str, revision: str | None = None) -> Path:
+    """The folder of a model: ``path`` itself if it is one, else a snapshot of the hub id, downloaded if need be.
+
+    Raises
+    ------
+    ModelError
+        Within two seconds, if there is no such folder and no such model, or the hub cannot be reached.
+    """
+    if Path(path).is_dir():
+        if missing := lacking(Path(path)):
+            raise ModelError(f"the folder {path} has no {missing}: copy the model into it again")
+        return Path(path)
+    try:
+        folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+        if lacking(folder) is None:
+            return folder
+    except HFValidationError:
+        raise ModelError(
+            f"no folder {path}, and the hub has no such ids: give a folder with config.json and safetensors, or an id "
+            "of the form owner/name"
+        ) from None
+    except LocalEntryNotFoundError:
+        pass
+    ask(path, revision)
+    return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+
+
+def lacking(folder: Path) -> str | None:
+    """A file without which the folder holds no model, if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["config.json", "tokenizer_config.json"]
+    names += (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    )
+    return next((name for name in names if not (folder / name).exists()), None)
+
+
+def ask(path: str, revision: str | None) -> None:
+    """Ask the hub once, briefly, whether it has this model."""
+    errors: list[Exception] = [TimeoutError()]
+
+    def look_up() -> None:
+        try:
+            HfApi().model_info(path, revision=revision, timeout=PATIENCE_S)
+            errors.clear()
+        except Exception as error:
+            errors[0] = error
+
+    thread = Thread(target=look_up, daemon=True)  # a name server can take longer than any timeout of the request
+    thread.start()
+    thread.join(PATIENCE_S)
+    nowhere = f"cannot load {path}: no such folder, and not in {constants.HF_HUB_CACHE}"
+    match errors:
+        case []:
+            return
+        case [GatedRepoError()]:
+            what = f"its licence must be accepted on {constants.ENDPOINT}/{path}, then run: hf auth login"
+        case [RevisionNotFoundError()]:
+            what = f"the hub has the model, but not the revision {revision}"
+        case [RepositoryNotFoundError()]:
+            what = "the hub has no such model, or it is private and needs: hf auth login"
+        case _:
+            command = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+            what = (
+                f"{constants.ENDPOINT} cannot be reached from here. Where it can, run: {command}, and give the path of "
+                "the folder"
+            )
+    raise ModelError(f"{nowhere}; {what}")

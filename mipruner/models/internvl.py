@@ -1,0 +1,57 @@
+"""InternVL: a picture is up to twelve tiles and a thumbnail; four patches make a token, by pixel shuffle."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GotOcr2ImageProcessorPil
+
+from mipruner.models.base import Picture, Video, Visual
+from mipruner.models.llava import LlavaAdapter
+
+
+class InternVLAdapter(LlavaAdapter):
+    """Takes pictures and videos; the tokens of all tiles share one budget. A frame is one tile and has a number."""
+
+    image_processor_class = GotOcr2ImageProcessorPil
+    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the projector reads four patches at once
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.placeholders["video"] = "<video>"  # in the chat template; the frames in its place have image tokens
+
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        is_video = isinstance(image, Video)
+        images = list(image.frames) if is_video else [image]
+        values = self.image_processor(images=images, crop_to_patches=not is_video, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values} | ({"times": image.times} if is_video else {})
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        return (0, 0, *size)
+
+    def layout(self, visual: Visual) -> tuple[str, list[int]]:
+        image = f"{self.tokenizer.start_image_token}{self.placeholders['image']}{self.tokenizer.end_image_token}"
+        if not visual.is_video:
+            return image, [len(visual.rows)]
+        n_frames = len(visual.times)
+        text = "\n".join(f"Frame{k + 1}: {image}" for k in range(n_frames))
+        return text, [len(visual.rows) // n_frames] * n_frames
+
+    def feature_layer(self, is_video: bool) -> nn.Module:
+        return self.model.model.vision_tower.encoder.layer[self.model.config.vision_feature_layer]
+
+    def project(self, values: Tensor, pixels) -> list[Tensor]:
+        tokens = self.model.model.get_image_features(pixel_values=values).pooler_output
+        return [rows.flatten(0, 1) for rows in tokens.split([len(one["pixel_values"]) for one in pixels])]
+
+    def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
+        """The mean of the four patches of a token."""
+        square = tiles.unflatten(1, (self.side, self.side))
+        merged = self.model.model.pixel_shuffle(square, scale_factor=self.model.config.downsample_ratio)
+        return merged.flatten(0, 2).unflatten(-1, (-1, tiles.shape[-1])).mean(-2)
+
+    def grid(self, one: dict[str, Any]) -> tuple[int, ...] | None:
+        side = int(self.side * self.model.config.downsample_ratio)
+        n_tiles = len(one["pixel_values"])
+        if "times" in one:
+            return (n_tiles, side, side)
+        return (side, side) if n_tiles == 1 else None

@@ -1,0 +1,97 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a picture is a small version of itself and crops of it at a higher resolution.
+
+The crops are put together again, without their padding, and each line of patches ends in a newline row. Newline rows
+are no patches: they are never scored and always kept, like text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaNextImageProcessorPil, LlavaOnevisionImageProcessorPil
+
+from mipruner.errors import InputError
+from mipruner.models.base import Picture, Video
+from mipruner.models.llava import LlavaAdapter
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """Takes pictures; the tokens of all crops share one budget."""
+
+    image_processor_class = LlavaNextImageProcessorPil
+    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # what is merged keeps its place among the crops
+
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        out = self.image_processor(images=[image], return_tensors="pt")
+        return {"pixel_values": out["pixel_values"][0], "image_sizes": out["image_sizes"]}
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        return (0, 0, *size)
+
+    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        sizes = torch.cat([one["image_sizes"] for one in pixels]).to(self.device)
+        return self.model.model.get_image_features(pixel_values=values, image_sizes=sizes).pooler_output
+
+    def pack(self, tiles: Tensor, one: dict[str, Any], newline: Tensor | None = None) -> Tensor:
+        """The model's own packing of crops [n_tiles, patches, c] into rows [n, c], with a newline [c] or none."""
+        return self.model.model.pack_image_features(
+            (tiles,), one["image_sizes"], vision_feature_select_strategy="default", image_newline=newline
+        )[0][0]
+
+    def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
+        return self.pack(tiles, one)
+
+    def is_candidate(self, one: dict[str, Any]) -> Tensor:
+        patches = torch.ones(len(one["pixel_values"]), self.side**2, 1, device=self.device)
+        return self.pack(patches, one, newline=patches.new_zeros(1))[:, 0] > 0
+
+    def grid(self, one: dict[str, Any]) -> None:
+        return None
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """Takes one picture, or videos: a frame is one tile whose patches are pooled 2 x 2, and a newline ends a video.
+
+    Several pictures in one prompt, for which the model was trained with another cut, are refused.
+    """
+
+    image_processor_class = LlavaOnevisionImageProcessorPil
+
+    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
+        if len(images) > 1 and not all(isinstance(image, Video) for image in images):
+            raise InputError("LLaVA-OneVision takes one picture a prompt here: ask about each by itself")
+        return super().render(images)
+
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        if not isinstance(image, Video):
+            return super().pixels(image)
+        processor = self.image_processor
+        size = (processor.size["width"], processor.size["height"])
+        frames = [frame.convert("RGB").resize(size, processor.resample) for frame in image.frames]
+        values = processor(images=[frames], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values[:, 0], "times": image.times}  # tile 0 is the frame as a whole
+
+    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        if "times" not in pixels[0]:
+            return super().project(values, pixels)
+        frames = self.model.model.get_video_features(pixel_values_videos=values[None]).pooler_output[0]
+        pooled = -((-self.side // 2) ** 2)
+        counts = [len(one["pixel_values"]) * pooled for one in pixels]
+        newline = self.model.model.image_newline[None].to(frames)
+        return [torch.cat([rows, newline]) for rows in frames[: sum(counts)].split(counts)]
+
+    def pack(self, tiles: Tensor, one: dict[str, Any], newline: Tensor | None = None) -> Tensor:
+        if "times" not in one:
+            return self.model.model.pack_image_features(
+                (tiles,),
+                one["image_sizes"],
+                image_newline=newline,
+                vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+            )[0][0]
+        pooled = self.model.model.apply_pooling(tiles).flatten(0, 1)
+        return pooled if newline is None else torch.cat([pooled, newline[None]])
+
+    def grid(self, one: dict[str, Any]) -> tuple[int, ...] | None:
+        side = -(-self.side // 2)
+        return (len(one["pixel_values"]), side, side) if "times" in one else None

@@ -1,0 +1,190 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: pictures of any size, four patches a token, positions in time and plane.
+
+Positions are those of the full prompt, always: renumbering would tear the grid apart, and where a new token stands
+follows from the last of them, never from the length of the cache.
+"""
+
+from collections.abc import Sequence, Set
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
+
+from mipruner.errors import InputError
+from mipruner.models.attention import received_attention
+from mipruner.models.base import Adapter, Call, Picture, Video, Visual, captured
+
+
+class QwenVLAdapter(Adapter):
+    """Takes pictures and videos, several a prompt. Two frames of a video make one step in time.
+
+    Parameters
+    ----------
+    min_pixels, max_pixels : int, optional
+        Size to which a picture is scaled, before the patches; by default what the model's image processor says.
+    min_frame_pixels, max_frame_pixels : int
+        The same for a frame of a video.
+    """
+
+    image_processor_class = Qwen2VLImageProcessorPil
+    default_positions = "keep"
+
+    def __init__(
+        self,
+        *args,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        min_frame_pixels: int = 128 * 28 * 28,
+        max_frame_pixels: int = 768 * 28 * 28,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if self.positions == "repack":
+            raise InputError("positions=repack would tear the grid of a Qwen-VL picture apart: use keep")
+        size = self.image_processor.size
+        self.image_size = {
+            "shortest_edge": min_pixels or size["shortest_edge"],
+            "longest_edge": max_pixels or size["longest_edge"],
+        }
+        self.frame_size = {"shortest_edge": min_frame_pixels, "longest_edge": max_frame_pixels}
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.model.model.visual
+
+    @property
+    def merge(self) -> int:
+        """Patches along one side of a token."""
+        return self.vision.spatial_merge_size
+
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        if not isinstance(image, Video):
+            out = self.image_processor(images=[image], size=self.image_size, return_tensors="pt")
+            return {"pixel_values": out["pixel_values"], "grid_thw": out["image_grid_thw"]}
+        steps = self.model.config.vision_config.temporal_patch_size
+        frames = [*image.frames, *[image.frames[-1]] * (-len(image.frames) % steps)]
+        out = self.image_processor(images=frames, size=self.frame_size, return_tensors="pt")
+        _, height, width = out["image_grid_thw"][0].tolist()
+        # The processor repeats a frame over the steps of a patch; a video has one frame at each step.
+        patches = out["pixel_values"].view(len(frames) // steps, steps, height * width, -1, steps, self.patch_area)
+        patches = torch.stack([patches[:, k, :, :, k] for k in range(steps)], -2)
+        return {
+            "pixel_values": patches.flatten(2).flatten(0, 1),
+            "grid_thw": torch.tensor([[len(frames) // steps, height, width]]),
+            "times": image.times,
+        }
+
+    @property
+    def patch_area(self) -> int:
+        return self.model.config.vision_config.patch_size**2
+
+    def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
+        names = signals & {"attention", "attention_to_self", "hidden", "keys"}
+        values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device)
+        grids = torch.cat([one["grid_thw"] for one in pixels]).to(self.device)
+        blocks = self.vision.blocks
+        attn = blocks[self.attention_block].attn
+        with captured(attn, attn.qkv, blocks[-1]) if names else nullcontext() as calls:
+            out = self.model.model.get_image_features(values, grids)
+        counts = (grids.prod(-1) // self.merge**2).tolist()
+        found = self.vision_signals(calls, attn, grids, names) if names else {}
+        found = {name: rows.split(counts) for name, rows in found.items()}
+        deepstack = [
+            torch.cat(list(layer)) if isinstance(layer, list | tuple) else layer
+            for layer in getattr(out, "deepstack_features", None) or []
+        ]
+        deepstack = [layer.split(counts) for layer in deepstack]
+        return [
+            Visual(
+                rows=rows,
+                grid=(t, h // self.merge, w // self.merge)[0 if "times" in one else 1 :],
+                signals={name: of_each[k] for name, of_each in found.items()},
+                deepstack=tuple(layer[k] for layer in deepstack),
+                times=one.get("times", ()),
+            )
+            for k, (rows, one, (t, h, w)) in enumerate(zip(out.pooler_output, pixels, grids.tolist(), strict=True))
+        ]
+
+    @property
+    def attention_block(self) -> int:
+        """The last block in which all patches of a picture see each other (Qwen2.5-VL has blocks of windows)."""
+        return max(getattr(self.vision, "fullatt_block_indexes", None) or [len(self.vision.blocks) - 1])
+
+    def vision_signals(
+        self, calls: Sequence[Call], attn: nn.Module, grids: Tensor, names: Set[str]
+    ) -> dict[str, Tensor]:
+        """The named fields of `Features` for all pictures together, the mean over the patches of a token.
+
+        Attention is within a picture, or a step of a video: the segments of ``cu_seqlens``.
+        """
+        inside, qkv, hidden = calls
+        q, k = qkv.output.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)[:2]
+        q, k = apply_rotary_pos_emb_vision(q, k, *inside.kwargs["position_embeddings"])
+        found = {"hidden": hidden.output, "keys": k.mean(-2)}
+        if names & {"attention", "attention_to_self"}:
+            lengths = inside.kwargs["cu_seqlens"].diff().tolist()
+            segments = zip(q.split(lengths), k.split(lengths), strict=True)
+            received = [received_attention(*segment, attn.scaling) for segment in segments]
+            found |= {
+                name: torch.cat(rows)[:, None]
+                for name, rows in zip(("attention", "attention_to_self"), zip(*received, strict=True), strict=True)
+            }
+        order = self.raster_order(grids)
+        tokens = {name: found[name].unflatten(0, (-1, self.merge**2)).mean(1)[order] for name in names}
+        return {name: rows[:, 0] if name.startswith("attention") else rows for name, rows in tokens.items()}
+
+    def raster_order(self, grids: Tensor) -> Tensor | slice:
+        """Where each token is inside the blocks; Qwen2.5-VL sorts the tokens there by window."""
+        if not hasattr(self.vision, "window_size"):
+            return slice(None)
+        window_index, _ = get_vision_window_index(
+            grids, self.merge, self.vision.window_size, self.model.config.vision_config.patch_size
+        )
+        return window_index.argsort()
+
+    def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
+        """[4, S]: the number of the token, then time, height, width."""
+        kinds = torch.zeros_like(ids)
+        grids: dict[str, list] = {"image": [], "video": []}
+        for number, kind in enumerate(grids, 1):
+            kinds[ids == self.placeholder_ids[kind]] = number
+        for visual in visuals:
+            t, h, w = visual.grid if visual.is_video else (1, *visual.grid)
+            grids["video" if visual.is_video else "image"].append([t, h * self.merge, w * self.merge])
+        optional = {f"{kind}_grid_thw": torch.tensor(rows, device=ids.device) for kind, rows in grids.items() if rows}
+        if hasattr(self.model.config.vision_config, "tokens_per_second"):
+            optional["second_per_grid_ts"] = self.seconds_per_step(visuals)
+        planes, _ = self.model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **optional)
+        return torch.cat([super().position_ids(ids, visuals), planes[:, 0]])
+
+    def seconds_per_step(self, visuals: Sequence[Visual]) -> list[float]:
+        steps = self.model.config.vision_config.temporal_patch_size
+        return [steps * visual.times[1] if len(visual.times) > 1 else 0.0 for visual in visuals if visual.is_video]
+
+
+class Qwen3VLAdapter(QwenVLAdapter):
+    """Also takes pictures and videos; each step of a video is preceded by the time in words.
+
+    Those words are text of the prompt, not of the user: they are never pruned and never score a token.
+    """
+
+    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
+        before, after = super().render(images)
+        return before.replace(self.around(self.placeholders["video"]), self.placeholders["video"]), after
+
+    def around(self, placeholder: str) -> str:
+        config, names = self.model.config, self.tokenizer.convert_ids_to_tokens
+        return names(config.vision_start_token_id) + placeholder + names(config.vision_end_token_id)
+
+    def layout(self, visual: Visual) -> tuple[str, list[int]]:
+        if not visual.is_video:
+            return super().layout(visual)
+        steps = self.model.config.vision_config.temporal_patch_size
+        times = [*visual.times, *[visual.times[-1]] * (-len(visual.times) % steps)]
+        means = [(times[k] + times[k + steps - 1]) / 2 for k in range(0, len(times), steps)]
+        frame = self.around(self.placeholders["video"])
+        return "".join(f"<{mean:.1f} seconds>{frame}" for mean in means), [len(visual.rows) // len(means)] * len(means)

@@ -1,0 +1,50 @@
+"""Video-LLaVA: LLaVA-1.5 with a second tower for videos, whose frames keep their CLS."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import VideoLlavaImageProcessor
+
+from mipruner.models.base import Picture, Video
+from mipruner.models.llava import LlavaAdapter
+
+LLAVA_V1 = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions. USER: {image}\n{text} ASSISTANT:"
+)
+"""The conversation that Video-LLaVA is evaluated with."""
+
+
+class VideoLlavaAdapter(LlavaAdapter):
+    """Takes pictures and videos. A frame is 257 rows: its CLS, never a candidate and always kept, and 256 patches."""
+
+    image_processor_class = VideoLlavaImageProcessor
+    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the CLS rows stay anyway
+
+    def pixels(self, image: Picture) -> dict[str, Any]:
+        if not isinstance(image, Video):
+            return super().pixels(image)
+        frames = map(super().pixels, image.frames)
+        return {"pixel_values": torch.cat([frame["pixel_values"] for frame in frames]), "times": image.times}
+
+    def tower(self, is_video: bool) -> nn.Module:
+        return self.model.model.video_tower if is_video else self.model.model.image_tower
+
+    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        if "times" not in pixels[0]:
+            return self.model.model.get_image_features(values).pooler_output
+        frames = self.model.model.get_video_features(values[None]).pooler_output
+        return [rows.flatten(0, 1) for rows in frames.split([len(one["pixel_values"]) for one in pixels])]
+
+    def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
+        if "times" not in one:
+            return None
+        rows = torch.ones(len(one["pixel_values"]), 1 + self.side**2, dtype=torch.bool, device=self.device)
+        rows[:, 0] = False
+        return rows.flatten()
+
+    def grid(self, one: dict[str, Any]) -> tuple[int, ...]:
+        patches = super().grid(one)
+        return (len(one["pixel_values"]), *patches) if "times" in one else patches
