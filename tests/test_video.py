@@ -1,0 +1,259 @@
+"""The video sets on small videos made here: each frame of one grey, so that a frame says which it is."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from experiments.benchmarks import video
+from experiments.benchmarks.base import BenchmarkError, SampleError
+
+ROOT = Path(__file__).parent.parent
+VIDEOS = {"msvd": "videos", "msrvtt": "videos/all", "tgif": "mp4"}
+
+
+def greys(n: int) -> list[int]:
+    return np.linspace(20, 235, n).astype(int).tolist()
+
+
+def write_video(path: Path, n: int, codec: str = "mpeg4") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        for grey in greys(n):
+            picture = np.full((48, 64, 3), grey, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+
+
+def positions(pictures: list[Image.Image], n: int) -> list[int]:
+    """Which of the n frames each picture is."""
+    return [int(np.abs(np.asarray(picture).mean() - np.asarray(greys(n))).argmin()) for picture in pictures]
+
+
+def write_gif(path: Path, n: int) -> None:
+    pictures = [Image.new("L", (64, 48), grey) for grey in greys(n)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+
+
+def benchmark(name, path, judge=None, **options):
+    config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml"), "judge": judge or {}})
+    config.dataset.path = str(path) if path else None
+    config.dataset.benchmark.update(options)
+    return instantiate(config.dataset.benchmark)
+
+
+def write_set(path: Path, n: int = 4, shuffled: bool = True) -> None:
+    """Video-LLaVA's files; the answers stand in another order than the questions."""
+    questions = [
+        {"video_name": f"v{i // 2}", "question": f"what is number {i}?", "question_id": f"v{i // 2}_{i}"}
+        for i in range(n)
+    ]
+    answers = [{"answer": f"answer{i}", "question_id": f"v{i // 2}_{i}"} for i in range(n)]
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "test_q.json").write_text(json.dumps(questions))
+    (path / "test_a.json").write_text(json.dumps(answers[::-1] if shuffled else answers))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_samples_are_paired_by_question_id(name, tmp_path):
+    write_set(tmp_path)
+    write_video(tmp_path / VIDEOS[name] / "v0.mp4", 10)
+    bench = benchmark(name, tmp_path)
+    samples = bench.samples()
+    assert bench.is_video
+    assert [(sample.id, sample.answer) for sample in samples] == [(f"v{i // 2}_{i}", f"answer{i}") for i in range(4)]
+    assert samples[1].text == samples[1].question == "what is number 1?"
+    assert [sample.image_id for sample in samples] == ["v0", "v0", "v1", "v1"]
+    assert len(bench.images("v0")) == 8
+    with pytest.raises(SampleError, match="no video v1 in "):
+        bench.images("v1")
+
+
+def test_first_thousand_of_the_file(tmp_path):
+    write_set(tmp_path, 1203)
+    assert [sample.id for sample in benchmark("msvd", tmp_path).samples()] == [f"v{i // 2}_{i}" for i in range(1000)]
+    assert len(benchmark("msvd", tmp_path, first=None).samples()) == 1203
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mp4", "mpeg4"), (".avi", "mpeg4"), (".mov", "mpeg4"), (".mkv", "ffv1")]
+)
+@pytest.mark.parametrize("n", [30, 8, 3, 1])
+def test_frames_are_evenly_spaced(tmp_path, suffix, codec, n):
+    write_set(tmp_path)
+    write_video(tmp_path / f"videos/v0{suffix}", n, codec)
+    pictures = benchmark("msvd", tmp_path).images("v0")
+    assert [picture.mode for picture in pictures] == ["RGB"] * 8
+    assert [picture.size for picture in pictures] == [(64, 48)] * 8
+    assert positions(pictures, n) == [int(i * (n - 1) / 7) for i in range(8)]
+
+
+def test_gif_and_a_name_with_its_suffix(tmp_path):
+    rows = [{"video_name": "cat.gif", "question": "what?", "answer": "cat"}]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "mp4").mkdir()
+    write_gif(tmp_path / "mp4/cat.gif", 15)
+    bench = benchmark("tgif", tmp_path, questions="qa.jsonl", answers=None, n_frames=4)
+    (sample,) = bench.samples()
+    assert (sample.id, sample.answer) == ("0", "cat")
+    assert positions(bench.images(sample.image_id), 15) == [0, 4, 9, 14]
+
+
+def test_no_frame_is_flipped(tmp_path):
+    path = tmp_path / "half.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:, 32:] = 255
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    for frame in video.frames(path, 8):
+        assert np.asarray(frame)[:, :24].mean() < 10 < 200 < np.asarray(frame)[:, 40:].mean()
+
+
+def test_hub_copies_keep_questions_and_answers_in_one_table(tmp_path):
+    rows = {"video_name": ["a", "b"], "question_id": ["7", "8"], "question": ["q?", "r?"], "answer": ["x", "y"]}
+    pq.write_table(pa.table(rows | {"type": ["0", "1"]}), tmp_path / "test.parquet")
+    samples = benchmark("msrvtt", tmp_path, questions="test.parquet", answers=None).samples()
+    assert [(sample.id, sample.image_id, sample.answer) for sample in samples] == [("7", "a", "x"), ("8", "b", "y")]
+
+
+def test_a_broken_video_is_an_error_of_its_samples_alone(tmp_path):
+    write_set(tmp_path)
+    write_video(tmp_path / "videos/v0.mp4", 30)
+    whole = (tmp_path / "videos/v0.mp4").read_bytes()
+    (tmp_path / "videos/v1.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "videos/v2.mp4").write_bytes(b"this is no video" * 100)
+    (tmp_path / "videos/v3.mp4").write_bytes(b"")
+    bench = benchmark("msvd", tmp_path)
+    for name in ("v1", "v2", "v3"):
+        with pytest.raises(SampleError, match=rf"the video {name}.mp4 cannot be decoded: "):
+            bench.images(name)
+    assert len(bench.images("v0")) == 8
+
+
+def test_a_sound_file_has_no_frames(tmp_path):
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(SampleError, match=r"the video sound.mkv cannot be decoded"):
+        video.frames(path, 8)
+
+
+def test_errors_of_files_are_one_line(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"set dataset.path to their folder"):
+        benchmark("msvd", None).samples()
+    with pytest.raises(BenchmarkError, match=r"test_q.json cannot be read"):
+        benchmark("msvd", tmp_path, answers=None).samples()
+    write_set(tmp_path)
+    (tmp_path / "test_a.json").write_text(json.dumps([{"answer": "x", "question_id": "v0_0"}]))
+    with pytest.raises(BenchmarkError, match=r"test_a.json has no answer to question v0_1"):
+        benchmark("msvd", tmp_path).samples()
+    (tmp_path / "test_a.json").write_text("[{")
+    with pytest.raises(BenchmarkError, match=r"test_a.json cannot be read"):
+        benchmark("msvd", tmp_path).samples()
+    (tmp_path / "q.json").write_text(json.dumps([{"clip": "a", "question": "q", "answer": "x"}]))
+    with pytest.raises(BenchmarkError, match="lacks the column video_name or video_id or video; it has clip, question"):
+        benchmark("msvd", tmp_path, questions="q.json", answers=None).samples()
+    twice = [{"video_name": "a", "question": "q", "question_id": 1, "answer": "x"}] * 2
+    (tmp_path / "q.json").write_text(json.dumps(twice))
+    with pytest.raises(BenchmarkError, match="has two questions 1"):
+        benchmark("msvd", tmp_path, questions="q.json", answers=None).samples()
+
+
+READ = [
+    ("{'pred': 'yes', 'score': 5}", (True, 5)),
+    ("{'pred': 'No', 'score': 0}", (False, 0)),
+    ('{"pred": "Yes.", "score": "4"}', (True, 4)),
+    ("{'pred': 'yes', 'score': 4.8}", (True, 4)),
+    ("{'pred': 'yes', 'score': '4.8'}", (None, 0)),
+    ("{'pred': 'yes', 'score': None}", (None, 0)),
+    ("{'pred': 'unknown', 'score': 1}", (False, 1)),
+    ("{'pred': 'not sure', 'score': 1}", (False, 1)),
+    ("{'pred': 'maybe', 'score': 2}", (None, 2)),
+    ("{'pred': 'no, not yes', 'score': 2}", (True, 2)),
+    ("```python\n{'pred': 'yes',\n 'score': 3}\n```", (True, 3)),
+    ("{'pred': 'yes', 'score': 9}", None),
+    ("{'pred': 'yes'}", None),
+    ("{'score': 3}", None),
+    ("{pred: yes, score: 3}", None),
+    ("{'pred', 'score'}", None),
+    ("yes, 5", None),
+    ("{'pred': 'yes', 'score': 3", None),
+    ("", None),
+    ("{__import__('os')}", None),
+]
+
+
+@pytest.mark.parametrize(("reply", "grade"), READ)
+def test_read_grade(reply, grade):
+    if grade is None:
+        with pytest.raises(ValueError):
+            video.read_grade(reply)
+    else:
+        assert video.read_grade(reply) == grade
+
+
+def test_metrics_of_the_judges_grades(tmp_path):
+    """Accuracy is yes / (yes + no), score the sum over all; a failed video is a no."""
+
+    class Judge:
+        def grade(self, requests, read):
+            replies = ["{'pred': 'yes', 'score': 5}", "{'pred': 'no', 'score': 2}", "{'pred': 'maybe', 'score': 3}"]
+            self.asked = [request(0) for request in requests]
+            return [read(reply) for reply in replies] + [None]
+
+    write_set(tmp_path, 5)
+    bench = benchmark("msvd", tmp_path)
+    bench.judge, bench.prefix = Judge(), ""
+    samples, predictions = bench.samples(), ["a", "b", "c", "{d}", None]
+    scores = bench.score(samples, predictions)
+    assert scores == [1, 0, 0, 0, 0]
+    assert bench.metrics(samples, predictions, scores) == {"accuracy": 25, "score": 2}
+    system, user = bench.judge.asked[3]["messages"]
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert user["content"].startswith("Question: what is number 3?\nCorrect Answer: answer3\nPredicted Answer: {d}\n\n")
+    assert user["content"].endswith("{'pred': 'yes', 'score': 4}")
+    assert "temperature" not in bench.judge.asked[0]
+    bench.temperature = 0
+    bench.score(samples, predictions)
+    assert bench.judge.asked[0]["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "prediction", "grade"),
+    [
+        ("cat", "The cat is sleeping.", (True, 5)),
+        ("cat", "concatenate", (False, 0)),
+        ("two", "2 dogs", (True, 5)),
+        ("play guitar", "guitar", (False, 3)),
+        ("cat", "", (False, 0)),
+    ],
+)
+def test_offline_rule(answer, prediction, grade):
+    assert video.offline_grade(answer, prediction) == grade
+
+
+def test_offline_scores_have_names_of_their_own(tmp_path):
+    write_set(tmp_path)
+    bench = benchmark("tgif", tmp_path)
+    samples = bench.samples()
+    predictions = ["it is answer0", "nothing", None, "answer3"]
+    scores = bench.score(samples, predictions)
+    assert bench.metrics(samples, predictions, scores) == {"offline_accuracy": 50, "offline_score": 2.5}
+    assert set(bench.standard_errors(samples, scores)) == {"offline_accuracy"}
+    assert "not comparable" in bench.provenance()["judge"]
