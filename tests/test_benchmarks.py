@@ -169,6 +169,10 @@ def test_pope():
     metrics = bench.metrics(samples, predictions, scores)
     assert (metrics["adversarial_accuracy"], metrics["popular_accuracy"], metrics["random_accuracy"]) == (50, 100, 50)
     assert metrics["accuracy"] == pytest.approx(200 / 3)
+    assert set(bench.standard_errors(samples, scores)) == {"adversarial_accuracy", "random_accuracy"}
+    two_each = samples[:2] + samples[3:]
+    errors = bench.standard_errors(two_each, [1, 0, 0, 1])
+    assert errors == pytest.approx({"accuracy": 50 / 2**0.5, "random_accuracy": 50, "adversarial_accuracy": 50})
 
 
 def test_pope_keys_on_category_and_number(tmp_path):

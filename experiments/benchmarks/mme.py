@@ -15,8 +15,8 @@ class MME(TableBenchmark):
     """Yes or no, scored by category as accuracy + accuracy+, where a picture counts if both its questions are right.
 
     ``prompt``: "short_answer" puts LLaVA's sentence in the place of "Please answer yes or no.", "plain" keeps it.
-    Both questions of a picture are neighbours, so an even ``limit`` cuts no pair. A run over part of the categories has
-    no perception score, which is a sum over all ten; its headline is the plain accuracy.
+    A run over part of the categories has no perception score, which is a sum over all ten; its headline is the plain
+    accuracy.
     """
 
     columns = ("question_id", "question", "answer", "category")

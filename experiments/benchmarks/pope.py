@@ -3,6 +3,7 @@
 https://arxiv.org/abs/2305.10355
 """
 
+import math
 from collections.abc import Sequence
 
 from experiments.benchmarks.base import Sample
@@ -48,11 +49,17 @@ class POPE(TableBenchmark):
 
     def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
         scored = list(zip(samples, scores, strict=True))
-        by_category = {c: [score for sample, score in scored if sample.task == c] for c in POPE_CATEGORIES}
-        return {"accuracy": list(scores)} | {f"{c}_accuracy": category for c, category in by_category.items()}
+        return {f"{c}_accuracy": [score for sample, score in scored if sample.task == c] for c in POPE_CATEGORIES}
 
     def metrics(
         self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
     ) -> dict[str, float]:
         answered = zip(samples, predictions, strict=True)
         return pope_scores([POPERow(s.task, s.answer, prediction) for s, prediction in answered], self.scoring)
+
+    def standard_errors(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
+        """Of the categories, and of their mean if each of them has one."""
+        errors = super().standard_errors(samples, scores)
+        if len(errors) < len({sample.task for sample in samples}):
+            return errors
+        return {"accuracy": math.hypot(*errors.values()) / len(errors)} | errors
