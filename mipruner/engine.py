@@ -1,0 +1,321 @@
+"""The fast way for one prompt at a time: the pipeline's answer, on static shapes.
+
+    picture ── see ──> visual tokens ─┐
+    question ─ score ─────────────────┴─> kept tokens ─ prefill ─> token ─ step ─> token ─ step ─> ...
+
+Each of these four is a function of tensors that is recorded as a CUDA graph and then replayed: `see` and `step` once,
+`score` for each number of question tokens, `prefill` for each bucket of prompt lengths. The host uploads token ids
+before and reads the answer after; in between it waits for nothing, except that every `LOOK` tokens it asks whether the
+answer has ended. On a CPU the same functions are called as they are.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from mipruner.decoding import Decoding
+from mipruner.errors import InputError
+from mipruner.features import Features
+from mipruner.models.base import Adapter, Prompt, Tokens, Visual
+from mipruner.pipeline import Answer
+from mipruner.pruners import AttentionPruner, MIAttentionPruner, MIPruner, NoPruner, Pruner, SimilarityPruner
+from mipruner.selection import Selection, budget
+
+LOOK = 16
+"""Tokens between two looks at whether the answer has ended."""
+
+STATIC = (NoPruner, MIPruner, MIAttentionPruner, SimilarityPruner, AttentionPruner)
+"""Pruners that a graph can hold: no shape depends on a value, nothing waits for the device. Others run unrecorded."""
+
+
+class Graph:
+    """A function of tensors, recorded as one CUDA graph where the tensors are on a GPU.
+
+    What it returns lies in the graph's own memory and lives until the next call.
+    """
+
+    def __init__(self, function: Callable, *inputs: Tensor):
+        self.function, self.graph = function, None
+        if inputs[0].is_cuda:
+            self.inputs = [x.clone() for x in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles kernels and fills caches, which a recording must not do
+                    function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.graph is None:
+            return self.function(*inputs)
+        for held, x in zip(self.inputs, inputs, strict=True):
+            held.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+
+class KeyValues:
+    """What the language model takes for its cache: fixed buffers [1, kv_heads, length, head_dim], two a layer."""
+
+    def __init__(self, config: PreTrainedConfig, length: int, like: Tensor):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (2, config.num_hidden_layers, 1, config.num_key_value_heads, length, width)
+        self.keys, self.values = like.new_zeros(shape)
+        self.length = length
+
+    def at(self, slots: Tensor, n_read: int) -> "KeyValues":
+        """The same buffers, for a call that writes its tokens to ``slots`` and reads the first ``n_read`` ones."""
+        self.slots, self.n_read = slots, n_read
+        return self
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys[layer].index_copy_(2, self.slots, keys)
+        self.values[layer].index_copy_(2, self.slots, values)
+        return self.keys[layer][:, :, : self.n_read], self.values[layer][:, :, : self.n_read]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A short prompt of n tokens, padded to L behind its last token, and the T tokens that may follow the n.
+
+    Attributes
+    ----------
+    n : int
+    ids : Tensor [L]
+    places : Tensor [n_keep]
+        Where the visual tokens stand.
+    slots : Tensor [L + T]
+        0, 1, 2, ...: of token k in the cache.
+    position_ids : Tensor [L + T]
+        Of token k; where positions are kept, those of the visual tokens are filled in once it is known which they are.
+    """
+
+    n: int
+    ids: Tensor
+    places: Tensor
+    slots: Tensor
+    position_ids: Tensor
+
+
+class Engine:
+    """``engine(prompt)`` answers as `mipruner.pipeline.Pipeline` does.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        LLaVA-1.5 with attn_implementation=sdpa: plain positions, pictures of one size.
+    pruner, keep
+        As for the pipeline.
+    decoding : Decoding
+        Greedy.
+    bucket : int
+        Prompts are padded to a multiple of it, behind their last token, where none of their tokens looks.
+    longest : int
+        Tokens beside the picture that a prompt may have.
+    compiled : bool
+        Whether torch.compile fuses see, prefill and step before they are recorded.
+
+    Raises
+    ------
+    InputError
+        If the model or the decoding is of another kind.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        pruner: Pruner,
+        keep: int | float,
+        decoding: Decoding,
+        *,
+        bucket: int = 64,
+        longest: int = 192,
+        compiled: bool = False,
+    ):
+        generation, text_config = adapter.model.generation_config, adapter.model.config.text_config
+        if decoding.temperature or generation.repetition_penalty not in (None, 1.0):
+            raise InputError("the engine decodes greedily: use the pipeline for sampling and penalties")
+        if adapter.model.config.model_type != "llava" or text_config._attn_implementation != "sdpa":
+            raise InputError("the engine runs LLaVA-1.5 with attn_implementation=sdpa: use the pipeline")
+        self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
+        self.bucket, self.longest, self.compiled = bucket, longest, compiled
+        self.n_visual = adapter.side**2
+        self.picture = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
+        self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else budget(keep, self.n_visual)
+        self.ends = torch.tensor(generation.eos_token_id, device=adapter.device).reshape(-1)
+        length = self._padded(longest + self.n_keep) + decoding.max_new_tokens
+        self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
+        self.graphs: dict[tuple, Graph] = {}
+        self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
+        """Called around each stage. Nothing is timed by default, because a clock makes the host wait."""
+
+    @torch.inference_mode()
+    def __call__(self, prompt: Prompt, pixels: dict[str, Any] | None = None) -> Answer:
+        """Answer one prompt; ``pixels`` is what ``adapter.pixels`` gives for its picture, if that is there already.
+
+        Raises
+        ------
+        InputError
+            If the prompt has several pictures or is too long, or the features are not finite.
+        """
+        if len(prompt.images) != 1:
+            raise InputError(f"the engine answers about one picture, not {len(prompt.images)}: use the pipeline")
+        tokens = self.adapter.tokenize(prompt, [self.picture])
+        if (n_other := len(tokens.ids) - self.n_visual) > self.longest:
+            raise InputError(f"the prompt has {n_other} tokens beside the picture: raise longest")
+        pixels = self.adapter.pixels(prompt.images[0]) if pixels is None else pixels
+        values = self.upload(pixels["pixel_values"].to(self.adapter.model.dtype))
+        text_ids, layout = self.upload(tokens.ids[tokens.is_text]), self.layout(tokens.ids)
+        with self.watch("vision"):
+            visual = self.run(self.see, values)
+        with self.watch("scoring"):
+            kept, finite = self.select(prompt, tokens, text_ids, visual, pixels)
+        with self.watch("prefill"):
+            length = len(layout.ids)
+            token = self.run(
+                self.prefill,
+                layout.ids,
+                layout.slots[:length],
+                layout.position_ids[:length],
+                layout.slots[layout.n - 1 : layout.n],
+                layout.places,
+                kept,
+                visual.rows,
+            )
+        with self.watch("decode"):
+            drawn = self.decode(token, layout)
+        *new, finite = torch.cat([drawn, finite]).tolist()
+        if not finite:
+            raise InputError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
+        ends = self.ends.tolist()
+        new = new[: next((k for k, token in enumerate(new) if token in ends), None)]
+        return Answer(
+            text=self.adapter.decode(new),
+            tokens=new,
+            selections=[Selection(kept.cpu())],
+            n_visual=[self.n_visual],
+            grids=[self.picture.grid],
+            boxes=[self.adapter.box(prompt.images[0].size)],
+            visual_tokens_per_layer=[self.n_keep] * self.adapter.n_layers,
+        )
+
+    def upload(self, x: Tensor) -> Tensor:
+        """To the device, from pinned memory, so that the host does not wait."""
+        return x.pin_memory().to(self.adapter.device, non_blocking=True) if self.adapter.device.type == "cuda" else x
+
+    def run(self, function: Callable, *inputs: Tensor) -> Any:
+        """Replay the graph of this function for these shapes; record it if there is none yet."""
+        key = (function.__name__, *(x.shape for x in inputs))
+        if key not in self.graphs:
+            fused = self.compiled and function != self.score  # its kernels are fused by hand
+            self.graphs[key] = Graph(torch.compile(function) if fused else function, *inputs)
+        return self.graphs[key](*inputs)
+
+    def layout(self, ids: Tensor) -> Layout:
+        """Lay out the short version of a prompt [S]."""
+        start = int(self.adapter.is_placeholder(ids).nonzero()[0])
+        ids = torch.cat([ids[: start + self.n_keep], ids[start + self.n_visual :]])
+        length = self._padded(len(ids))
+        slots = torch.arange(length + self.decoding.max_new_tokens)
+        position_ids = slots.clone()
+        if self.adapter.positions == "keep":
+            position_ids[start + self.n_keep :] += self.n_visual - self.n_keep
+        return Layout(
+            n=len(ids),
+            ids=self.upload(torch.nn.functional.pad(ids, (0, length - len(ids)))),
+            places=self.upload(torch.arange(start, start + self.n_keep)),
+            slots=self.upload(slots),
+            position_ids=self.upload(position_ids),
+        )
+
+    def _padded(self, n: int) -> int:
+        return -(-n // self.bucket) * self.bucket
+
+    def select(
+        self, prompt: Prompt, tokens: Tokens, text_ids: Tensor, visual: Visual, pixels: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Kept visual tokens [n_keep] in their order, and [1] whether all features are finite."""
+        signals = dict(visual.signals)
+        if isinstance(self.pruner, STATIC):
+            return self.run(self.score, text_ids, visual.rows, *(signals[name] for name in sorted(signals)))
+        if "valid" in pixels and "valid" in self.pruner.signals:
+            signals["valid"] = pixels["valid"].flatten().to(self.adapter.device)
+        signals |= self.adapter.text_signals(prompt, tokens, self.pruner.signals)
+        text = self.adapter.model.get_input_embeddings()(text_ids)
+        features = Features(visual.rows, text, self.picture.grid, **signals, sample=prompt.sample)
+        selection = self.pruner(features, self.n_keep)
+        if selection.embeds is not None:
+            raise InputError(f"{type(self.pruner).__name__} merges tokens: use the pipeline")
+        return selection.indices, torch.ones(1, dtype=torch.long, device=text.device)
+
+    def decode(self, token: Tensor, layout: Layout) -> Tensor:
+        """The first token [1] and those that follow it, [max_new_tokens], filled up with the end of text."""
+        drawn = self.ends[:1].repeat(self.decoding.max_new_tokens)
+        for k in range(self.decoding.max_new_tokens):
+            if k:
+                here = slice(layout.n - 1 + k, layout.n + k)
+                token = self.run(self.step, token, layout.slots[here], layout.position_ids[here])
+            drawn[k : k + 1].copy_(token)
+            if k % LOOK == LOOK - 1 and torch.isin(drawn[: k + 1], self.ends).any():
+                break
+        return drawn
+
+    # What is recorded: functions of their arguments, the weights and the cache.
+
+    def see(self, values: Tensor) -> Visual:
+        """pixel_values [1, 3, height, width] -> visual tokens [n_visual, d]."""
+        return self.adapter.encode([{"pixel_values": values}], self.pruner.signals)[0]
+
+    def score(self, text_ids: Tensor, visual: Tensor, *signals: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [n_text], visual tokens [n_visual, d] and signals by name -> kept [n_keep], all features finite [1]."""
+        text = self.adapter.model.get_input_embeddings()(text_ids)
+        finite = (visual.sum(dtype=torch.float32) + text.sum(dtype=torch.float32)).isfinite().long()[None]
+        if self.n_keep == self.n_visual:
+            return torch.arange(self.n_keep, device=visual.device), finite
+        named = dict(zip(sorted(self.pruner.signals), signals, strict=True))
+        return self.pruner.select(Features(visual, text, **named), self.n_keep).indices, finite
+
+    def prefill(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        position_ids: Tensor,
+        last: Tensor,
+        places: Tensor,
+        kept: Tensor,
+        visual: Tensor,
+    ) -> Tensor:
+        """ids, slots, position_ids [L], last [1], places, kept [n_keep], visual [n_visual, d] -> first token [1]."""
+        embeds = self.adapter.model.get_input_embeddings()(ids).index_copy(0, places, visual[kept])
+        if self.adapter.positions == "keep":
+            position_ids = position_ids.index_copy(0, places, places[0] + kept)
+        hidden = self._language_model(embeds, slots, position_ids, n_read=len(ids))
+        return self._most_likely(hidden[last])
+
+    def step(self, token: Tensor, slot: Tensor, position_id: Tensor) -> Tensor:
+        """One token [1] at its slot [1] and position [1] -> the next token [1]."""
+        embeds = self.adapter.model.get_input_embeddings()(token)
+        return self._most_likely(self._language_model(embeds, slot, position_id, n_read=self.cache.length))
+
+    def _language_model(self, embeds: Tensor, slots: Tensor, position_ids: Tensor, n_read: int) -> Tensor:
+        """embeds [n, d] at ``slots`` -> hidden states [n, d]; each token reads the slots up to its own."""
+        sees = torch.arange(n_read, device=slots.device) <= slots[:, None]
+        out = self.adapter.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=position_ids[None],
+            attention_mask=sees[None, None],
+            past_key_values=self.cache.at(slots, n_read),
+            use_cache=True,
+        )
+        return out.last_hidden_state[0]
+
+    def _most_likely(self, hidden: Tensor) -> Tensor:
+        return self.adapter.model.lm_head(hidden).float().argmax(-1)

@@ -1,0 +1,137 @@
+"""The engine against the pipeline: the same tokens from static shapes, padded prompts and its own cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
+
+from experiments.benchmarks.demo import Demo
+from mipruner.decoding import Decoding
+from mipruner.engine import LOOK, Engine
+from mipruner.errors import InputError
+from mipruner.models import load
+from mipruner.models.base import Prompt
+from mipruner.models.llava import LlavaAdapter
+from mipruner.pipeline import Pipeline
+from mipruner.pruners import PRUNERS, MIPruner, NoPruner, VisionZipPruner
+
+DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tiny(n_layers=2, seed=0):
+    """A LLaVA with random weights, grouped heads and 16 visual tokens, whose greedy answers wander."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    config = LlavaConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": n_layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "initializer_range": 0.5,
+        },
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config).eval().to(DEVICE)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    return LlavaAdapter(model, tokenizer, processor)
+
+
+def prompts(n):
+    """Questions of different lengths about two pictures, spread over the demo."""
+    benchmark = Demo(n_scenes=2)
+    samples = benchmark.samples()[:: max(1, len(benchmark.samples()) // n)]
+    pictures = {image_id: benchmark.images(image_id) for image_id in {s.image_id for s in samples}}
+    return [Prompt(s.text, pictures[s.image_id], sample=s.id) for s in samples]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(DEMO, dtype="float32", device=DEVICE)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name not in ("visionzip",)])
+@pytest.mark.parametrize("positions", ["repack", "keep"])
+def test_tiny_models_give_the_pipelines_tokens(name, positions):
+    adapter = tiny()
+    adapter.positions = positions
+    decoding = Decoding(max_new_tokens=2 * LOOK + 3)
+    plain = Pipeline(adapter, PRUNERS[name](), 5, decoding)
+    engine = Engine(adapter, PRUNERS[name](), 5, decoding, bucket=8, longest=40)
+    expected = [plain([prompt])[0] for prompt in prompts(5)]
+    answers = [engine(prompt) for prompt in prompts(5)]
+    for answer, truth in zip(answers, expected, strict=True):
+        assert answer.tokens == truth.tokens and answer.text == truth.text
+        assert torch.equal(answer.selections[0].indices, truth.selections[0].indices)
+        assert answer.visual_tokens_per_layer == truth.visual_tokens_per_layer
+        assert (answer.n_visual, answer.grids, answer.boxes) == (truth.n_visual, truth.grids, truth.boxes)
+    assert len({tuple(answer.tokens) for answer in answers}) > 1
+
+
+def test_an_answer_ends_at_the_end_of_text():
+    adapter = tiny()
+    decoding = Decoding(max_new_tokens=LOOK + 4)
+    prompt = prompts(1)[0]
+    free = Engine(adapter, MIPruner(), 5, decoding, bucket=8)(prompt).tokens
+    for k in (0, 3, LOOK + 1):
+        adapter.model.generation_config.eos_token_id = [free[k], adapter.tokenizer.eos_token_id]
+        assert Engine(adapter, MIPruner(), 5, decoding, bucket=8)(prompt).tokens == free[: free.index(free[k])]
+
+
+@pytest.mark.parametrize(("pruner", "keep"), [(MIPruner(), 16), (NoPruner(), 16)])
+def test_the_demo_answers_alike_in_float32(demo, pruner, keep):
+    decoding = Decoding(max_new_tokens=4)
+    plain, engine = Pipeline(demo, pruner, keep, decoding), Engine(demo, pruner, keep, decoding, bucket=32, longest=64)
+    for prompt in prompts(3):
+        assert engine(prompt).tokens == plain([prompt])[0].tokens
+
+
+def test_the_demo_answers_alike_in_bfloat16():
+    """On these prompts no two words are as likely as each other to bfloat16."""
+    adapter = load(DEMO, dtype="bfloat16", device=DEVICE)
+    decoding = Decoding(max_new_tokens=4)
+    plain, engine = Pipeline(adapter, MIPruner(), 64, decoding), Engine(adapter, MIPruner(), 64, decoding)
+    for prompt in prompts(4):
+        assert engine(prompt).tokens == plain([prompt])[0].tokens
+
+
+def test_prompts_of_one_bucket_share_a_graph():
+    engine = Engine(tiny(), MIPruner(), 5, Decoding(max_new_tokens=2), bucket=32, longest=64)
+    several = prompts(8)
+    lengths = {len(engine.adapter.tokenize(prompt, [engine.picture]).ids) for prompt in several}
+    for prompt in several:
+        engine(prompt)
+    names = [name for name, *_ in engine.graphs]
+    assert len(lengths) > 1
+    assert [names.count(name) for name in ("see", "prefill", "step")] == [1, 1, 1]
+
+
+def test_pixels_may_be_given():
+    engine = Engine(tiny(), MIPruner(), 5, Decoding(max_new_tokens=5))
+    prompt = prompts(1)[0]
+    pixels = engine.adapter.pixels(prompt.images[0])
+    assert engine(prompt, pixels).tokens == engine(prompt).tokens
+
+
+def test_what_the_engine_cannot_do_it_says():
+    adapter, prompt = tiny(), prompts(1)[0]
+    with pytest.raises(InputError, match="greedily"):
+        Engine(adapter, MIPruner(), 5, Decoding(temperature=0.5))
+    with pytest.raises(InputError, match="one picture, not 2"):
+        Engine(adapter, MIPruner(), 5, Decoding())(Prompt(prompt.text, [*prompt.images] * 2))
+    with pytest.raises(InputError, match="raise longest"):
+        Engine(adapter, MIPruner(), 5, Decoding(), longest=4)(prompt)
+    with pytest.raises(InputError, match="merges tokens"):
+        Engine(adapter, VisionZipPruner(), 5, Decoding())(prompt)
+    with torch.no_grad():
+        adapter.model.model.multi_modal_projector.linear_2.bias[3] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        Engine(adapter, MIPruner(), 5, Decoding(max_new_tokens=2))(prompt)
+    adapter.model.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="sdpa"):
+        Engine(adapter, MIPruner(), 5, Decoding())
