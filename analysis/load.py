@@ -94,11 +94,6 @@ def cells(results: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["model", "dataset", "method", "keep"])
 
 
-def samples(cell: Path) -> pd.DataFrame:
-    """The samples of one cell, in the order in which they were answered."""
-    return pd.read_json(cell / "samples.jsonl", lines=True, dtype=False, convert_dates=False)
-
-
 def paper() -> pd.DataFrame:
     """Every number printed in the paper's Tables 1-11, in print order.
 

@@ -74,7 +74,7 @@ def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) ->
         image = benchmark.images(first["image_id"])[0]
         line[0].imshow(image)
         question = "\n".join(textwrap.wrap(first["question"], 36))
-        line[0].set_title(f"{question}\nanswer: {_answer(first['answer'])}", fontsize=8, loc="left")
+        line[0].set_title(f"{question}\nanswer: {answer_text(first['answer'])}", fontsize=8, loc="left")
         for axis, (record, rows) in zip(line[1:], read, strict=False):
             row = rows[sample]
             axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
@@ -92,7 +92,7 @@ def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) ->
     plt.close(figure)
 
 
-def _answer(answer: Any) -> str:
+def answer_text(answer: Any) -> str:
     return str(max(set(answer), key=answer.count) if isinstance(answer, list) else answer)
 
 

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import zlib
+from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from PIL import Image
 
-from analysis import figures, load, tables
+from analysis import figures, load, report, tables
 
 SPLITS = ("random", "popular", "adversarial")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -300,7 +302,7 @@ def test_every_table_in_every_format(results, tmp_path, name):
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs a LaTeX installation")
 def test_latex_compiles(results, tmp_path):
     write_record(results, **GQA, pruner="fastv", metrics={"accuracy": 50.0}, errors={"accuracy": 0.4}, failed=(1,))
-    written = tables.write(list(tables.TITLES), results, tmp_path)
+    written = tables.write(tables.table_names(), results, tmp_path)
     inputs = "\n".join(rf"\input{{{path.name}}}\clearpage" for path in written if path.suffix == ".tex")
     document = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{inputs}\end{{document}}"
     (tmp_path / "all.tex").write_text(document)
@@ -402,3 +404,105 @@ def test_every_method_has_a_name_and_a_style():
     assert (
         len(set(figures.STYLES.values())) == len({style[1] for style in figures.STYLES.values()}) == len(figures.STYLES)
     )
+
+
+# --------------------------------------------------------------------------------------------------- report and gallery
+
+
+def sample_row(sample, correct, prediction="yes", question="Is there a cup ?", task="pope", kept=(0, 5)):
+    return {
+        "id": sample,
+        "image_id": sample,
+        "task": task,
+        "question": question,
+        "answer": "yes",
+        "prediction": prediction,
+        "correct": correct,
+        "n_visual": 6,
+        "grids": [[2, 3]],
+        "boxes": [[0, -10, 60, 50]],
+        "kept": [list(kept)],
+    }
+
+
+def test_mask_path_covers_what_was_dropped_and_nothing_else():
+    path = report.mask_path([0, -10, 60, 50], [2, 3], [5, 0, 5])
+    numbers = [[float(x) for x in re.findall(r"-?[\d.]+", part)] for part in path.split("z")[:-1]]
+    box, *holes = numbers
+    assert box == [0, -10, 60, 50, 0]
+    assert holes == [[0, -10, 20, 30, -20], [40, 20, 20, 30, -20]], (
+        "patch 0 is top left, patch 5 bottom right, once each"
+    )
+
+
+def test_disagreements_come_first_by_spread_and_never_without():
+    answered = {
+        "mi": {s: sample_row(s, c) for s, c in {"a": 1, "b": 1, "c": 1, "d": 0, "only": 1}.items()},
+        "random": {s: sample_row(s, c) for s, c in {"a": 1, "b": 0, "c": 0.6, "d": 0}.items()},
+    }
+    assert report.disagreements(answered, 5) == ["b", "c"]
+    assert report.disagreements(answered, 1) == ["b"]
+    assert report.disagreements({"mi": answered["mi"]}, 5) == []
+
+
+def test_gallery_escapes_what_models_and_data_say():
+    evil = "<script>alert('&')</script>"
+    rows = {
+        "none": sample_row("s", 1.0),
+        "mi": sample_row("s", 0.0, prediction=evil, question=evil, task=evil),
+        "random": sample_row("s", None) | {"prediction": None, "error": evil},
+    }
+    rows["none"] |= {"question": evil, "answer": evil, "task": evil, "id": evil}
+    text = report.case_html(report.Case("demo_llava", evil, "16", Image.new("RGB", (60, 40)), rows), 0)
+    assert "<script" not in text and "alert(&#x27;&amp;&#x27;)" in text
+    assert text.count("<svg") == 3 and "class=right" in text and text.count("class=wrong") == 2
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order and collects what a page refers to."""
+
+    VOID = ("meta", "img", "br", "image", "use", "path", "tr", "th", "td", "li", "p", "html", "option", "defs")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.ids = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.links += [attributes[key] for key in ("href", "src") if key in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_report_of_nothing_is_a_page_with_the_papers_numbers(results):
+    text = report.page(load.cells(results), 3)
+    Page(text)
+    assert "Nothing has been measured yet" in text and "paper <u>56.88</u>" in text
+
+
+def test_report_of_toy_records(results, tmp_path, monkeypatch):
+    for method, correct in {"none": [1, 1], "mi": [1, 0], "random": [0, 0]}.items():
+        keep = "1.0" if method == "none" else "16"
+        folder = write_record(results, "demo_llava", "demo", method, keep, {"accuracy": 50.0})
+        lines = [json.dumps(sample_row(str(i), c)) for i, c in enumerate(correct)]
+        (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+
+    class Pictures:
+        def images(self, image_id):
+            return [Image.new("RGB", (60, 40), "red")]
+
+    monkeypatch.setattr(report, "load_benchmark", lambda config: Pictures())
+    text = report.page(load.cells(results), 3)
+    page = Page(text)
+    assert text.count("<article") == 1 and "sample 0<" in text, "only on the first question do methods disagree"
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.startswith(("data:", "#")) for link in page.links), "nothing outside the page is needed"
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert "3 result records" in text and "<figure><img" in text

@@ -1,0 +1,317 @@
+"""One self-contained HTML page of everything that was measured: tables, figures, and samples on which methods disagree.
+
+    python -m analysis.report                                       from results/ into docs/results/report.html
+    python -m analysis.report --results results --out report.html --samples 6
+
+The page needs no server and no network: pictures and plots are inside it, and a mask is one path over its picture.
+"""
+
+import argparse
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from analysis import figures, load, masks, tables
+
+PICTURE_WIDTH = 448
+"""Pictures wider than this are embedded smaller, in pixels."""
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def table_html(grid: tables.Grid) -> str:
+    """A table with its footnotes and the commands that fill what is empty."""
+
+    def sup(marks: str) -> str:
+        return f"<sup>{marks}</sup>" if marks else ""
+
+    def ranked(text: str, rank: int) -> str:
+        return {1: f"<b>{text}</b>", 2: f"<u>{text}</u>"}.get(rank, text)
+
+    def cell(entry: tables.Entry) -> str:
+        ours = ranked(entry.ours, entry.rank) or "–"
+        error = f" <small>± {entry.error}</small>" if entry.error else ""
+        if not entry.paper:
+            return f"<td>{ours}{error}{sup(entry.marks)}</td>"
+        spread = f" ± {entry.paper_spread}" if entry.paper_spread else ""
+        difference = f" ({entry.difference})" if entry.difference else ""
+        paper = f"paper {ranked(entry.paper, entry.paper_rank)}{spread}{difference}{sup(entry.marks)}"
+        return f"<td>{ours}{error}<br><small>{paper}</small></td>"
+
+    heads = "".join(f"<th>{html.escape(title)}{sup(marks)}</th>" for title, marks in grid.heads)
+    lines = ["<div class=scroll><table>", f"<thead><tr><th><th>tokens<th>per layer{heads}</tr></thead>"]
+    for title, rows in grid.groups:
+        lines.append(f"<tr class=group><th colspan={3 + len(grid.heads)}>{html.escape(title)}</th></tr>")
+        for row in rows:
+            head = f"<th>{html.escape(row.label)}{sup(row.marks)}</th><td>{row.tokens}</td><td>{row.layer_mean}</td>"
+            lines.append(f"<tr>{head}{''.join(map(cell, row.entries))}</tr>")
+    lines.append("</table></div>")
+    lines.append(f"<p class=small>{html.escape(' '.join(grid.remarks))}</p>")
+    if grid.footnotes:
+        notes = "".join(f"<li><sup>{mark}</sup> {html.escape(text)}</li>" for mark, text in grid.footnotes.items())
+        lines.append(f"<ul class='small notes'>{notes}</ul>")
+    if grid.commands:
+        commands = html.escape("\n".join(grid.commands))
+        lines.append(f"<details><summary>Not run yet: the commands</summary><pre>{commands}</pre></details>")
+    return "\n".join(lines)
+
+
+def tables_html(cells: pd.DataFrame) -> str:
+    """What was measured first and open; what is only printed in the paper after it and closed."""
+    measured, printed = [], []
+    for name in tables.table_names():
+        compared = tables.compare(tables.wanted(name), cells)
+        done = (compared.n_seeds > 0).sum()
+        grid = tables.grid(compared)
+        title = f"{html.escape(grid.title)} <span class=small>{done} of {len(compared)} numbers</span>"
+        block = f"<details id={name}{' open' if done else ''}><summary>{title}</summary>{table_html(grid)}</details>"
+        (measured if done else printed).append(block)
+    return "\n".join([*measured, *printed])
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures_html(cells: pd.DataFrame) -> str:
+    """Every figure of which something was measured."""
+    blocks = []
+    for name in figures.FIGURES:
+        figure = figures.draw_figure(name, cells)
+        if figure is None:
+            continue
+        vector = io.BytesIO()
+        with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+            figure.savefig(vector, format="svg", metadata={"Date": None})
+        plt.close(figure)
+        kind, source = figures.FIGURES[name]
+        caption = html.escape(f"{tables.TITLES.get(source, source)}: {(kind.__doc__ or '').splitlines()[0]}")
+        blocks.append(
+            f"<figure><img src='{data_url(vector.getvalue(), 'image/svg+xml')}' alt='{caption}'>"
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return "\n".join(blocks) or "<p>Nothing has been measured yet.</p>"
+
+
+def data_url(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# -------------------------------------------------------------------------------------------------------------- gallery
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question on which methods disagree, with what each of them kept and said."""
+
+    model: str
+    dataset: str
+    keep: str
+    picture: Image.Image
+    rows: dict[str, dict[str, Any]]
+    """Line of samples.jsonl by method."""
+
+
+def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
+    """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most."""
+    if cells.empty:
+        return
+    default = cells[[not differs for differs in cells.differs]]
+    for (model, dataset), group in default.groupby(["model", "dataset"], sort=False):
+        benchmark = None
+        every = {cell.method: cell.path for cell in group[group.method == "none"].itertuples()}
+        for keep, budget in group[group.method != "none"].groupby("keep", sort=False):
+            order = sorted(budget.itertuples(), key=lambda cell: (list(tables.METHODS).index(cell.method), -cell.seed))
+            paths = every | {cell.method: cell.path for cell in order}
+            answered = {method: masks.read_cell(path)[1] for method, path in paths.items()}
+            for sample in disagreements({m: rows for m, rows in answered.items() if m != "none"}, n_samples):
+                benchmark = benchmark or load_benchmark(group.iloc[0].config)
+                rows = {method: rows[sample] for method, rows in answered.items() if sample in rows}
+                picture = benchmark.images(next(iter(rows.values()))["image_id"])[0]
+                yield Case(model, dataset, keep, picture.convert("RGB"), rows)
+
+
+def disagreements(answered: dict[str, dict[str, dict[str, Any]]], n_samples: int) -> list[str]:
+    """Ids of the samples whose scores vary most between methods, each from another picture and task if possible."""
+    if len(answered) < 2:
+        return []
+    shared = set.intersection(*(set(rows) for rows in answered.values()))
+    first = next(iter(answered.values()))
+    spread = {}
+    for sample in (sample for sample in first if sample in shared):
+        scores = pd.Series([rows[sample]["correct"] for rows in answered.values()], dtype=float)
+        spread[sample] = scores.var(ddof=0)
+    ranked = sorted((sample for sample in spread if spread[sample] > 0), key=lambda sample: -spread[sample])
+    return masks.choose([first[sample] for sample in ranked[: 8 * n_samples]], n_samples)
+
+
+def load_benchmark(config: dict[str, Any]):
+    from hydra.utils import instantiate
+
+    return instantiate(config["dataset"]["benchmark"])
+
+
+def mask_path(box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> str:
+    """SVG path that covers ``box`` but for the kept patches, to be filled by the even-odd rule."""
+    rows, columns = grid[-2:]
+    left, top, right, bottom = box
+    width, height = (right - left) / columns, (bottom - top) / rows
+    path = [f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}z"]
+    for k in sorted({k % (rows * columns) for k in kept}):
+        row, column = divmod(k, columns)
+        path.append(f"M{left + column * width:.5g} {top + row * height:.5g}h{width:.5g}v{height:.5g}h{-width:.5g}z")
+    return "".join(path)
+
+
+def picture_url(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=85)
+    return data_url(jpeg.getvalue(), "image/jpeg")
+
+
+def case_html(case: Case, number: int) -> str:
+    width, height = case.picture.size
+    first = next(iter(case.rows.values()))
+    view = f"viewBox='0 0 {width} {height}'"
+    tiles = [
+        f"<figure><svg {view} role=img aria-label='the picture'><defs><image id=p{number} width={width} "
+        f"height={height} href='{picture_url(case.picture)}'/></defs><use href='#p{number}'/></svg>"
+        f"<figcaption>answer: <b>{html.escape(masks.answer_text(first['answer']))}</b></figcaption></figure>"
+    ]
+    for method, row in case.rows.items():
+        label = html.escape(tables.METHODS.get(method, method))
+        if row["prediction"] is None:
+            tiles.append(f"<figure class=wrong><figcaption><b>{label}</b><br>failed</figcaption></figure>")
+            continue
+        path = mask_path(row["boxes"][0], row["grids"][0], row["kept"][0])
+        right = row["correct"] is not None and row["correct"] >= 0.5
+        tiles.append(
+            f"<figure class={'right' if right else 'wrong'}><svg {view} role=img aria-label='{label}: what was kept'>"
+            f"<use href='#p{number}'/><path class=dropped d='{path}'/></svg>"
+            f"<figcaption><b>{label}</b> {sum(map(len, row['kept']))} of {row['n_visual']}<br>"
+            f"{'✓' if right else '✗'} {html.escape(row['prediction']) or '<i>nothing</i>'}</figcaption></figure>"
+        )
+    group = html.escape(f"{tables.MODELS.get(case.model, case.model)}, {case.dataset}, {tables.budget_name(case.keep)}")
+    task = html.escape(first["task"])
+    return (
+        f"<article class=case data-group='{group}' data-task='{task}'><h3>{html.escape(first['question'])}</h3>"
+        f"<p class=small>{group} tokens, {task}, sample {html.escape(str(first['id']))}</p>"
+        f"<div class=tiles>{''.join(tiles)}</div></article>"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+STYLE = """
+:root { --ink: #1c1e21; --paper: #fff; --soft: #f3f4f6; --line: #d9dce1; --dim: #666c75 }
+:root { --good: #0072b2; --bad: #c04f00 }
+* { box-sizing: border-box }
+body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
+header, main { max-width: 1200px; margin: 0 auto; padding: 0 16px }
+nav { position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line); z-index: 1 }
+nav div { max-width: 1200px; margin: 0 auto; padding: 8px 16px; display: flex; gap: 20px }
+a { color: var(--good) }
+h2 { margin-top: 40px }
+h3 { margin: 0; overflow-wrap: anywhere }
+.small { font-size: 13px; color: var(--dim); overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 8px 0 }
+th, td { padding: 3px 10px; text-align: right; white-space: nowrap; vertical-align: top }
+tr th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); font-weight: 500 }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 600 }
+tr.group th { border-top: 1px solid var(--line); font-style: italic }
+td small { color: var(--dim) }
+.notes { list-style: none; padding: 0 }
+details { border: 1px solid var(--line); border-radius: 6px; padding: 8px 14px; margin: 10px 0 }
+summary { cursor: pointer; font-weight: 600 }
+pre { overflow-x: auto; font-size: 12px; background: var(--soft); padding: 10px }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 24px }
+figure { margin: 0 }
+.plots img { width: 100%; background: #fff }
+figcaption { font-size: 13px; overflow-wrap: anywhere }
+.filters { display: flex; flex-wrap: wrap; gap: 12px; margin: 12px 0 }
+select { font: inherit; max-width: 100%; padding: 4px }
+.case { border-top: 1px solid var(--line); padding: 18px 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px }
+.tiles svg { width: 100%; display: block; background: #fff }
+.tiles figcaption { padding-top: 4px }
+.dropped { fill: #fff; fill-opacity: .82; fill-rule: evenodd }
+.right { border-bottom: 3px solid var(--good) }
+.wrong { border-bottom: 3px solid var(--bad) }
+"""
+
+SCRIPT = """
+const cases = [...document.querySelectorAll('.case')];
+const filters = [...document.querySelectorAll('.filters select')];
+for (const select of filters) {
+  const values = new Set(cases.map(item => item.dataset[select.name]));
+  for (const value of values) select.add(new Option(value, value));
+  select.onchange = () => {
+    for (const item of cases) item.hidden = filters.some(f => f.value && f.value !== item.dataset[f.name]);
+  };
+}
+"""
+
+
+def page(cells: pd.DataFrame, n_samples: int) -> str:
+    """The whole page."""
+    gallery = "\n".join(case_html(case, number) for number, case in enumerate(cases(cells, n_samples)))
+    sources = "Nothing has been measured yet."
+    if len(cells):
+        devices = ", ".join(sorted(set(cells.device)))
+        commits = ", ".join(sorted({(commit or "no repository")[:9] for commit in cells.git_commit}))
+        sources = f"{len(cells)} result records, {devices}; code {commits}."
+    return f"""<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>MI-Pruner: what was measured</title>
+<style>{STYLE}</style>
+<header><h1>MI-Pruner: what was measured</h1>
+<p>{html.escape(sources)} Numbers of the demo models come from small models on rendered scenes; they are no evidence
+about photographs.</p></header>
+<nav><div><a href=#tables>Tables</a> <a href=#figures>Figures</a> <a href=#gallery>Gallery</a></div></nav>
+<main>
+<h2 id=tables>Tables</h2>
+{tables_html(cells)}
+<h2 id=figures>Figures</h2>
+<div class=plots>{figures_html(cells)}</div>
+<h2 id=gallery>Where methods disagree</h2>
+<p>The questions of each budget on which the methods differ most. Faded patches were dropped. This is a selection of
+hard cases, not a sample: the tables have the rates.</p>
+<div class=filters><label>Cells <select name=group><option value="">all</option></select></label>
+<label>Task <select name=task><option value="">all</option></select></label></div>
+{gallery or "<p>No two methods have been run on the same questions.</p>"}
+</main>
+<script>{SCRIPT}</script>
+</html>
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/report.html"))
+    parser.add_argument("--samples", type=int, default=6, help="per model, dataset and budget")
+    arguments = parser.parse_args()
+    try:
+        text = page(load.cells(arguments.results), arguments.samples)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
