@@ -111,7 +111,7 @@ def show(record: dict[str, Any], path: str) -> str:
     return "\n".join(lines)
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="config")
+@hydra.main(version_base=None, config_path=str(ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
         config = resolve(cfg)
@@ -121,13 +121,16 @@ def main(cfg: DictConfig) -> None:
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
         raise CompactHydraException(
-            f"error: cannot write {error.filename or config['results']}: {error.strerror}. "
+            f"error: cannot write {error.filename or cfg.results}: {error.strerror}. "
             "What was answered so far is kept; make room and run the same command again."
         ) from error
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was answered so far is kept, run the same command again to go on")

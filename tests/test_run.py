@@ -1,0 +1,295 @@
+"""run.py as a user meets it: records, resume after a kill, and one clear message for everything that can be wrong."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import run
+from experiments.evaluate import subset
+from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
+from mipruner.errors import InputError, ModelError
+from toy import N_LAYERS, N_VISUAL, Toy, save_toy_model
+
+MODEL = Path(tempfile.mkdtemp(prefix="toy-model-"))
+save_toy_model(MODEL)
+TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "command")
+
+
+def config(tmp_path, *overrides, **toy):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose(
+            "config",
+            [f"results={tmp_path}", f"model.path={MODEL}", "n_masks=0", "batch_size=4", "keep=4", *overrides],
+        )
+    resolved = run.resolve(cfg)
+    resolved["dataset"] = {"name": "toy", "lam": 0.5, "max_new_tokens": 3, "benchmark": {"_target_": "toy.Toy", **toy}}
+    resolved["decoding"]["max_new_tokens"] = 3
+    return resolved
+
+
+def command(tmp_path, *overrides):
+    toy = ["~dataset.benchmark", "+dataset.benchmark._target_=toy.Toy", "dataset.name=toy"]
+    multirun = [override for override in overrides if override == "-m"]
+    overrides = [override for override in overrides if override != "-m"]
+    common = [f"model.path={MODEL}", "decoding.max_new_tokens=3", "n_masks=0", f"results={tmp_path}", "batch_size=2"]
+    overrides = ["keep=4", *overrides]
+    return [sys.executable, "run.py", *multirun, *toy, *common, *overrides]
+
+
+def cli(monkeypatch, capfd, tmp_path, *overrides):
+    """Exit status and stderr of run.py, in this process."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(sys, "argv", command(tmp_path, *overrides)[1:])
+    monkeypatch.chdir(ROOT)
+    try:
+        run.main()
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    return status, capfd.readouterr().err
+
+
+def start(tmp_path, *overrides, **env):
+    return subprocess.Popen(
+        command(tmp_path, *overrides),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "tests", "HF_HUB_OFFLINE": "1", **env},
+    )
+
+
+def untimed(record):
+    return {key: value for key, value in record.items() if key not in TIMED}
+
+
+def rows_untimed(cell):
+    return [{k: v for k, v in row.items() if k != "latency_ms"} for row in cell.rows()]
+
+
+def test_a_record_says_everything_and_a_finished_cell_is_skipped(tmp_path, capsys):
+    settings = config(tmp_path)
+    record = run.run_cell(settings)
+    assert record == json.loads((Cell(settings).path / "record.json").read_text())
+    assert record["n_samples"] == 12 and record["failed"] == []
+    assert record["tokens"] == {"visual": N_VISUAL, "kept": 4, "per_layer": [4] * N_LAYERS, "layer_mean": 4}
+    assert set(record["latency_ms"]) == {"vision", "scoring", "prefill", "decode", "total"}
+    assert record["cell"] == {"model": "demo_llava", "dataset": "toy", "pruner": "mi", "keep": 4, "seed": 0}
+    assert len(record["config"]) == len(settings) and record["versions"]["torch"] == torch.__version__
+    rows = Cell(settings).rows()
+    assert [len(row["kept"][0]) for row in rows] == [4] * 12
+    assert "finished before" not in capsys.readouterr().out
+
+    assert run.run_cell(settings) == record
+    assert "finished before" in capsys.readouterr().out
+    again = run.run_cell(settings | {"overwrite": True})
+    assert again["finished"] >= record["finished"] and untimed(again)["metrics"] == record["metrics"]
+
+
+def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path):
+    whole = start(tmp_path / "whole", "+dataset.benchmark.n=20")
+    assert whole.wait() == 0, whole.stderr.read()
+
+    settings = config(tmp_path / "killed", "batch_size=2", n=20)
+    killed = start(tmp_path / "killed", "+dataset.benchmark.n=20")
+    folder = tmp_path / "killed" / "demo_llava" / "toy" / "mi"
+    while killed.poll() is None and not any(line for file in folder.glob("*/samples.jsonl") for line in file.open()):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (path,) = folder.iterdir()
+    done = (path / "samples.jsonl").read_text()
+    assert 0 < done.count("\n") < 40, "the kill came too late to show anything"
+    assert not (path / "record.json").exists()
+    with open(path / "samples.jsonl", "a") as file:
+        file.write('{"id": "cut in the mid')
+
+    resumed = start(tmp_path / "killed", "+dataset.benchmark.n=20")
+    _, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert (path / "samples.jsonl").read_text().startswith(done[: done.index('"correct"')])
+
+    def read(root):
+        (folder,) = (root / "demo_llava" / "toy" / "mi").iterdir()
+        record = json.loads((folder / "record.json").read_text())
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        record["config"].pop("results")
+        return untimed(record), [{k: v for k, v in row.items() if k != "latency_ms"} for row in rows]
+
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+    assert settings["batch_size"] == 2
+
+
+def test_an_interrupted_run_keeps_what_it_answered(tmp_path):
+    process = start(tmp_path, "+dataset.benchmark.n=200")
+    while process.poll() is None and not any(line for f in tmp_path.rglob("samples.jsonl") for line in f.open()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode != 0 and "run the same command again" in err and "Traceback" not in err
+    assert any(line for f in tmp_path.rglob("samples.jsonl") for line in f.open())
+
+
+def test_two_cells_never_mix(tmp_path):
+    base = config(tmp_path)
+    changed = {
+        "keep": 1,
+        "seed": 1,
+        "limit": 4,
+        "positions": "keep",
+        "text_scope": "question",
+        "pruner": base["pruner"] | {"lam": 0.8},
+        "model": base["model"] | {"dtype": "bfloat16"},
+        "decoding": base["decoding"] | {"max_new_tokens": 4},
+    }
+    ids = [cell_id(base), *(cell_id(base | {key: value}) for key, value in changed.items())]
+    assert len(set(ids)) == len(ids)
+    assert cell_id(base | {"keep": 1}) != cell_id(base | {"keep": 1.0})
+    for key in NOT_IDENTITY:
+        assert cell_id(base | {key: "other"}) == cell_id(base)
+
+
+def test_without_pruning_the_budget_makes_no_second_cell(tmp_path):
+    assert config(tmp_path, "pruner=none", "keep=16") == config(tmp_path, "pruner=none", "keep=32")
+
+
+def test_folder_names_show_what_differs():
+    overrides = [
+        "model=x",
+        "keep=16",
+        "pruner.lam=0.8",
+        "batch_size=2",
+        "dataset.benchmark.seed=3",
+        "logger.mode=offline",
+    ]
+    assert run.differs(overrides) == "lam=0.8,seed=3"
+
+
+def test_limit_keeps_pictures_whole_and_shards_share_nothing():
+    samples = Toy(10).samples()
+    limited = subset(samples, 6, None, seed=0)
+    assert len(limited) == 6 and len({s.image_id for s in limited}) == 3
+    assert limited == subset(samples, 6, None, seed=0) != subset(samples, 6, None, seed=1)
+    shards = [subset(samples, None, f"{k}/3", seed=0) for k in range(3)]
+    assert sorted(s.id for shard in shards for s in shard) == sorted(s.id for s in samples)
+    for bad in ("3/3", "x", "1"):
+        with pytest.raises(InputError, match="not a part such as 0/4"):
+            subset(samples, None, bad, seed=0)
+    with pytest.raises(InputError, match="no samples"):
+        subset(samples, None, "10/11", seed=0)
+
+
+def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path):
+    settings = config(tmp_path, corrupt=[2])
+    record = run.run_cell(settings)
+    assert record["failed"] == [{"id": f"2-{j}", "error": "picture 2 cannot be decoded"} for j in (0, 1)]
+    assert record["n_samples"] == 12
+    rows = {row["id"]: row for row in Cell(settings).rows()}
+    assert rows["2-0"]["prediction"] is None and rows["2-0"]["correct"] == 0
+    assert "2 samples failed" in run.show(record, "x")
+
+
+def test_only_corrupt_pictures(tmp_path):
+    record = run.run_cell(config(tmp_path, n=1, corrupt=[0]))
+    assert len(record["failed"]) == 2 and record["tokens"] is None
+    run.show(record, "x")
+
+
+def test_an_empty_question_stops_with_its_name_and_keeps_the_rest(tmp_path):
+    settings = config(tmp_path, empty=[4])
+    with pytest.raises(InputError, match="question of sample '4-0' is empty"):
+        run.run_cell(settings)
+    assert len(Cell(settings).rows()) == 8 and not Cell(settings).is_done
+
+
+def test_more_tokens_than_exist(tmp_path):
+    with pytest.raises(InputError, match="keep=37 asks for more tokens than the 36 there are"):
+        run.run_cell(config(tmp_path, "keep=37"))
+
+
+def test_nan_features(tmp_path):
+    settings = config(tmp_path)
+    adapter = run.load_model(run.OmegaConf.to_yaml(settings["model"] | {"positions": "repack"}), "cpu")
+    bias = adapter.model.model.multi_modal_projector.linear_2.bias
+    kept = bias.data.clone()
+    try:
+        bias.data[0] = float("nan")
+        with pytest.raises(InputError, match="NaN"):
+            run.run_cell(settings)
+    finally:
+        bias.data.copy_(kept)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    settings = config(tmp_path)
+    append, calls = Cell.append, []
+
+    def full(self, rows):
+        calls.append(1)
+        if len(calls) == 2:
+            (self.path / "samples.jsonl").open("a").write('{"id": "half a li')
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "samples.jsonl"))
+        append(self, rows)
+
+    monkeypatch.setattr(Cell, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.run_cell(settings)
+    monkeypatch.undo()
+    assert len(Cell(settings).rows()) == 4
+    assert untimed(run.run_cell(settings))["n_samples"] == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pruner=fastvv"], "Available options in 'pruner'"),
+        (["model.path=./nowhere"], "no folder ./nowhere"),
+        (["pruner.lam=2"], "lam=2 is not in [0, 1]"),
+        (["keep=0"], "is not a budget"),
+        (["pruner.tua=1"], "Key 'tua' is not in struct"),
+        (["+dataset.benchmark.n=0"], "no samples are left"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_one_clear_message(monkeypatch, capfd, tmp_path, overrides, message):
+    status, err = cli(monkeypatch, capfd, tmp_path, *overrides)
+    assert status != 0 and message in err and "Traceback" not in err
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_message(monkeypatch, capfd):
+    status, err = cli(monkeypatch, capfd, "/dev/full/results")
+    assert status != 0 and "cannot write /dev/full/results" in err and "Traceback" not in err
+
+
+def test_no_network_is_one_clear_message(tmp_path):
+    with pytest.raises(ModelError, match="nobody/nothing"):
+        run.run_cell(config(tmp_path, "model.path=nobody/nothing"))
+
+
+def test_wandb_offline_is_a_run_of_its_own_and_is_closed(tmp_path):
+    process = start(
+        tmp_path, "logger=wandb", "logger.mode=offline", "-m", "keep=4,2", WANDB_SILENT="true", WANDB_DIR=str(tmp_path)
+    )
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    runs = sorted(tmp_path.rglob("run-*.wandb"))
+    assert len(runs) == 2 and len({run.parents[2] for run in runs}) == 2
+    for file in runs:
+        assert b"accuracy" in file.read_bytes() and b"predictions" in file.read_bytes()
+
+
+def test_one_bad_job_of_a_sweep_does_not_swallow_its_neighbours(monkeypatch, capfd, tmp_path):
+    status, err = cli(monkeypatch, capfd, tmp_path, "-m", "keep=4,600,2")
+    assert status != 0 and "keep=600 asks for more tokens" in err and "Traceback" not in err
+    assert len(list(tmp_path.rglob("record.json"))) == 2
