@@ -55,14 +55,29 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-NOT_IDENTITY = ("batch_size", "device", "n_masks", "results", "overwrite", "logger")
-"""Keys of the config that change no number."""
+NOT_IDENTITY = (
+    "batch_size",
+    "device",
+    "n_masks",
+    "results",
+    "overwrite",
+    "logger",
+    "cache",
+    "concurrency",
+    "max_retries",
+)
+"""Keys of the config, at any depth, that change no number."""
 
 
 def cell_id(config: dict[str, Any]) -> str:
     """Eight hex digits of everything in the resolved config that can change a number."""
-    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+    def identity(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {key: identity(value) for key, value in node.items() if key not in NOT_IDENTITY}
+
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def git_commit() -> str | None:

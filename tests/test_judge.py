@@ -7,14 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
 import pytest
 from hydra.utils import instantiate
+from loopback import content, server
 from omegaconf import OmegaConf
 
 from experiments.benchmarks import mmvet
@@ -32,55 +30,8 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-@contextmanager
-def server(reply: Callable[[dict, int], tuple[int, object]]):
-    """A judge. ``reply`` maps a request and how many came before it to a status and a text, or to raw bytes."""
-    asked: list[dict] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            number = len(asked)
-            asked.append(request | {"key": self.headers["Authorization"], "path": self.path})
-            status, content = reply(request, number)
-            kind = "application/json"
-            if isinstance(content, bytes):
-                kind = "text/html"
-            elif status == 200:
-                message = {"role": "assistant", "content": content}
-                body = {"id": "1", "object": "chat.completion", "created": 1, "model": f"{request['model']}-0613"}
-                content = json.dumps(body | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
-            else:
-                content = json.dumps({"error": {"message": content}})
-            content = content if isinstance(content, bytes) else content.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            if status in (429, 500):
-                self.send_header("retry-after-ms", "10")
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", asked
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-
 def requests(*texts: str):
     return [lambda attempt, text=text: {"messages": [{"role": "user", "content": text}]} for text in texts]
-
-
-def content(request: dict) -> str:
-    return request["messages"][-1]["content"]
 
 
 def test_replies_come_back_in_order_and_equal_questions_are_asked_once(tmp_path):
@@ -218,7 +169,7 @@ def test_a_kill_in_the_middle(tmp_path):
         command = [sys.executable, "-c", KILLED, url, str(tmp_path)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while len(asked) < 15 and time.monotonic() < deadline:
+        while len(asked) < 15 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -1,0 +1,114 @@
+"""Every benchmark through run.py's whole path, with the demo model on five rows in the hub's schema."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from loopback import content, server
+
+import run
+from experiments.benchmarks.base import BenchmarkError
+from experiments.results import ROOT, Cell, cell_id
+
+SCHEMAS = ROOT / "tests/data/schemas"
+CASES = {
+    "gqa": (SCHEMAS, 5, "accuracy"),
+    "scienceqa": (SCHEMAS / "scienceqa_img.parquet", 5, "accuracy"),
+    "textvqa": (SCHEMAS / "textvqa_validation.parquet", 5, "accuracy"),
+    "mme": (SCHEMAS / "mme_test.parquet", 4, "accuracy"),  # not all ten categories, so no perception score
+    "pope": (SCHEMAS / "pope_test.parquet", 5, "accuracy"),
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def config(tmp_path: Path, dataset: str, path: Path, *overrides: str) -> dict:
+    common = [f"results={tmp_path / 'results'}", "device=cpu", "n_masks=0", "decoding.max_new_tokens=4"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return run.resolve(compose("config", [f"dataset={dataset}", f"dataset.path={path}", *common, *overrides]))
+
+
+@pytest.mark.parametrize("dataset", CASES)
+def test_a_benchmark_runs(dataset, tmp_path):
+    path, n_samples, headline = CASES[dataset]
+    settings = config(tmp_path, dataset, path)
+    record = run.run_cell(settings)
+    assert (record["n_samples"], record["failed"]) == (n_samples, [])
+    assert next(iter(record["metrics"])) == headline
+    assert 0 <= record["metrics"][headline] <= 100
+    assert record["tokens"]["kept"] == 16 and record["tokens"]["visual"] == 576
+    rows = Cell(settings).rows()
+    assert len({row["id"] for row in rows}) == n_samples
+    assert all(row["prediction"] is not None and 0 <= row["correct"] <= 1 for row in rows)
+    json.dumps(record, allow_nan=False)
+
+
+def test_shards_cut_the_work_and_not_a_picture(tmp_path):
+    path, n_samples, _ = CASES["pope"]
+    ids = []
+    for shard in ("0/2", "1/2"):
+        settings = config(tmp_path, "pope", path, f"shard={shard}")
+        run.run_cell(settings)
+        ids.append([(row["id"], row["image_id"]) for row in Cell(settings).rows()])
+    assert len(ids[0]) + len(ids[1]) == n_samples
+    assert not {image for _, image in ids[0]} & {image for _, image in ids[1]}
+
+
+def test_a_broken_picture_is_listed_and_stays_in_the_denominator(tmp_path):
+    source = pq.read_table(CASES["pope"][0])
+    rows = source.to_pylist()
+    rows[0]["image"] = {"bytes": b"not a picture", "path": None}
+    pq.write_table(pa.Table.from_pylist(rows, schema=source.schema), tmp_path / "pope.parquet")
+    record = run.run_cell(config(tmp_path, "pope", tmp_path / "pope.parquet"))
+    assert [failure["id"] for failure in record["failed"]] == ["adversarial/1", "adversarial/2"]
+    assert "COCO_val2014_000000009000 cannot be decoded" in record["failed"][0]["error"]
+    assert record["n_samples"] == 5
+    assert record["metrics"]["adversarial_accuracy"] == 0
+    assert record["metrics"]["adversarial_yes_rate"] == 0
+
+
+def test_mmvet_through_a_judge_that_is_down_at_first(tmp_path, monkeypatch):
+    """Answers and replies so far are kept; the same command finishes the record without the model."""
+    up = False
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
+    with server(lambda request, number: (200, "0.5") if up or number < 2 else (500, "down")) as (url, asked):
+        options = [f"judge.base_url={url}", "judge.max_retries=0", "judge.concurrency=1"]
+        settings = config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", *options)
+        with pytest.raises(BenchmarkError, match=r"the judge gpt-4.1 at .* run the same command again"):
+            run.run_cell(settings)
+        assert len(Cell(settings).rows()) == 5 and not Cell(settings).is_done
+        answered = [row["prediction"] for row in Cell(settings).rows()]
+        up, before = True, len(asked)
+        monkeypatch.setattr(run.Pipeline, "__call__", lambda *_: pytest.fail("the model is asked again"))
+        record = run.run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", *options[:2]))
+        assert len(asked) - before <= 3 and len({content(request) for request in asked}) == 5
+    assert record["metrics"]["score"] == 50
+    assert record["provenance"]["judge"] == "gpt-4.1"
+    assert [row["prediction"] for row in Cell(settings).rows()] == answered
+    assert [row["correct"] for row in Cell(settings).rows()] == [0.5] * 5
+    written = "".join(file.read_text() for file in (tmp_path / "results").rglob("*") if file.is_file())
+    assert "sk-of-the-test" not in written and len(list((tmp_path / "results/judge").iterdir())) == 1
+
+
+def test_how_the_judge_is_asked_is_not_part_of_a_cells_identity(tmp_path):
+    def identity(*overrides):
+        return cell_id(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", *overrides))
+
+    assert identity("judge.concurrency=1", "judge.cache=/elsewhere", "judge.max_retries=0") == identity()
+    assert identity("judge.model=other") != identity()
+    assert identity("judge=offline") != identity()
+
+
+def test_offline_mmvet_needs_no_key(tmp_path):
+    record = run.run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", "judge=offline"))
+    assert next(iter(record["metrics"])) == "offline_score"
+    assert "not comparable" in record["provenance"]["judge"]
