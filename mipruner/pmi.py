@@ -19,6 +19,9 @@ Normalization = Literal["softmax", "minmax", "minmax_exact"]
 MINMAX_FLOOR = 1e-12
 """Smallest probability under ``normalization="minmax"``: eq. 52 gives each row's least similar entry exactly 0."""
 
+RESOLUTION = 1e-6
+"""Cosines closer than this are equal: minmax would blow rounding up to the whole range."""
+
 
 def similarity(visual: Tensor, other: Tensor) -> Tensor:
     """Cosine similarity [.., n_visual, n_other]: eq. 15 before the division by tau. A zero vector gives 0."""
@@ -26,20 +29,23 @@ def similarity(visual: Tensor, other: Tensor) -> Tensor:
     return visual @ other.mT
 
 
-def log_conditional(rho: Tensor, normalization: Normalization = "softmax") -> Tensor:
-    """log p(x_j | v_i) from similarities rho [.., n_visual, n_other]: eq. 16, or eq. 52-53.
+def log_conditional(
+    visual: Tensor, other: Tensor, tau: float = 0.1, normalization: Normalization = "softmax"
+) -> Tensor:
+    """log p(x_j | v_i) of eq. 15-16, or 52-53. Shape [.., n_visual, n_other], rows sum to one.
 
-    ``softmax`` is the paper's choice. ``minmax`` scales each row to [0, 1] and divides by its sum; its zeros are lifted
-    to `MINMAX_FLOOR` so that the logarithm stays finite, and ``minmax_exact`` leaves them at log 0 = -inf. A row whose
-    entries are all equal is uniform under every normalization.
+    ``softmax`` is the paper's choice. ``minmax`` scales each row to [0, 1] and divides by its sum, where tau cancels;
+    its zeros are lifted to `MINMAX_FLOOR` so that the logarithm stays finite, and ``minmax_exact`` leaves them at
+    log 0 = -inf. A row whose entries are all equal is uniform under every normalization.
     """
+    cosine = similarity(visual, other)
     if normalization == "softmax":
-        return rho.log_softmax(-1)
+        return (cosine / tau).log_softmax(-1)
     if normalization not in ("minmax", "minmax_exact"):
         raise InputError(f"unknown normalization {normalization!r}: choose softmax, minmax or minmax_exact")
-    low, high = rho.aminmax(dim=-1, keepdim=True)
-    flat = high == low
-    scaled = torch.where(flat, 1.0, (rho - low) / torch.where(flat, 1.0, high - low))  # eq. 52
+    low, high = cosine.aminmax(dim=-1, keepdim=True)
+    flat = high - low < RESOLUTION
+    scaled = torch.where(flat, 1.0, (cosine - low) / torch.where(flat, 1.0, high - low))  # eq. 52
     p = scaled / scaled.sum(-1, keepdim=True)  # eq. 53
     return (p.clamp_min(MINMAX_FLOOR) if normalization == "minmax" else p).log()
 
@@ -62,7 +68,7 @@ def _aggregate(log_p: Tensor, pmi: Tensor) -> Tensor:
 
 def cross_pmi(visual: Tensor, text: Tensor, tau: float = 0.1, normalization: Normalization = "softmax") -> Tensor:
     """PMI(v_i; t_j) of every visual and text token, eq. 15-18. Shape [.., n_visual, n_text]."""
-    log_p = log_conditional(similarity(visual, text) / tau, normalization)
+    log_p = log_conditional(visual, text, tau, normalization)
     return _pmi(log_p, _log_marginal(log_p))
 
 
@@ -71,7 +77,7 @@ def self_pmi(visual: Tensor, tau: float = 0.1, normalization: Normalization = "s
 
     Row i is candidate i's own distribution, so the matrix is not symmetric; the diagonal is included.
     """
-    log_p = log_conditional(similarity(visual, visual) / tau, normalization)
+    log_p = log_conditional(visual, visual, tau, normalization)
     return _pmi(log_p, -math.log(log_p.shape[-1]))
 
 
@@ -86,7 +92,7 @@ def relevance(
 
     ``max`` is eq. 19, the strongest PMI over the text; ``global`` is eq. 21, the KL divergence of p(T | v_i) from p(T).
     """
-    log_p = log_conditional(similarity(visual, text) / tau, normalization)
+    log_p = log_conditional(visual, text, tau, normalization)
     pmi = _pmi(log_p, _log_marginal(log_p))
     if aggregation == "max":
         return pmi.amax(-1)
@@ -105,7 +111,7 @@ def redundancy(
 
     Shape [.., n_visual, n_visual]: `self_pmi` for ``max``, p(v_j | v_i) PMI(v_i; v_j) for ``global``.
     """
-    log_p = log_conditional(similarity(visual, visual) / tau, normalization)
+    log_p = log_conditional(visual, visual, tau, normalization)
     pmi = _pmi(log_p, -math.log(log_p.shape[-1]))
     if aggregation == "max":
         return pmi

@@ -138,7 +138,7 @@ def greedy(
         running = chosen.amax(-1) if aggregation == "max" else chosen.sum(-1)
     picks = torch.empty(*gain.shape[:-1], n_keep, dtype=torch.long, device=gain.device)
     for k in range(n_keep):
-        score = (gain - running).clamp_min(lowest) if k or n_given else gain
+        score = gain - running if k or n_given else gain
         pick = score.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
         picks[..., k] = pick[..., 0]
         taken.scatter_(-1, pick, True)
