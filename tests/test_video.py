@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from clips import greys, write_set, write_video
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -17,21 +18,6 @@ from experiments.benchmarks.base import BenchmarkError, SampleError
 
 ROOT = Path(__file__).parent.parent
 VIDEOS = {"msvd": "videos", "msrvtt": "videos/all", "tgif": "mp4"}
-
-
-def greys(n: int) -> list[int]:
-    return np.linspace(20, 235, n).astype(int).tolist()
-
-
-def write_video(path: Path, n: int, codec: str = "mpeg4") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
-        for grey in greys(n):
-            picture = np.full((48, 64, 3), grey, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode())
 
 
 def positions(pictures: list[Image.Image], n: int) -> list[int]:
@@ -49,18 +35,6 @@ def benchmark(name, path, judge=None, **options):
     config.dataset.path = str(path) if path else None
     config.dataset.benchmark.update(options)
     return instantiate(config.dataset.benchmark)
-
-
-def write_set(path: Path, n: int = 4, shuffled: bool = True) -> None:
-    """Video-LLaVA's files; the answers stand in another order than the questions."""
-    questions = [
-        {"video_name": f"v{i // 2}", "question": f"what is number {i}?", "question_id": f"v{i // 2}_{i}"}
-        for i in range(n)
-    ]
-    answers = [{"answer": f"answer{i}", "question_id": f"v{i // 2}_{i}"} for i in range(n)]
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "test_q.json").write_text(json.dumps(questions))
-    (path / "test_a.json").write_text(json.dumps(answers[::-1] if shuffled else answers))
 
 
 @pytest.mark.parametrize("name", VIDEOS)
