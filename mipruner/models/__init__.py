@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from mipruner.errors import InputError, ModelError
@@ -53,8 +54,8 @@ def load(
         A folder with config.json and safetensors, or a hub id.
     revision : str, optional
         Commit, tag or branch on the hub.
-    dtype : str
-        Name of a torch dtype, or ``auto`` for that of the checkpoint.
+    dtype : "bfloat16", "float16", "float32" or "auto"
+        ``auto`` is that of the checkpoint.
     device : str
         Where the model goes; not read if there is a ``device_map``.
     device_map : str or dict, optional
@@ -74,7 +75,7 @@ def load(
         If an option is not one.
     """
     folder = locate(str(path), revision)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise InputError(f"unknown dtype {dtype!r}: choose auto, bfloat16, float16 or float32")
     if quantization not in (None, "4bit", "8bit"):
         raise InputError(f"unknown quantization {quantization!r}: choose 4bit or 8bit")
@@ -100,7 +101,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = family.image_processor_class.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, **weights).eval()
-    except (OSError, ImportError, RuntimeError, ValueError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
     if "device_map" not in weights:
         model = model.to(device)

@@ -36,8 +36,9 @@ class InternVLAdapter(LlavaAdapter):
         text = "\n".join(f"Frame{k + 1}: {image}" for k in range(n_frames))
         return text, [len(visual.rows) // n_frames] * n_frames
 
-    def feature_layer(self, is_video: bool) -> nn.Module:
-        return self.model.model.vision_tower.encoder.layer[self.model.config.vision_feature_layer]
+    def inside(self, is_video: bool) -> tuple[nn.Module, ...]:
+        layer = self.tower(is_video).encoder.layer[self.model.config.vision_feature_layer]
+        return layer.attention, layer, layer.attention.q_norm, layer.attention.k_norm
 
     def project(self, values: Tensor, pixels) -> list[Tensor]:
         tokens = self.model.model.get_image_features(pixel_values=values).pooler_output

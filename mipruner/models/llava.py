@@ -43,16 +43,21 @@ class LlavaAdapter(Adapter):
 
     def pixels(self, image: Picture) -> dict[str, Any]:
         if not self.square:
-            return {"pixel_values": self.image_processor(images=[image], return_tensors="pt")["pixel_values"]}
+            return {"pixel_values": self.normalised([image])}
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
         side = max(image.size)
         left, top = (int(-edge) for edge in self.box(image.size)[:2])
         padded = Image.new("RGB", (side, side), colour)
         padded.paste(image.convert("RGB"), (left, top))
         return {
-            "pixel_values": self.image_processor(images=[padded], return_tensors="pt")["pixel_values"],
+            "pixel_values": self.normalised([padded]),
             "valid": covered(left, image.width, side, self.side) & covered(top, image.height, side, self.side)[:, None],
         }
+
+    def normalised(self, images: Sequence[Image.Image]) -> Tensor:
+        """One tile [3, height, width] a picture; transformers has two names for it."""
+        (values,) = self.image_processor(images=list(images), return_tensors="pt").values()
+        return values
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """The centre square that CLIP's processor cuts out, or the square around the padded picture."""
@@ -72,18 +77,21 @@ class LlavaAdapter(Adapter):
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.vision_tower
 
-    def feature_layer(self, is_video: bool) -> nn.Module:
-        """The encoder layer whose output the projector takes: hidden_states[-2] is what layers[-2] puts out."""
+    def inside(self, is_video: bool) -> tuple[nn.Module, ...]:
+        """The attention of the layer that the projector reads, that layer, and what puts out its queries and keys.
+
+        hidden_states[-2] is what layers[-2] puts out.
+        """
         index = self.model.config.vision_feature_layer
-        return self.tower(is_video).encoder.layers[index if index < 0 else index - 1]
+        layer = self.tower(is_video).encoder.layers[index if index < 0 else index - 1]
+        return layer.self_attn, layer, layer.self_attn.q_proj, layer.self_attn.k_proj
 
     def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
         is_video = "times" in pixels[0]
         names = signals & self.signals
-        layer = self.feature_layer(is_video)
-        attn = layer.self_attn
         values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device, self.model.dtype)
-        with captured(layer, attn.q_proj, attn.k_proj) if names else nullcontext() as calls:
+        attn, *watched = self.inside(is_video)
+        with captured(*watched) if names else nullcontext() as calls:
             rows = self.project(values, pixels)
         found = self.vision_signals(calls, attn, pixels, names) if names else [{}] * len(pixels)
         return [

@@ -75,8 +75,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
         if "times" not in pixels[0]:
             return super().project(values, pixels)
-        frames = self.model.model.get_video_features(pixel_values_videos=values[None]).pooler_output[0]
-        pooled = -((-self.side // 2) ** 2)
+        frames = self.model.model.get_video_features(values[None]).pooler_output[0]
+        pooled = ((self.side + 1) // 2) ** 2
         counts = [len(one["pixel_values"]) * pooled for one in pixels]
         newline = self.model.model.image_newline[None].to(frames)
         return [torch.cat([rows, newline]) for rows in frames[: sum(counts)].split(counts)]
@@ -93,5 +93,5 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return pooled if newline is None else torch.cat([pooled, newline[None]])
 
     def grid(self, one: dict[str, Any]) -> tuple[int, ...] | None:
-        side = -(-self.side // 2)
+        side = (self.side + 1) // 2
         return (len(one["pixel_values"]), side, side) if "times" in one else None

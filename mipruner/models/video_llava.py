@@ -26,8 +26,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     def pixels(self, image: Picture) -> dict[str, Any]:
         if not isinstance(image, Video):
             return super().pixels(image)
-        frames = map(super().pixels, image.frames)
-        return {"pixel_values": torch.cat([frame["pixel_values"] for frame in frames]), "times": image.times}
+        return {"pixel_values": self.normalised(image.frames), "times": image.times}
 
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.video_tower if is_video else self.model.model.image_tower
