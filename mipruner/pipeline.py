@@ -2,13 +2,16 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from mipruner.decoder import Run, shorten
 from mipruner.decoding import Decoding, decode, prefill
-from mipruner.models.base import Adapter, Encoded, Picture, Prompt, Visual, collate
-from mipruner.pruners import Pruner
+from mipruner.models.base import Adapter, Batch, Encoded, Picture, Prompt, Visual, collate
+from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Selection, budget, split_budget
 from mipruner.timing import Stopwatch
 
@@ -23,7 +26,7 @@ class Answer:
     tokens : list of int
         The new tokens, without the end of text.
     selections : list of Selection
-        What was kept of each picture, on the CPU.
+        What was kept of each picture, on the CPU; up to the last layer, of a method that prunes inside the decoder.
     n_visual : list of int
         Visual tokens of each picture before pruning.
     grids : list of (rows, columns) or (frames, rows, columns), or None
@@ -69,13 +72,15 @@ class Pipeline:
     ----------
     adapter : Adapter
         From `mipruner.models.load`.
-    pruner : Pruner
+    pruner : Pruner or DecoderPruner
     keep : int or float
         Budget per prompt, see `mipruner.selection.budget`; several pictures share it in proportion to their tokens.
     decoding : Decoding
     """
 
-    def __init__(self, adapter: Adapter, pruner: Pruner, keep: int | float, decoding: Decoding | None = None):
+    def __init__(
+        self, adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float, decoding: Decoding | None = None
+    ):
         self.adapter, self.pruner, self.keep = adapter, pruner, keep
         self.decoding = decoding or Decoding()
         self.cache = VisionCache()
@@ -97,12 +102,16 @@ class Pipeline:
                 for prompt in prompts
             ]
             selections = [self.select(sample) for sample in encoded]
-        with self.watch("prefill"):
-            shorts = [self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)]
-            batch = collate(shorts)
-            state = prefill(self.adapter, batch)
-        with self.watch("decode"):
-            tokens = decode(self.adapter, batch, state, self.decoding)
+            batch = collate([self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)])
+        with self.inside(encoded, batch) as run:
+            with self.watch("prefill"):
+                state = prefill(self.adapter, batch)
+            with self.watch("decode"):
+                tokens = decode(self.adapter, batch, state, self.decoding)
+        if run is None:
+            per_layer = [[sum(s.n_rows for s in chosen)] * self.adapter.n_layers for chosen in selections]
+        else:
+            per_layer, selections = run.per_layer, [_by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
                 text=self.adapter.decode(new),
@@ -111,9 +120,9 @@ class Pipeline:
                 n_visual=[visual.n_visual for visual in sample.visuals],
                 grids=[visual.grid for visual in sample.visuals],
                 boxes=[self.adapter.box(image.size) for image in prompt.images],
-                visual_tokens_per_layer=[sample.n_fixed + sum(s.n_rows for s in chosen)] * self.adapter.n_layers,
+                visual_tokens_per_layer=[sample.n_fixed + n for n in layers],
             )
-            for prompt, new, sample, chosen in zip(prompts, tokens, encoded, selections, strict=True)
+            for prompt, new, sample, chosen, layers in zip(prompts, tokens, encoded, selections, per_layer, strict=True)
         ]
 
     def see(self, images: Sequence[Picture]) -> dict[int, Visual]:
@@ -131,7 +140,33 @@ class Pipeline:
         return visuals
 
     def select(self, encoded: Encoded) -> list[Selection]:
-        """Prune each picture of one prompt by its share of the budget."""
+        """Prune each picture of one prompt by its share of the budget; not yet if the method does so in the decoder."""
         counts = [visual.n_visual for visual in encoded.visuals]
         shares = split_budget(budget(self.keep, sum(counts)), counts)
-        return [self.pruner(features, n) for features, n in zip(encoded.features(), shares, strict=True)]
+        pairs = list(zip(encoded.features(), shares, strict=True))
+        if isinstance(self.pruner, Pruner):
+            return [self.pruner(features, n) for features, n in pairs]
+        for features, n in pairs:
+            self.pruner.check(features, n)
+        return [Selection(torch.arange(n, device=self.adapter.device)) for n in counts]
+
+    def inside(self, encoded: Sequence[Encoded], batch: Batch) -> AbstractContextManager[Run | None]:
+        """The context in which a method prunes inside the decoder; of other methods, an empty one."""
+        if isinstance(self.pruner, Pruner):
+            return nullcontext()
+        counts = [sum(visual.n_visual for visual in sample.visuals) for sample in encoded]
+        budgets = [self.pruner.nominal(n, budget(self.keep, n), self.adapter.n_layers) for n in counts]
+        attention = None
+        if "attention" in self.pruner.needs:
+            attention = [torch.cat([visual.signals["attention"] for visual in sample.visuals]) for sample in encoded]
+        return shorten(self.adapter.language_model, self.pruner, batch.is_visual, budgets, attention)
+
+
+def _by_picture(kept: Tensor, encoded: Encoded) -> list[Selection]:
+    """Indices over the visual tokens of a prompt as indices over those of each picture."""
+    start, selections = 0, []
+    for visual in encoded.visuals:
+        end = start + visual.n_visual
+        selections.append(Selection(kept[(kept >= start) & (kept < end)] - start))
+        start = end
+    return selections

@@ -1,7 +1,9 @@
-"""The contract of a pruner: features of one picture and a number in, a selection out."""
+"""The contracts: features of one picture and a number in, a selection out; or, inside the decoder, stage by stage."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ def _all_finite(x: Tensor) -> bool:
     return bool(x.sum(dtype=torch.float32).isfinite() or x.isfinite().all())
 
 
-class Pruner(ABC):
-    """Chooses visual tokens. A method is a dataclass whose fields are its hyperparameters, and overrides `select`."""
+class Method:
+    """What pruners before and inside the language model share: a dataclass whose fields are its hyperparameters."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Features` that must be there; adapters compute them only on demand."""
@@ -30,8 +32,8 @@ class Pruner(ABC):
         """Every optional field of `Features` that this method reads."""
         return self.needs | self.wants
 
-    def __call__(self, features: Features, n_keep: int) -> Selection:
-        """Keep ``n_keep`` of the visual tokens.
+    def check(self, features: Features, n_keep: int) -> None:
+        """Refuse what no method can prune; everything may be kept of anything.
 
         Raises
         ------
@@ -41,14 +43,24 @@ class Pruner(ABC):
         if not 1 <= n_keep <= features.n_visual:
             raise InputError(f"cannot keep {n_keep} of {features.n_visual} visual tokens")
         if n_keep == features.n_visual:
-            every = torch.arange(n_keep, device=features.visual.device)
-            return Selection(every.expand(*features.visual.shape[:-2], n_keep))
+            return
         if features.n_text == 0:
             raise InputError("the question is empty: a pruner that reads the text needs at least one text token")
         if not (_all_finite(features.visual) and _all_finite(features.text)):
             raise InputError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
         if missing := sorted(name for name in self.needs if getattr(features, name) is None):
             raise InputError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
+
+
+class Pruner(Method, ABC):
+    """Chooses visual tokens before the language model runs. A method overrides `select`."""
+
+    def __call__(self, features: Features, n_keep: int) -> Selection:
+        """Keep ``n_keep`` of the visual tokens. Raises `InputError` as `check` does."""
+        self.check(features, n_keep)
+        if n_keep == features.n_visual:
+            every = torch.arange(n_keep, device=features.visual.device)
+            return Selection(every.expand(*features.visual.shape[:-2], n_keep))
         return self.select(features, n_keep)
 
     @abstractmethod
@@ -65,3 +77,136 @@ class ScorePruner(Pruner):
 
     def select(self, features: Features, n_keep: int) -> Selection:
         return Selection(top_k(self.score(features), n_keep).sort(-1).values)
+
+
+@dataclass(frozen=True)
+class DecoderView:
+    """What a method sees of one prompt, without padding, at the input of a decoder layer, n tokens.
+
+    Attributes
+    ----------
+    layer, n_layers : int
+        The layer whose input this is, at least 1, and how many there are.
+    n_start : int
+        Visual tokens before anything was dropped.
+    hidden : Tensor [n, d]
+        Input of the layer: what the layer before put out.
+    visual : Tensor [n] bool
+    attention : callable
+        Query rows [r] (indices below n) to the softmaxed attention [n_heads, r, n] of the layer before.
+    keys : Tensor [n, n_kv, d_head]
+        Keys of the layer before, rotated.
+    norm : callable
+        The decoder's final norm.
+    prompt : Tensor [S, d]
+        Input embeddings of the whole prompt, before anything was dropped.
+    prompt_visual : Tensor [S] bool
+    encoder_attention : Tensor [n_start], optional
+        `Features.attention` of the prompt's pictures, one after the other.
+    memory : dict
+        A method's own notes; the same object at every layer of one prompt.
+    """
+
+    layer: int
+    n_layers: int
+    n_start: int
+    hidden: Tensor
+    visual: Tensor
+    attention: Callable[[Tensor], Tensor]
+    keys: Tensor
+    norm: Callable[[Tensor], Tensor]
+    prompt: Tensor
+    prompt_visual: Tensor
+    encoder_attention: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_visual(self) -> int:
+        return len(self.visual_rows)
+
+    @property
+    def visual_rows(self) -> Tensor:
+        """Indices [n_visual] of the visual tokens."""
+        return self.visual.nonzero()[:, 0]
+
+    @property
+    def text_rows(self) -> Tensor:
+        """Indices of the text after the last visual token: question, format sentence and the words around them."""
+        return torch.arange(int(self.visual_rows[-1]) + 1, len(self.visual), device=self.visual.device)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What becomes of the visual tokens of a `DecoderView`.
+
+    Attributes
+    ----------
+    indices : Tensor [n_keep]
+        Those that stay, ascending, of range(n_visual).
+    merge : Tensor [n_merged, n_visual], optional
+        Weights of new rows that follow the last kept one.
+    centres : Tensor [n_merged], optional
+        The visual token that each new row stands for where positions are kept.
+    """
+
+    indices: Tensor
+    merge: Tensor | None = None
+    centres: Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.indices) + (0 if self.merge is None else len(self.merge))
+
+
+@dataclass(frozen=True)
+class DecoderPruner(Method, ABC):
+    """Drops visual tokens inside the language model: all enter, fewer reach the later layers.
+
+    Parameters
+    ----------
+    budget_match : "nominal" or "layer_mean"
+        What a budget of T means. ``nominal`` is the method's own reading. ``layer_mean`` lets T visual tokens enter a
+        layer on average, which is what T tokens before the language model cost.
+    """
+
+    budget_match: Literal["nominal", "layer_mean"] = "nominal"
+
+    renumbers: ClassVar[bool] = False
+    """Whether the official code numbers the remaining tokens 0, 1, 2, ... again. Never done with M-RoPE."""
+
+    def __post_init__(self):
+        if self.budget_match not in ("nominal", "layer_mean"):
+            raise InputError(f"unknown budget_match {self.budget_match!r}: choose nominal or layer_mean")
+
+    @abstractmethod
+    def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
+        """{layer: visual tokens that enter it and those after it}, ascending, layers from 1 on."""
+
+    @abstractmethod
+    def reduce(self, view: DecoderView, n_keep: int) -> Reduction | None:
+        """Choose at the input of one layer of `stages`, for a nominal budget of ``n_keep``; None changes nothing."""
+
+    def entering(self, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
+        """Visual tokens that enter each layer."""
+        entering, stages = [], self.stages(n_visual, n_keep, n_layers)
+        for layer in range(n_layers):
+            entering.append(stages.get(layer, entering[-1] if entering else n_visual))
+        return entering
+
+    def nominal(self, n_visual: int, n_keep: int, n_layers: int) -> int:
+        """The method's own budget that answers a request for ``n_keep``, see ``budget_match``.
+
+        Raises
+        ------
+        InputError
+            If no budget is small enough, because all tokens enter the first layers.
+        """
+        if self.budget_match == "nominal":
+            return n_keep
+        mean = {n: sum(self.entering(n_visual, n, n_layers)) / n_layers for n in range(1, n_visual + 1)}
+        if mean[1] > n_keep:
+            raise InputError(
+                f"{type(self).__name__} cannot bring the mean down to {n_keep} visual tokens a layer, the least is "
+                f"{mean[1]:.1f}: raise keep, or use budget_match=nominal"
+            )
+        return min(mean, key=lambda n: (abs(mean[n] - n_keep), n))

@@ -1,0 +1,86 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
+from mipruner.pruners.sparsevlm import recycle
+
+
+@dataclass(frozen=True)
+class AutoPruner(DecoderPruner):
+    """AutoPrune: fits the pruning curve over the decoder's layers to how much the words depend on the picture.
+
+    The first layer's output keeps 2.5 T tokens by encoder attention plus a weighted attention from the text. The mutual
+    information between text rows and visual columns of the second layer's attention sets the slope of a logistic curve;
+    it is scaled so that T tokens leave a layer on average. Every later layer keeps its share by attention from the
+    text, and recycles as SparseVLM does. https://arxiv.org/abs/2509.23931
+
+    Differs from the public code in decoders of another depth than 32, where the curve is stretched, in encoders without
+    CLS, where the attention received from all patches stands for the CLS row, and with M-RoPE, where positions are
+    kept. Recycled tokens come on top of the curve.
+
+    Parameters
+    ----------
+    centre, slope, sensitivity : float
+        x0, k0 and gamma of the curve 0.75 / (1 + exp(k (layer - x0 - k))) with k = max(k0 - gamma MI, 0).
+    text_weight : float
+        Weight of the text's attention in the first layer.
+    """
+
+    centre: float = 14.9
+    slope: float = 0.4
+    sensitivity: float = 0.2
+    text_weight: float = 0.3
+
+    renumbers = True
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
+        """The curve of a prompt without mutual information, for want of the prompt."""
+        curve = self.curve(0.0, n_visual, n_keep, n_layers)
+        return {layer + 1: curve[layer] for layer in range(n_layers - 1)}
+
+    def nominal(self, n_visual: int, n_keep: int, n_layers: int) -> int:
+        return n_keep  # is a mean over layers as it stands
+
+    def curve(self, information: float, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
+        """Visual tokens that each layer puts out, summing to n_layers * n_keep but for rounding."""
+        first = min(int(2.5 * n_keep), n_visual)
+        k = max(self.slope - self.sensitivity * information, 0.0)
+        shape = [0.75 / (1 + math.exp(k * (layer * 32 / n_layers - self.centre - k))) for layer in range(1, n_layers)]
+        low, high = 0.0, first / shape[-1]
+        for _ in range(60):
+            scale = (low + high) / 2
+            total = first + sum(min(scale * y, first) for y in shape)
+            low, high = (scale, high) if total < n_layers * n_keep else (low, scale)
+        return [first, *(max(1, min(round(scale * y), first)) for y in shape)]
+
+    def reduce(self, view: DecoderView, n_keep: int) -> Reduction | None:
+        attention = view.attention(view.text_rows)[..., view.visual]
+        score = attention.mean((0, 1))
+        if not view.memory:
+            view.memory["curve"] = None
+            weight = self.text_weight * mutual_information(attention) / attention.shape[1]
+            score = view.encoder_attention.to(score) + weight * score
+            keep = min(int(2.5 * n_keep), view.n_start)
+        else:
+            if view.memory["curve"] is None:
+                information = float(mutual_information(attention))
+                view.memory["curve"] = self.curve(information, view.n_start, n_keep, view.n_layers)
+            keep = view.memory["curve"][view.layer - 1]
+        if keep >= view.n_visual:
+            return None
+        return recycle(view.hidden[view.visual], score, keep)
+
+
+def mutual_information(attention: Tensor) -> Tensor:
+    """Bits between text rows and visual columns of [n_heads, n_text, n_visual], summed over heads.
+
+    p(x) is uniform over the rows, p(y | x) is a row as it stands: its mass on the visual tokens, not scaled to 1.
+    """
+    marginal = attention.mean(1, keepdim=True)
+    terms = attention * (attention / marginal).log2()
+    return torch.where(attention > 0, terms, 0).sum() / attention.shape[1]

@@ -1,0 +1,106 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
+from mipruner.selection import top_k
+
+LAYERS = (2, 6, 15)
+"""Of 32 layers, those whose output is pruned."""
+
+PUBLISHED = {
+    0: (0, 0, 0),
+    64: (66, 30, 17),
+    96: (238, 48, 26),
+    128: (303, 110, 36),
+    192: (300, 200, 110),
+    576: (576,) * 3,
+}
+"""Tokens kept of 576 in each of these layers, by budget; 0 and 576 are the ends to interpolate to."""
+
+
+@dataclass(frozen=True)
+class SparseVLMPruner(DecoderPruner):
+    """SparseVLM v1.5: drops visual tokens in three layers by the attention of the words that matter, and recycles some.
+
+    Raters are the text tokens after the picture whose input embeddings the picture matches more than the average word.
+    A visual token's score is the attention it gets from them. Of the dropped tokens the best 30 % are clustered and
+    come back as one token a cluster. https://arxiv.org/abs/2410.04417
+
+    Differs from the public code in the random noise that breaks ties between cluster densities (here: lowest index
+    first), in budgets other than 192, 128, 96 and 64 of 576 (each layer's number is interpolated linearly between the
+    published ones, and scaled with the picture), in decoders of another depth than 32 (layers are scaled), and with
+    M-RoPE (positions are kept, a cluster stands at its centre).
+    """
+
+    renumbers = True
+
+    def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
+        entering, stages = n_visual, {}
+        for layer, keep in self.schedule(n_visual, n_keep, n_layers).items():
+            keep = min(keep, entering - 1)
+            entering = keep + n_recycled(entering - keep)[1]
+            stages[layer] = entering
+        return stages
+
+    @staticmethod
+    def schedule(n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
+        """{layer: visual tokens kept at its input, recycled ones not counted}; of layers that coincide the last."""
+        budget = 576 * n_keep / n_visual
+        low = max(b for b in PUBLISHED if b <= budget)
+        high = min(b for b in PUBLISHED if b >= budget)
+        share = (budget - low) / (high - low) if high > low else 0
+        counts = [a + share * (b - a) for a, b in zip(PUBLISHED[low], PUBLISHED[high], strict=True)]
+        layers = [min(round(layer * n_layers / 32) + 1, n_layers - 1) for layer in LAYERS]
+        return {layer: max(1, round(n * n_visual / 576)) for layer, n in zip(layers, counts, strict=True)}
+
+    def reduce(self, view: DecoderView, n_keep: int) -> Reduction:
+        keep = self.schedule(view.n_start, n_keep, view.n_layers)[view.layer]
+        words = len(view.visual) - raters(view)
+        score = view.attention(words).mean(0)[:, view.visual].mean(0)
+        return recycle(view.hidden[view.visual], score, min(keep, view.n_visual - 1))
+
+
+def raters(view: DecoderView) -> Tensor:
+    """The rating words, counted from the end of the prompt (1 = last token): text is never dropped there."""
+    visual = view.prompt[view.prompt_visual].float()
+    text = view.prompt[int(view.prompt_visual.nonzero()[-1]) + 1 :].float()
+    relevance = (visual @ text.mT).softmax(-1).mean(0)
+    rates = relevance > relevance.mean()
+    return len(text) - (rates if rates.any() else torch.ones_like(rates)).nonzero()[:, 0]
+
+
+def n_recycled(n_dropped: int) -> tuple[int, int]:
+    """Of ``n_dropped`` tokens, how many are recycled, and into how many clusters."""
+    recycled = int(0.3 * n_dropped) + 1
+    return recycled, int(recycled / 10) + 1
+
+
+def recycle(hidden: Tensor, score: Tensor, n_keep: int) -> Reduction:
+    """Keep the ``n_keep`` highest scores [n] and merge the best of the others, clustered by their states [n, d]."""
+    order = top_k(score, len(score))
+    n_best, n_clusters = n_recycled(len(score) - n_keep)
+    best = order[n_keep : n_keep + n_best]
+    centres, cluster = density_peaks(hidden[best].float(), n_clusters)
+    merge = torch.zeros(n_clusters, len(score), device=score.device)
+    merge[cluster, best] = 1
+    merge = merge / (merge.sum(1, keepdim=True) + 1e-6)
+    return Reduction(order[:n_keep].sort().values, merge, best[centres])
+
+
+def density_peaks(rows: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+    """Density-peak clustering of rows [n, d]: centres [n_clusters] and the cluster [n] of each row.
+
+    A centre is dense, and far from anything denser (https://doi.org/10.1126/science.1242072).
+    """
+    distance = torch.cdist(rows, rows) / rows.shape[-1] ** 0.5
+    density = (-distance.topk(n_clusters, largest=False).values.square().mean(-1)).exp()
+    rank = torch.empty_like(density, dtype=torch.long)
+    rank[top_k(density, len(density))] = torch.arange(len(density), device=density.device)
+    denser = rank[None, :] < rank[:, None]
+    delta = torch.where(denser, distance, distance.max()).amin(-1)
+    centres = top_k(delta * density, n_clusters)
+    cluster = distance[centres].argmin(0)
+    cluster[centres] = torch.arange(n_clusters, device=cluster.device)
+    return centres, cluster
