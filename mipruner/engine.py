@@ -23,7 +23,15 @@ from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.base import Adapter, Prompt, Tokens, Visual
 from mipruner.pipeline import Answer
-from mipruner.pruners import AttentionPruner, MIAttentionPruner, MIPruner, NoPruner, Pruner, SimilarityPruner
+from mipruner.pruners import (
+    AttentionPruner,
+    DecoderPruner,
+    MIAttentionPruner,
+    MIPruner,
+    NoPruner,
+    Pruner,
+    SimilarityPruner,
+)
 from mipruner.selection import Selection, budget
 
 LOOK = 16
@@ -145,6 +153,8 @@ class Engine:
             raise InputError("the engine decodes greedily: use the pipeline for sampling and penalties")
         if adapter.model.config.model_type != "llava" or text_config._attn_implementation != "sdpa":
             raise InputError("the engine runs LLaVA-1.5 with attn_implementation=sdpa: use the pipeline")
+        if isinstance(pruner, DecoderPruner):
+            raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
         self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
         self.bucket, self.longest, self.compiled = bucket, longest, compiled
         self.n_visual = adapter.side**2

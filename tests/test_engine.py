@@ -14,7 +14,7 @@ from mipruner.models import load
 from mipruner.models.base import Prompt
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
-from mipruner.pruners import PRUNERS, MIPruner, NoPruner, VisionZipPruner
+from mipruner.pruners import PRUNERS, FastVPruner, MIPruner, NoPruner, Pruner, VisionZipPruner
 
 DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,9 @@ def demo():
     return load(DEMO, dtype="float32", device=DEVICE)
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNERS if name not in ("visionzip",)])
+@pytest.mark.parametrize(
+    "name", [name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and cls is not VisionZipPruner]
+)
 @pytest.mark.parametrize("positions", ["repack", "keep"])
 def test_tiny_models_give_the_pipelines_tokens(name, positions):
     adapter = tiny()
@@ -128,6 +130,8 @@ def test_what_the_engine_cannot_do_it_says():
         Engine(adapter, MIPruner(), 5, Decoding(), longest=4)(prompt)
     with pytest.raises(InputError, match="merges tokens"):
         Engine(adapter, VisionZipPruner(), 5, Decoding())(prompt)
+    with pytest.raises(InputError, match="inside the decoder"):
+        Engine(adapter, FastVPruner(), 5, Decoding())
     with torch.no_grad():
         adapter.model.model.multi_modal_projector.linear_2.bias[3] = torch.nan
     with pytest.raises(InputError, match="NaN"):
