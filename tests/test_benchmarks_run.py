@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
-from loopback import content, server
 
 import run
 from experiments.benchmarks.base import BenchmarkError
 from experiments.results import ROOT, Cell, cell_id
+from loopback import content, server
 
 SCHEMAS = ROOT / "tests/data/schemas"
 CASES = {

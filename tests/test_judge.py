@@ -12,12 +12,12 @@ from pathlib import Path
 import datasets
 import pytest
 from hydra.utils import instantiate
-from loopback import content, server
 from omegaconf import OmegaConf
 
 from experiments.benchmarks import mmvet
 from experiments.benchmarks.base import BenchmarkError, Sample
 from experiments.judge import Judge
+from loopback import content, server
 
 ROOT = Path(__file__).parent.parent
 SECRET = "sk-of-the-test-1234567890"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from test_fused import assert_same_picks, reference, tokens
 
 pytest.importorskip("triton", reason="Triton is not available for this platform")

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from clips import greys, write_set, write_video
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from clips import greys, write_set, write_video
 from experiments.benchmarks import video
 from experiments.benchmarks.base import BenchmarkError, SampleError
 
