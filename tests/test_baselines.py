@@ -3,20 +3,28 @@
 Features of +1 and -1 in 4^k dimensions make every cosine exact in float32, with plenty of ties; Gaussian have none.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pruners import (
+    AutoPruner,
     CDPruner,
+    DARTPruner,
     DivPruner,
+    FastVPruner,
     MMTokPruner,
+    SparseVLMPruner,
     TrimTokenatorPruner,
     VisionZipPruner,
     VisPruner,
 )
+from mipruner.pruners.base import DecoderView
+from mipruner.pruners.sparsevlm import density_peaks
 
 SIZES = [(576, 64), (576, 33), (144, 128), (49, 7), (30, 1), (30, 29), (17, 5), (2, 1)]
 METHODS = [CDPruner(), DivPruner(), MMTokPruner(), TrimTokenatorPruner(), VisionZipPruner(), VisPruner()]
@@ -300,6 +308,234 @@ def test_trimtokenator(n, n_keep):
     sample = features(n, d=32)
     expected = trimtokenator(sample.visual, sample.text, n_keep)
     assert TrimTokenatorPruner()(sample, n_keep).indices.tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------- inside the language model
+
+
+def decoder_view(n_visual, *, n_before=3, n_after=9, layer=2, n_layers=32, d=16, n_heads=4, seed=0, **fields):
+    """A prompt at the input of a layer, with random states and an attention table that is softmaxed over all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    n = n_before + n_visual + n_after
+    visual = torch.tensor([n_before <= i < n_before + n_visual for i in range(n)])
+    logits = 2 * torch.randn(n_heads, n, n, generator=generator)
+    table = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+    hidden = torch.randn(n, d, generator=generator)
+    fields = {
+        "layer": layer,
+        "n_layers": n_layers,
+        "n_start": n_visual,
+        "keys": torch.randn(n, 2, d, generator=generator),
+        "prompt": torch.randn(n, d, generator=generator),
+        "prompt_visual": visual,
+        "encoder_attention": torch.rand(n_visual, generator=generator),
+    } | fields
+    view = DecoderView(
+        hidden=hidden, visual=visual, attention=lambda rows: table[:, rows], norm=lambda x: 2 * x + 1, **fields
+    )
+    return view, table.double()
+
+
+@pytest.mark.parametrize(("n", "n_keep"), SIZES)
+def test_fastv(n, n_keep):
+    view, table = decoder_view(n)
+    score = [sum(float(table[h, -1, 3 + i]) for h in range(4)) / 4 for i in range(n)]
+    expected = sorted(sorted(range(n), key=lambda i: -score[i])[:n_keep])
+    assert FastVPruner().reduce(view, n_keep).indices.tolist() == expected
+    assert FastVPruner(layer=3).stages(n, n_keep, 32) == {3: n_keep}
+
+
+def test_fastv_takes_the_first_of_equals():
+    view, _ = decoder_view(8, keys=torch.zeros(20, 2, 4))
+    view = dataclasses.replace(view, attention=lambda rows: torch.full((4, len(rows), 20), 0.05))
+    assert FastVPruner().reduce(view, 3).indices.tolist() == [0, 1, 2]
+
+
+def dart(view, budget, order):
+    """The rule with dictionaries; ``order`` is how the eight pivots take turns."""
+    states = (2 * view.hidden + 1).double()
+    norm = view.keys.double().abs().sum((1, 2)).tolist()
+    image = [i for i, v in enumerate(view.visual.tolist()) if v]
+    after = range(image[-1] + 1, len(norm))
+    pivots = sorted(image, key=lambda i: -norm[i])[:4]
+    words = sorted(after, key=lambda i: -norm[i])[:4]
+    pool, kept = [i for i in image if i not in pivots], list(pivots)
+    for p in order(pivots + words):
+        cosine = {j: float(states[p] @ states[j] / states[p].norm() / states[j].norm()) for j in pool}
+        taken = sorted(pool, key=cosine.__getitem__)[: budget // 8]
+        pool = [j for j in pool if j not in taken]
+        kept += taken
+    return sorted(i - image[0] for i in kept)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_keep", "kept"), [(576, 64, 68), (576, 128, 132), (144, 39, 36), (49, 48, 49), (30, 1, 4)]
+)
+def test_dart(n, n_keep, kept):
+    view, _ = decoder_view(n)
+    indices = DARTPruner().reduce(view, n_keep).indices.tolist()
+    assert indices == dart(view, n_keep, lambda pivots: list(set(pivots)))
+    assert len(indices) == kept
+    assert DARTPruner().stages(n, n_keep, 32) == {2: kept}
+
+
+@pytest.mark.parametrize(("n", "n_keep"), SIZES)
+def test_dart_with_an_exact_count(n, n_keep):
+    view, _ = decoder_view(n)
+    indices = DARTPruner(exact=True).reduce(view, n_keep).indices.tolist()
+    assert len(set(indices)) == n_keep == DARTPruner(exact=True).stages(n, n_keep, 32)[2]
+
+
+def test_dart_with_little_text_after_the_picture():
+    view, _ = decoder_view(40, n_after=2)
+    assert len(DARTPruner().reduce(view, 18).indices) == 4 + 6 * (18 // 6)
+
+
+def sparsevlm_raters(prompt, visual):
+    """Text tokens after the picture that get more than the mean share of the visual tokens' softmax."""
+    prompt, image = prompt.double(), [i for i, v in enumerate(visual.tolist()) if v]
+    text = range(image[-1] + 1, len(prompt))
+    shares = {j: 0.0 for j in text}
+    for i in image:
+        logits = {j: float(prompt[i] @ prompt[j]) for j in text}
+        top = max(logits.values())
+        total = sum(math.exp(x - top) for x in logits.values())
+        for j in text:
+            shares[j] += math.exp(logits[j] - top) / total / len(image)
+    return [j for j in text if shares[j] > sum(shares.values()) / len(shares)]
+
+
+def clusters(rows, c):
+    """Density-peak clustering: centres in order, and for each row the number of its cluster."""
+    n, d = rows.shape
+    rows = rows.double()
+    distance = [[float((a - b).norm()) / d**0.5 for b in rows] for a in rows]
+    density = [math.exp(-sum(x * x for x in sorted(row)[:c]) / c) for row in distance]
+    far = max(max(row) for row in distance)
+    rank = sorted(range(n), key=lambda i: -density[i])  # of equals the first is the denser
+    delta = [min([distance[i][j] for j in rank[: rank.index(i)]], default=far) for i in range(n)]
+    centres = sorted(range(n), key=lambda i: -delta[i] * density[i])[:c]
+    nearest = [min(range(c), key=lambda k: distance[i][centres[k]]) for i in range(n)]
+    for k, i in enumerate(centres):
+        nearest[i] = k
+    return centres, nearest
+
+
+def recycled(hidden, score, n_keep):
+    order = sorted(range(len(score)), key=lambda i: -score[i])
+    dropped = order[n_keep:]
+    best = dropped[: int(0.3 * len(dropped)) + 1]
+    centres, nearest = clusters(hidden[best], int(len(best) / 10) + 1)
+    groups = [[best[i] for i in range(len(best)) if nearest[i] == k] for k in range(len(centres))]
+    rows = [sum(hidden[i].double() for i in group) / (len(group) + 1e-6) for group in groups]
+    return sorted(order[:n_keep]), rows, [best[i] for i in centres]
+
+
+def assert_reduces(reduction, hidden, expected):
+    indices, rows, centres = expected
+    assert reduction.indices.tolist() == indices
+    assert reduction.centres.tolist() == centres
+    torch.testing.assert_close(reduction.merge.double() @ hidden.double(), torch.stack(rows), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_keep", "layer"), [(576, 192, 3), (576, 64, 7), (300, 70, 16), (60, 1, 3), (20, 19, 3), (2, 1, 7)]
+)
+def test_sparsevlm(n, n_keep, layer):
+    view, table = decoder_view(n, layer=layer, n_start=n)
+    raters = sparsevlm_raters(view.prompt, view.prompt_visual)
+    assert 0 < len(raters) < 9
+    score = [sum(float(table[h, r, 3 + i]) for h in range(4) for r in raters) for i in range(n)]
+    keep = min(SparseVLMPruner.schedule(n, n_keep, 32)[layer], n - 1)
+    hidden = view.hidden[view.visual]
+    assert_reduces(SparseVLMPruner().reduce(view, n_keep), hidden, recycled(hidden, score, keep))
+
+
+def test_sparsevlm_reads_the_same_words_after_tokens_were_dropped():
+    """At a later stage the prompt is shorter, its text is not."""
+    view, table = decoder_view(40, layer=7)
+    n_start = 100
+    start = torch.randn(n_start + 12, 16, generator=torch.Generator().manual_seed(3))
+    was_visual = torch.tensor([3 <= i < 3 + n_start for i in range(n_start + 12)])
+    view = dataclasses.replace(view, prompt=start, prompt_visual=was_visual, n_start=n_start)
+    raters = [r - (n_start - 40) for r in sparsevlm_raters(start, was_visual)]
+    score = [sum(float(table[h, r, 3 + i]) for h in range(4) for r in raters) for i in range(40)]
+    hidden, keep = view.hidden[view.visual], SparseVLMPruner.schedule(n_start, 20, 32)[7]
+    assert_reduces(SparseVLMPruner().reduce(view, 20), hidden, recycled(hidden, score, keep))
+
+
+def test_sparsevlm_has_the_published_schedule():
+    published = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+    entering = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)}
+    for n_keep, counts in published.items():
+        assert SparseVLMPruner.schedule(576, n_keep, 32) == dict(zip((3, 7, 16), counts, strict=True))
+        assert SparseVLMPruner().stages(576, n_keep, 32) == dict(zip((3, 7, 16), entering[n_keep], strict=True))
+    assert SparseVLMPruner.schedule(576, 80, 32) == {3: 152, 7: 39, 16: 22}  # half way from 64 to 96, half to even
+    assert SparseVLMPruner.schedule(144, 16, 36) == {3: 16, 8: 8, 18: 4}
+
+
+def test_equal_states_make_one_cluster_each_from_the_first():
+    centres, cluster = density_peaks(torch.ones(12, 4), 3)
+    assert sorted(centres.tolist()) == sorted(set(centres.tolist()))
+    assert set(cluster.tolist()) == {0, 1, 2}
+
+
+def information(table):
+    """Bits of [n_heads, n_text, n_visual], rows as they are."""
+    total, (n_heads, n_rows, n) = 0.0, table.shape
+    for h in range(n_heads):
+        marginal = [sum(float(table[h, x, y]) for x in range(n_rows)) / n_rows for y in range(n)]
+        for x in range(n_rows):
+            for y in range(n):
+                joint = float(table[h, x, y]) / n_rows
+                total += joint * math.log2(joint / (marginal[y] / n_rows))
+    return total
+
+
+def test_autoprune_first_and_second_stage():
+    n, n_keep = 60, 12
+    view, table = decoder_view(n, layer=1, n_after=5)
+    text = table[:, -5:, 3:-5]
+    weight = 0.3 * information(text) / 5
+    score = [float(view.encoder_attention[i]) + weight * float(text[..., i].mean()) for i in range(n)]
+    hidden = view.hidden[view.visual]
+    assert_reduces(AutoPruner().reduce(view, n_keep), hidden, recycled(hidden, score, 30))
+
+    later, table = decoder_view(33, layer=2, n_after=5, n_start=n, memory=view.memory, seed=1)
+    text = table[:, -5:, 3:-5]
+    bits = information(text)
+    k = max(0.4 - 0.2 * bits, 0)
+    shape = [0.75 / (1 + math.exp(k * (layer - 14.9 - k))) for layer in range(1, 32)]
+    scale = next(s / 1000 for s in range(1, 200000) if 30 + sum(min(s / 1000 * y, 30) for y in shape) >= 32 * n_keep)
+    curve = AutoPruner().curve(bits, n, n_keep, 32)
+    assert curve[0] == 30
+    assert max(abs(c - min(scale * y, 30)) for c, y in zip(curve[1:], shape, strict=True)) < 0.6
+    assert abs(sum(curve) - 32 * n_keep) < 16  # half a token a layer, from rounding
+    hidden, score = later.hidden[later.visual], text.mean((0, 1)).tolist()
+    assert_reduces(AutoPruner().reduce(later, n_keep), hidden, recycled(hidden, score, curve[1]))
+
+
+def test_autoprune_falls_faster_where_the_words_say_less():
+    low, high = (AutoPruner().curve(bits, 576, 64, 32) for bits in (0.0, 1.5))
+    assert low[3] > high[3] and low[-1] < high[-1]
+    assert sorted(low, reverse=True) == low
+
+
+@pytest.mark.parametrize(("nominal", "matched"), [(192, 166), (128, 98), (64, 30)])
+def test_fastv_matched_by_the_mean_over_layers(nominal, matched):
+    pruner = FastVPruner(budget_match="layer_mean")
+    assert pruner.nominal(576, nominal, 32) == matched
+    assert FastVPruner().nominal(576, nominal, 32) == nominal
+
+
+def test_every_layer_mean_is_the_nearest_there_is():
+    for pruner in (FastVPruner("layer_mean", 3), SparseVLMPruner("layer_mean"), DARTPruner("layer_mean")):
+        for target in (100, 192, 300, 575, 576):
+            entering = pruner.entering(576, pruner.nominal(576, target, 32), 32)
+            assert abs(sum(entering) / 32 - target) <= 4
+    assert AutoPruner("layer_mean").nominal(576, 64, 32) == 64
+    with pytest.raises(InputError, match=r"least is 36\.9"):
+        FastVPruner(budget_match="layer_mean").nominal(576, 32, 32)
 
 
 # -------------------------------------------------------------------------------------------------------- all of them

@@ -92,9 +92,11 @@ def recycle(hidden: Tensor, score: Tensor, n_keep: int) -> Reduction:
 def density_peaks(rows: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Density-peak clustering of rows [n, d]: centres [n_clusters] and the cluster [n] of each row.
 
-    A centre is dense, and far from anything denser (https://doi.org/10.1126/science.1242072).
+    A centre is dense, and far from anything denser (https://doi.org/10.1126/science.1242072). Of two equally dense rows
+    the first counts as the denser one: with two clusters, mutual nearest neighbours are always equally dense.
     """
-    distance = torch.cdist(rows, rows) / rows.shape[-1] ** 0.5
+    exact = "donot_use_mm_for_euclid_dist"  # symmetric to the last bit, and 0 to itself
+    distance = torch.cdist(rows, rows, compute_mode=exact) / rows.shape[-1] ** 0.5
     density = (-distance.topk(n_clusters, largest=False).values.square().mean(-1)).exp()
     rank = torch.empty_like(density, dtype=torch.long)
     rank[top_k(density, len(density))] = torch.arange(len(density), device=density.device)
