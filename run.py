@@ -58,8 +58,13 @@ def differs(overrides: list[str]) -> str:
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config; a pruner that keeps everything has one cell, whatever budget was asked for."""
+    """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
+
+    These are the budget of a pruner that keeps everything, and the seed where nothing is drawn.
+    """
     config = OmegaConf.to_container(cfg, resolve=True)
+    if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
+        config["seed"] = config["decoding"]["seed"] = 0
     if config["pruner"]["name"] == "none":
         config["keep"] = 1.0
     return config

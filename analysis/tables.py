@@ -35,6 +35,7 @@ TITLES = {
     "table9": "Efficiency on POPE, LLaVA-1.5-7B, 32 tokens",
     "table10": "POPE in its three settings, LLaVA-1.5-7B",
     "table11": "POPE in its three settings, Qwen3-VL",
+    "demo": "Demo: the paper's own pruners on the embedded LLaVA",
     "demo_table1": "Demo: pruning methods on the embedded LLaVA",
     "demo_table2": "Demo: pruning methods on the embedded Qwen3-VL-shaped model",
     "demo_table5": "Demo: ablation of the temperature tau",

@@ -165,6 +165,17 @@ def test_without_pruning_the_budget_makes_no_second_cell(tmp_path):
     assert config(tmp_path, "pruner=none", "keep=16") == config(tmp_path, "pruner=none", "keep=32")
 
 
+def test_a_seed_makes_a_cell_only_where_something_is_drawn(tmp_path):
+    def seeds(*overrides):
+        return [config(tmp_path, f"seed={k}", *overrides) for k in (0, 1)]
+
+    for drawn in ("pruner=random", "limit=8", "decoding.temperature=0.7"):
+        first, second = seeds(drawn)
+        assert first != second
+    first, second = seeds("pruner=mi")
+    assert first == second
+
+
 def test_folder_names_show_what_differs():
     overrides = [
         "model=x",

@@ -1,0 +1,68 @@
+"""Every word of the command line composes, and names something that exists and takes what the file gives it."""
+
+import inspect
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, instantiate
+
+import run
+from experiments.results import ROOT
+from mipruner.models import load
+from mipruner.pruners import PRUNERS
+
+CONF = ROOT / "conf"
+
+
+def words(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def resolved(*overrides):
+    with initialize_config_dir(str(CONF), version_base=None):
+        return run.resolve(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("word", words("model"))
+def test_models(word):
+    model = resolved(f"model={word}")["model"]
+    assert model.pop("name") == word
+    inspect.signature(load).bind(**model, device="cpu")
+
+
+@pytest.mark.parametrize("word", words("dataset"))
+def test_datasets(word):
+    dataset = resolved(f"dataset={word}")["dataset"]
+    assert dataset["name"] == word and 0 <= dataset["lam"] <= 1 and dataset["max_new_tokens"] > 0
+    benchmark = dataset["benchmark"]
+    inspect.signature(get_class(benchmark.pop("_target_"))).bind(**benchmark)
+
+
+@pytest.mark.parametrize("word", words("pruner"))
+def test_pruners(word):
+    pruner = resolved(f"pruner={word}")["pruner"]
+    assert pruner.pop("name") == word
+    assert type(instantiate(pruner)) is PRUNERS[word]
+
+
+def test_every_pruner_has_a_file():
+    assert words("pruner") == sorted(PRUNERS)
+
+
+@pytest.mark.parametrize("word", words("logger"))
+def test_loggers(word):
+    assert resolved(f"logger={word}")["logger"]["name"] == word
+
+
+def test_lam_comes_from_the_dataset_and_can_be_overridden():
+    assert resolved("dataset=gqa")["pruner"]["lam"] == 0.5
+    assert resolved("dataset=pope")["pruner"]["lam"] == 1
+    assert resolved("dataset=pope", "pruner=mi_attention", "pruner.lam=0.8")["pruner"]["lam"] == 0.8
+
+
+def test_keep_tells_one_token_from_everything():
+    assert [(type(k), k) for k in (resolved(f"keep={word}")["keep"] for word in ("1", "1.0", "0.25"))] == [
+        (int, 1),
+        (float, 1.0),
+        (float, 0.25),
+    ]
