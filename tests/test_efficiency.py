@@ -1,0 +1,82 @@
+"""The efficiency run on the demo: everything measured, what an engine cannot do said, the floor as defined."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.efficiency import main, shortest_ms, spread
+from mipruner.models import load
+
+SMALL = ["warmup=1", "repetitions=1", "keeps=[16]", "methods=[none,visionzip,'mi lam=1']"]
+
+
+def run(tmp_path, capsys, *overrides):
+    main([*overrides, f"out={tmp_path}/record.json"])
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    record = json.loads(last)
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    return record
+
+
+def test_all_methods_on_all_engines(tmp_path, capsys):
+    record = run(tmp_path, capsys, *SMALL)
+    rows = {(row["method"], row["engine"]): row for row in record["rows"]}
+    engines = {"generate", "pipeline", "engine"}
+    assert rows.keys() == {
+        *(("none", engine) for engine in engines),
+        *(("mi lam=1", engine) for engine in engines),
+        ("visionzip", "pipeline"),
+        ("visionzip", "generate"),
+    }
+    assert record["left_out"] == ["visionzip keep=16 engine=engine: VisionZipPruner merges tokens: use the pipeline"]
+    for (method, engine), row in rows.items():
+        stages = {"vision", "scoring", "total"} | ({"generate"} if engine == "generate" else {"prefill", "decode"})
+        assert row["latency_ms"].keys() == stages
+        assert all(0 < ms["p20"] <= ms["median"] <= ms["p80"] for ms in row["latency_ms"].values())
+        assert row["visual_tokens"] == 576
+        assert row["visual_tokens_layer_mean"] == (576 if method == "none" else 16)
+        assert row["new_tokens"] in (1, 2)
+        assert 0 < row["resident_memory_gib"] <= row["peak_memory_gib"]
+        assert row["times_floor"] == pytest.approx(row["latency_ms"]["total"]["median"] / row["floor_ms"], abs=0.02)
+    assert (
+        rows["none", "pipeline"]["latency_ms"]["prefill"]["median"]
+        > 2 * (rows["mi lam=1", "pipeline"]["latency_ms"]["prefill"]["median"])
+    )
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_random_weights_and_longer_prompts(tmp_path, capsys):
+    record = run(
+        tmp_path, capsys, "model=demo_qwen3vl", "weights=random", "n_text=50", "picture=[280,196]", "warmup=1",
+        "repetitions=1", "methods=[mi]", "keeps=[0.5]", "engines=[pipeline,engine]",
+    )  # fmt: skip
+    (row,) = record["rows"]
+    assert record["text_tokens"] == 50
+    assert (row["visual_tokens"], row["visual_tokens_layer_mean"]) == (10 * 7, 35)
+    assert "the engine runs LLaVA-1.5" in record["left_out"][0]
+
+
+def test_the_floor_is_bytes_over_bandwidth_and_flops_over_speed():
+    adapter = load("experiments/demo/llava", dtype="float32")
+    text = adapter.model.config.text_config
+    layer = sum(p.numel() for p in adapter.language_model.layers[0].parameters())
+    weights = 4 * (layer * text.num_hidden_layers + text.vocab_size * text.hidden_size)
+    fast_product = {"copy_gb_per_s": 10.0, "product_tflop_per_s": 1e9}
+    assert shortest_ms(adapter, fast_product, 576, 30, 3) == pytest.approx(3 * weights / 10e9 * 1e3, rel=1e-3)
+    fast_copy = {"copy_gb_per_s": 1e12, "product_tflop_per_s": 1.0}
+    two = [shortest_ms(adapter, fast_copy, 576, n, 1) for n in (100, 200)]
+    quadratic = 4 * text.num_hidden_layers * text.hidden_size * (200**2 - 100**2)
+    linear = 2 * 100 * (layer - 2 * text.hidden_size) * text.num_hidden_layers
+    assert two[1] - two[0] == pytest.approx((linear + quadratic) / 1e12 * 1e3, rel=1e-6)
+
+
+def test_spread_is_median_and_the_middle_three_fifths():
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0, 100.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert spread([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0}
+
+
+def test_estimate_on_the_command_line(capsys):
+    main(["estimate", "model=qwen3vl_8b", "keep=0.25", "n_visual=1024"])
+    assert json.loads(capsys.readouterr().out)["n_keep"] == 256

@@ -1,0 +1,88 @@
+"""The closed forms against torch's own counter, and the stored shapes against published sizes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from experiments.estimate import Decoder, architecture, build, estimate, vision_flops
+from mipruner.errors import InputError
+
+PUBLISHED = {
+    "llava15_7b": 7.06, "llava15_13b": 13.35, "qwen2vl_2b": 2.21, "qwen2vl_7b": 8.29, "qwen25vl_3b": 3.75,
+    "qwen25vl_7b": 8.29, "qwen3vl_2b": 2.13, "qwen3vl_4b": 4.44, "qwen3vl_8b": 8.77, "qwen3vl_30b": 31.07,
+}  # fmt: skip
+"""Parameters in billions, as the hub shows them."""
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_stored_shapes_have_the_published_number_of_parameters(name, billions):
+    model = build(architecture(name), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "qwen2vl_2b", "qwen25vl_3b", "qwen3vl_8b", "qwen3vl_30b"])
+@pytest.mark.parametrize("n", [128, 640])
+def test_prefill_is_what_torch_counts(name, n):
+    config = architecture(name)
+    text = config.get_text_config()
+    options = {"experts_implementation": "batched_mm"} if hasattr(text, "num_experts") else {}
+    model = build(config, torch.bfloat16, **options)
+    embeds = torch.empty(1, n, text.hidden_size, dtype=torch.bfloat16, device="meta")
+    positions = torch.arange(n, device="meta").expand(3 if "qwen" in name else 1, n)[:, None].squeeze(0)
+    cache = DynamicCache(config=text)
+    with FlopCounterMode(display=False) as counter:
+        out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache)
+        model.lm_head(out.last_hidden_state[:, -1:])
+    decoder = Decoder.of(text)
+    assert counter.get_total_flops() == pytest.approx(decoder.prefill_flops(n), rel=1e-4)
+    stored = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert decoder.kv_cache_bytes(n, 2) == 2 * stored
+
+
+def test_clips_vision_is_what_torch_counts():
+    config = architecture("llava15_7b")
+    model = build(config, torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(pixel_values=torch.empty(1, 3, 336, 336, dtype=torch.bfloat16, device="meta"))
+    assert counter.get_total_flops() == pytest.approx(vision_flops(config, 576), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2vl_2b", "qwen25vl_3b", "qwen3vl_2b"])
+def test_qwens_vision_is_what_torch_counts(name):
+    """On real tensors: these encoders read values while they run. Shrunk, and eager, which the counter sees whole."""
+    config = architecture(name)
+    small = {"depth": 3, "hidden_size": 64, "embed_dim": 64, "out_hidden_size": 48, "intermediate_size": 100}
+    small |= {"num_heads": 4, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0, 1]}
+    for key in small.keys() & vars(config.vision_config).keys():
+        setattr(config.vision_config, key, small[key])
+    if name == "qwen2vl_2b":
+        config.vision_config.hidden_size = 48  # of what the merger puts out
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size = 48, 64, 1, 256
+    config.vision_config._attn_implementation = "eager"
+    model = build(config, torch.float32, device="cpu", attn_implementation="eager")
+    grid = torch.tensor([[1, 16, 24]])  # whole windows
+    patch = 3 * config.vision_config.temporal_patch_size * config.vision_config.patch_size**2
+    with FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(torch.zeros(384, patch), grid)
+    assert counter.get_total_flops() == pytest.approx(vision_flops(config, 96), rel=1e-3)
+
+
+def test_the_estimate_of_llava():
+    """8.50 TFLOP at 640 tokens and 1.67 at 128: transformers' own shapes, counted once by hand."""
+    found = estimate("llava15_7b", keep=64, n_text=64)
+    assert found["prefill_tflop"]["full"] == pytest.approx(8.50, abs=0.005)
+    assert found["prefill_tflop"]["pruned"] == pytest.approx(1.67, abs=0.005)
+    assert found["kv_cache_mib"] == {"full": 320.0, "pruned": 64.0}
+    assert found["weights_gib"] == pytest.approx(13.16, abs=0.005)
+    assert (found["n_visual"], found["n_keep"]) == (576, 64)
+
+
+def test_what_cannot_be_estimated_is_said():
+    with pytest.raises(InputError, match="n_visual=1024"):
+        estimate("qwen3vl_8b", 0.25)
+    with pytest.raises(InputError, match="no shape of 'gpt5'"):
+        estimate("gpt5", 0.25)
+    assert estimate("qwen3vl_8b", 0.25, n_visual=1024)["n_keep"] == 256
+    assert estimate("demo_llava", 16)["parameters_billion"] == pytest.approx(0.0135, abs=0.0005)
