@@ -47,7 +47,7 @@ from mipruner.errors import InputError, ModelError
 from mipruner.models import FAMILIES, Adapter, Prompt, load
 from mipruner.models.base import Visual, collate
 from mipruner.pipeline import Pipeline, VisionCache
-from mipruner.pruners import Pruner
+from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.timing import Stopwatch
 
 STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}
@@ -55,6 +55,7 @@ STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qw
 
 
 Budget = int | float
+Method = Pruner | DecoderPruner
 
 
 @dataclass
@@ -185,7 +186,7 @@ def n_text(adapter: Adapter, prompt: Prompt) -> int:
     return len(adapter.tokenize(prompt, nothing).ids)
 
 
-def pipeline_engine(adapter: Adapter, pruner: Pruner, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+def pipeline_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
     pipeline = Pipeline(adapter, pruner, keep, decoding)
 
     def run(watch: Callable) -> int:
@@ -195,7 +196,7 @@ def pipeline_engine(adapter: Adapter, pruner: Pruner, keep: Budget, decoding: De
     return run
 
 
-def static_engine(adapter: Adapter, pruner: Pruner, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
     engine = Engine(adapter, pruner, keep, decoding, compiled=adapter.device.type == "cuda")
 
     def run(watch: Callable) -> int:
@@ -205,7 +206,9 @@ def static_engine(adapter: Adapter, pruner: Pruner, keep: Budget, decoding: Deco
     return run
 
 
-def generate_engine(adapter: Adapter, pruner: Pruner, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+    if not isinstance(pruner, Pruner):
+        raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
     pipeline = Pipeline(adapter, pruner, keep, decoding)
 
     @torch.inference_mode()

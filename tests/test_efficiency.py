@@ -8,7 +8,7 @@ import torch
 from experiments.efficiency import main, shortest_ms, spread
 from mipruner.models import load
 
-SMALL = ["warmup=1", "repetitions=1", "keeps=[16]", "methods=[none,visionzip,'mi lam=1']"]
+SMALL = ["warmup=1", "repetitions=1", "keeps=[16]", "methods=[none,visionzip,dart,'mi lam=1']"]
 
 
 def run(tmp_path, capsys, *overrides):
@@ -28,14 +28,20 @@ def test_all_methods_on_all_engines(tmp_path, capsys):
         *(("mi lam=1", engine) for engine in engines),
         ("visionzip", "pipeline"),
         ("visionzip", "generate"),
+        ("dart", "pipeline"),
     }
-    assert record["left_out"] == ["visionzip keep=16 engine=engine: VisionZipPruner merges tokens: use the pipeline"]
+    assert record["left_out"] == [
+        "visionzip keep=16 engine=engine: VisionZipPruner merges tokens: use the pipeline",
+        "dart keep=16 engine=generate: DARTPruner prunes inside the decoder: use the pipeline",
+        "dart keep=16 engine=engine: DARTPruner prunes inside the decoder: use the pipeline",
+    ]
     for (method, engine), row in rows.items():
         stages = {"vision", "scoring", "total"} | ({"generate"} if engine == "generate" else {"prefill", "decode"})
         assert row["latency_ms"].keys() == stages
         assert all(0 < ms["p20"] <= ms["median"] <= ms["p80"] for ms in row["latency_ms"].values())
         assert row["visual_tokens"] == 576
-        assert row["visual_tokens_layer_mean"] == (576 if method == "none" else 16)
+        if method != "dart":
+            assert row["visual_tokens_layer_mean"] == (576 if method == "none" else 16)
         assert row["new_tokens"] in (1, 2)
         assert 0 < row["resident_memory_gib"] <= row["peak_memory_gib"]
         assert row["times_floor"] == pytest.approx(row["latency_ms"]["total"]["median"] / row["floor_ms"], abs=0.02)
