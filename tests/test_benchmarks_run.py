@@ -7,9 +7,19 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+)
 
 import run
+from clips import write_set, write_video
 from experiments.benchmarks.base import BenchmarkError
 from experiments.results import ROOT, Cell, cell_id
 from loopback import content, server
@@ -112,3 +122,52 @@ def test_offline_mmvet_needs_no_key(tmp_path):
     record = run.run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", "judge=offline"))
     assert next(iter(record["metrics"])) == "offline_score"
     assert "not comparable" in record["provenance"]["judge"]
+
+
+@pytest.fixture(scope="module")
+def video_llava(tmp_path_factory) -> Path:
+    """A Video-LLaVA with random weights: 4 x 4 patches a frame, the demo's words."""
+    folder = tmp_path_factory.mktemp("video_llava")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "experiments/demo/llava")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = VideoLlavaConfig(
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **sizes),
+        vision_config=CLIPVisionConfig(image_size=56, patch_size=14, **sizes),
+        image_token_index=image,
+        video_token_index=video,
+    )
+    VideoLlavaForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    VideoLlavaImageProcessor(size={"shortest_edge": 56}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+def test_a_video_set_runs_with_a_missing_and_a_broken_video(tmp_path, video_llava):
+    write_set(tmp_path, 8)
+    for name in ("v0", "v1"):
+        write_video(tmp_path / f"videos/{name}.mp4", 20)
+    (tmp_path / "videos/v2.mp4").write_bytes(b"this is no video")
+    options = [f"model.path={video_llava}", "model.prompt=llava_v1", "keep=16"]
+    reply = "{'pred': 'yes', 'score': 4}"
+    with server(lambda request, number: (200, reply)) as (url, asked):
+        settings = config(tmp_path, "msvd", tmp_path, *options, f"judge.base_url={url}")
+        record = run.run_cell(settings)
+        assert 1 <= len(asked) <= 4
+    assert record["n_samples"] == 8
+    assert record["metrics"] == {"accuracy": 50, "score": 2}
+    assert record["standard_errors"]["accuracy"] == pytest.approx(100 * (2 / 7) ** 0.5 / 8**0.5)
+    assert (record["provenance"]["judge"], record["provenance"]["judge_models"]) == (
+        "gpt-3.5-turbo",
+        ["gpt-3.5-turbo-0613"],
+    )
+    assert record["tokens"]["visual"] == 8 * 16 and record["tokens"]["kept"] == 16
+    assert [(failure["id"], failure["error"][:12]) for failure in record["failed"]] == [
+        ("v2_4", "the video v2"),
+        ("v2_5", "the video v2"),
+        ("v3_6", "no video v3 "),
+        ("v3_7", "no video v3 "),
+    ]
