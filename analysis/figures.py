@@ -59,27 +59,25 @@ PAPER = ", paper"
 COLUMN, PAGE = 3.4, 7.0
 """Widths of one column and of a page in inches; the type is at least 7 points at that size."""
 
-plt.rcParams.update(
-    {
-        "font.size": 8,
-        "axes.titlesize": 8,
-        "axes.labelsize": 8,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "legend.fontsize": 7,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.linewidth": 0.4,
-        "grid.alpha": 0.5,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 4,
-        "pdf.fonttype": 42,
-        "svg.fonttype": "none",
-        "figure.constrained_layout.use": True,
-    }
-)
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True,
+}
+"""Settings of matplotlib, for the figures drawn here alone."""
 
 
 def panels(table: pd.DataFrame, by: list[str]) -> tuple[Figure, list[tuple[tuple, pd.DataFrame, Axes]]]:
@@ -239,7 +237,10 @@ def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
     table = tables.compare(wanted, cells)
     if table.ours.isna().all():
         return None
-    return kind(table, tables.compare(wanted.assign(metric="latency_ms"), cells)) if kind is tradeoff else kind(table)
+    with plt.rc_context(STYLE):
+        return (
+            kind(table, tables.compare(wanted.assign(metric="latency_ms"), cells)) if kind is tradeoff else kind(table)
+        )
 
 
 def write(names: list[str], results: Path, out: Path) -> list[Path]:
@@ -253,7 +254,8 @@ def write(names: list[str], results: Path, out: Path) -> list[Path]:
             continue
         for suffix in (".pdf", ".png"):
             written.append(out / f"{name}{suffix}")
-            figure.savefig(written[-1], dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+            with plt.rc_context(STYLE):
+                figure.savefig(written[-1], dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
         plt.close(figure)
     return written
 

@@ -1,9 +1,13 @@
-"""What a pruner kept, drawn over the picture: the paper's Fig. 1 and 5.
+"""What a pruner kept, drawn over the picture, and which word pulled which patch.
 
-    python -m analysis.masks results/demo_llava/demo/*/keep=16*           # several pruners side by side
+    python -m analysis.masks results/demo_llava/demo/*/keep=16*                 # pruners side by side (Fig. 5)
     python -m analysis.masks RECORD ... --samples 4 --out masks.pdf
+    python -m analysis.masks results/demo_llava/demo/{mi,random}/* --dialogue   # budgets by pruners (Fig. 1, 7)
+    python -m analysis.masks results/demo_llava/demo/mi/keep=16* --heat         # PMI of each word and patch
+    python -m analysis.masks results/demo_llava/demo/mi/keep=16* --heat --ids 3/7 --words cup blue
 
-Each argument is the folder of a finished cell. The pictures come from the benchmark that the record names.
+Each argument is the folder of a finished cell. The pictures come from the benchmark that the record names. A heat map
+needs the features, which no record holds: it loads the model again, and is the only thing here that does.
 """
 
 import argparse
@@ -22,6 +26,8 @@ import matplotlib.pyplot as plt
 
 DIM = 0.82
 """How far a dropped patch fades to white."""
+RIGHT, WRONG = "#0072B2", "#D55E00"
+WORD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
 
 
 def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> np.ndarray:
@@ -78,18 +84,151 @@ def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) ->
         for axis, (record, rows) in zip(line[1:], read, strict=False):
             row = rows[sample]
             axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
-            right = row["correct"] is not None and row["correct"] >= 0.5
             axis.set_title(
                 f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}\n{row['prediction']}",
                 fontsize=8,
                 loc="left",
-                color="#0072B2" if right else "#D55E00",
+                color=RIGHT if is_right(row) else WRONG,
             )
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
+    """One question: the whole picture, then a column a pruner and a row a budget, with what was answered below each."""
+    read = [read_cell(cell) for cell in cells]
+    pruners = list(dict.fromkeys(record["cell"]["pruner"] for record, _ in read))
+    budgets = list(dict.fromkeys(record["cell"]["keep"] for record, _ in read))
+    first = read[0][1][sample]
+    image = benchmark.images(first["image_id"])[0]
+    size = (2.3 * (1 + len(pruners)), 2.9 * len(budgets))
+    figure, axes = plt.subplots(len(budgets), 1 + len(pruners), figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    axes[0, 0].imshow(image)
+    axes[0, 0].set_title("\n".join(textwrap.wrap(first["question"], 30)), fontsize=9, loc="left")
+    caption(axes[0, 0], f"answer: {answer_text(first['answer'])}")
+    for record, rows in read:
+        row = rows[sample]
+        axis = axes[budgets.index(record["cell"]["keep"]), 1 + pruners.index(record["cell"]["pruner"])]
+        axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
+        axis.set_title(
+            f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}", fontsize=8, loc="left"
+        )
+        caption(axis, row["prediction"], RIGHT if is_right(row) else WRONG)
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def caption(axis, text: str, colour: str = "black") -> None:
+    """Text below a picture, cut after four lines."""
+    lines = textwrap.wrap(text, 34, max_lines=4)
+    axis.text(0, -0.04, "\n".join(lines), transform=axis.transAxes, fontsize=8, va="top", color=colour)
+
+
+def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str], np.ndarray]:
+    """The words of T and PMI(v_i; t_j) [n_visual, n_text] (eq. 18) of the first picture, as the cell's model sees them.
+
+    tau and the normalization are the cell's where its pruner has them, else the paper's.
+    """
+    import torch
+    from omegaconf import OmegaConf
+
+    from mipruner.models import Prompt
+    from mipruner.pmi import cross_pmi
+    from run import load_model
+
+    (question,) = (one for one in benchmark.samples() if one.id == sample)
+    prompt = Prompt(
+        text=question.text,
+        images=benchmark.images(question.image_id),
+        query=question.question if config["text_scope"] == "question" else None,
+    )
+    adapter = load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), "cpu")
+    with torch.inference_mode():
+        visuals = adapter.encode([adapter.pixels(image) for image in prompt.images])
+        features = adapter.read(prompt, visuals, {"words"}).features()[0]
+        options = {key: config["pruner"][key] for key in ("tau", "normalization") if key in config["pruner"]}
+        return list(features.words), cross_pmi(features.visual, features.text, **options).numpy()
+
+
+def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -> dict[str, Any]:
+    """Arguments of ``imshow`` that lay one value or colour a patch over the picture."""
+    left, top, right, bottom = box
+    return {"X": values.reshape(*grid[-2:], *values.shape[1:]), "extent": (left, right, bottom, top)}
+
+
+def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str], out: Path) -> None:
+    """For each sample its picture, the PMI of each word over it on one scale, and the kept patches by their pivot word.
+
+    The pivot word of a patch is the one with the largest PMI, whose PMI is the patch's relevance (eq. 19). Without
+    ``words`` those are shown that are the pivot of most kept patches.
+    """
+    record, rows = read_cell(cell)
+    maps = {sample: word_pmi(record["config"], benchmark, sample) for sample in samples}
+    chosen = {sample: shown_words(*maps[sample], rows[sample]["kept"][0], words) for sample in samples}
+    width = 2 + max(map(len, chosen.values()))
+    size = (1.7 * width, 2.4 * len(samples))
+    figure, axes = plt.subplots(len(samples), width, figsize=size, squeeze=False, layout="constrained")
+    for line, sample in zip(axes, samples, strict=True):
+        row, (texts, pmi) = rows[sample], maps[sample]
+        image = benchmark.images(row["image_id"])[0]
+        over = {"grid": row["grids"][0], "box": row["boxes"][0]}
+        for axis in line:
+            axis.axis("off")
+        last = line[1 + len(chosen[sample])]
+        for axis in line[: 2 + len(chosen[sample])]:
+            axis.imshow(
+                image if axis is line[0] else image.convert("L"), cmap="gray", vmin=-400 * (axis is last), vmax=255
+            )
+            axis.set(xlim=(0, image.width), ylim=(image.height, 0))
+        line[0].set_title("\n".join(textwrap.wrap(row["question"], 24)), fontsize=8, loc="left")
+        for axis, j in zip(line[1:], chosen[sample], strict=False):
+            heat = axis.imshow(**patch_image(pmi[:, j], **over), cmap="inferno", vmin=0, vmax=pmi.max(), alpha=0.7)
+            axis.set_title(texts[j].strip(), fontsize=8, loc="left")
+        colours = np.zeros((len(pmi), 4))
+        pivot = pmi.argmax(1)
+        for colour, j in zip(WORD_COLOURS, chosen[sample], strict=False):
+            mine = [k for k in row["kept"][0] if pivot[k] == j]
+            colours[mine] = matplotlib.colors.to_rgba(colour)
+            last.plot([], [], "s", color=colour, label=texts[j].strip())
+        others = [k for k in row["kept"][0] if pivot[k] not in chosen[sample]]
+        colours[others] = matplotlib.colors.to_rgba("black")
+        last.imshow(**patch_image(colours, **over))
+        last.set_title(f"kept {len(row['kept'][0])}, by pivot word\n{row['prediction']}", fontsize=8, loc="left")
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 3}
+        last.legend(**place, fontsize=6, frameon=False, handletextpad=0, columnspacing=0.6)
+        scale = figure.colorbar(heat, ax=line[0], location="bottom", fraction=0.05, pad=0.04)
+        scale.ax.tick_params(labelsize=6)
+        scale.set_label("PMI", fontsize=7)
+    figure.get_layout_engine().set(h_pad=0.15)
+    figure.savefig(out, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def shown_words(texts: Sequence[str], pmi: np.ndarray, kept: Sequence[int], words: Sequence[str]) -> list[int]:
+    """Places in T of the asked words, or of up to six that are the pivot of most kept patches, in reading order.
+
+    Raises
+    ------
+    ValueError
+        If a word is not in the question.
+    """
+    plain = [text.strip() for text in texts]
+    if missing := [word for word in words if word not in plain]:
+        raise ValueError(f"{', '.join(missing)} is not among the text tokens {' '.join(plain)}")
+    if words:
+        return [j for j, word in enumerate(plain) if word in words]
+    counts = np.bincount(pmi[list(kept)].argmax(1), minlength=len(texts))
+    return sorted(j for j in np.argsort(-counts, kind="stable")[:6].tolist() if counts[j])
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    return row["correct"] is not None and row["correct"] >= 0.5
 
 
 def answer_text(answer: Any) -> str:
@@ -110,11 +249,20 @@ def main() -> None:
     parser.add_argument("cells", nargs="+", type=Path)
     parser.add_argument("--samples", type=int, default=4, help="how many")
     parser.add_argument("--ids", nargs="*", help="these samples instead")
+    parser.add_argument("--dialogue", action="store_true", help="one sample: budgets by pruners")
+    parser.add_argument("--heat", action="store_true", help="PMI of each word, from the first cell's model")
+    parser.add_argument("--words", nargs="*", default=[], help="the words of the heat map")
     parser.add_argument("--out", type=Path, default=Path("masks.png"))
     args = parser.parse_args()
     record, rows = read_cell(args.cells[0])
     benchmark = instantiate(record["config"]["dataset"]["benchmark"])
-    draw(args.cells, benchmark, args.ids or choose(list(rows.values()), args.samples), args.out)
+    samples = args.ids or choose(list(rows.values()), args.samples)
+    if args.heat:
+        draw_heat(args.cells[0], benchmark, samples, args.words, args.out)
+    elif args.dialogue:
+        draw_dialogue(args.cells, benchmark, samples[0], args.out)
+    else:
+        draw(args.cells, benchmark, samples, args.out)
     print(args.out)
 
 

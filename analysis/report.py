@@ -89,7 +89,7 @@ def figures_html(cells: pd.DataFrame) -> str:
         if figure is None:
             continue
         vector = io.BytesIO()
-        with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        with plt.rc_context(figures.STYLE | {"svg.fonttype": "path", "svg.hashsalt": name}):
             figure.savefig(vector, format="svg", metadata={"Date": None})
         plt.close(figure)
         kind, source = figures.FIGURES[name]

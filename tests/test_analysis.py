@@ -9,11 +9,13 @@ import subprocess
 import zlib
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from analysis import figures, load, report, tables
+from analysis import figures, load, masks, report, tables
 
 SPLITS = ("random", "popular", "adversarial")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -506,3 +508,72 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
     assert all(link.startswith(("data:", "#")) for link in page.links), "nothing outside the page is needed"
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert "3 result records" in text and "<figure><img" in text
+
+
+# --------------------------------------------------------------------------------------- records of the embedded model
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Cells that run.py really ran, on the three scenes of about twelve questions."""
+    from run import differs, resolve, run_cell
+
+    root = tmp_path_factory.mktemp("demo")
+    for words in (["pruner=none"], ["pruner=mi", "keep=8"], ["pruner=random", "keep=8"], ["keep=8", "pruner.tau=0.5"]):
+        words = ["dataset=demo_pope", "limit=12", f"results={root}", "n_masks=0", *words]
+        with initialize_config_dir(str(load.CONF), version_base=None):
+            run_cell(resolve(compose("config", words)), differs(words))
+    return root
+
+
+@pytest.fixture
+def real_defaults(monkeypatch, toy_defaults):
+    monkeypatch.undo()
+
+
+def test_real_records_are_read_with_what_differs_from_conf(demo, real_defaults):
+    cells = load.cells(demo)
+    read = sorted((cell.method, cell.keep, cell.n_kept, sorted(cell.differs)) for cell in cells.itertuples())
+    assert read == [("mi", "8", 8, []), ("mi", "8", 8, ["tau"]), ("none", "1.0", 576, []), ("random", "8", 8, [])]
+    assert all({"accuracy", "latency_ms", "peak_memory_gib"} <= set(metrics) for metrics in cells.metrics)
+
+
+def test_pictures_of_real_records(demo, real_defaults, tmp_path):
+    cells = load.cells(demo)
+    paths = list(cells[cells.method != "none"].path)
+    benchmark = report.load_benchmark(cells.iloc[0].config)
+    sample = masks.choose(list(masks.read_cell(paths[0])[1].values()), 1)
+    masks.draw(paths, benchmark, sample, tmp_path / "masks.png")
+    masks.draw_dialogue(paths, benchmark, sample[0], tmp_path / "dialogue.png")
+    masks.draw_heat(paths[0], benchmark, sample, [], tmp_path / "heat.png")
+    sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
+    assert set(sizes) == {"masks", "dialogue", "heat"} and all(min(size) > 200 for size in sizes.values())
+    text = report.page(cells, 2)
+    Page(text)
+    assert "data:image/jpeg;base64," in text
+
+
+def test_the_word_pulls_the_patches_of_what_it_names(demo, real_defaults):
+    """The demo model was trained to this, so the heat map must show it: the noun's PMI peaks on the object."""
+    cells = load.cells(demo)
+    cell = cells[cells.method == "mi"].iloc[0]
+    benchmark = report.load_benchmark(cell.config)
+    hits = []
+    for row in masks.read_cell(cell.path)[1].values():
+        objects = {o.noun: o.box for o in benchmark.scene(int(row["image_id"])).objects}
+        noun = next((word for word in row["question"].split() if word in objects), None)
+        if noun:
+            words, pmi = masks.word_pmi(cell.config, benchmark, row["id"])
+            row_of, column_of = divmod(int(pmi[:, [w.strip() for w in words].index(noun)].argmax()), 24)
+            left, top, right, bottom = objects[noun]
+            hits.append(left - 14 <= 14 * column_of <= right and top - 14 <= 14 * row_of <= bottom)
+    assert len(hits) >= 4 and sum(hits) >= 0.75 * len(hits)
+
+
+def test_words_of_the_heat_map():
+    pmi = np.array([[3.0, 0, 0], [0, 2.0, 1.0], [0, 1.0, 0], [0, 0, 9.0]])
+    texts = [" What", " color", " sun"]
+    assert masks.shown_words(texts, pmi, [0, 1, 2], []) == [0, 1], "the pivot words of what was kept, in reading order"
+    assert masks.shown_words(texts, pmi, [0], ["sun", "What"]) == [0, 2]
+    with pytest.raises(ValueError, match="moon is not among the text tokens What color sun"):
+        masks.shown_words(texts, pmi, [0], ["moon"])
