@@ -1,0 +1,126 @@
+"""Fills the generated parts of README.md: the demo table, from stored records, and the tree, from the files themselves.
+
+    python -m analysis.readme              rewrite README.md
+    python -m analysis.readme --check      say whether the tree is up to date, change nothing
+
+A generated part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The purpose beside a file in the tree
+is the first line of its docstring, or of the comment at its top.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import load
+from analysis.tables import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BUDGETS = ("64", "32", "16", "8")
+SHOWN = ("run.py", "conf", "mipruner", "experiments", "analysis", "notebooks", "docs", "tests")
+
+
+def replace(text: str, name: str, part: str) -> str:
+    """``text`` with the generated part ``name`` replaced.
+
+    Raises
+    ------
+    ValueError
+        If the text has no such part.
+    """
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"README.md has no part {name!r}: put {begin.strip()} and {end} where it should stand")
+    return re.sub(
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: begin + part.strip() + "\n" + end, text, flags=re.S
+    )
+
+
+def purpose(path: Path) -> str:
+    """What a file is for, in its own words."""
+    if path.suffix == ".py":
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].splitlines()
+        if not first:
+            classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+            first = (ast.get_docstring(classes[-1]) or "").splitlines() if classes else []
+        return first[0] if first else ""
+    if path.suffix == ".yaml":
+        first = path.read_text().splitlines()[0]
+        return first.lstrip("# ") if first.startswith("#") and "@package" not in first else ""
+    return ""
+
+
+def tree(files: list[str]) -> str:
+    """The tree of the repository: a line a file with its purpose; configs and data in one line a folder."""
+    lines, folders = [], set()
+    for name in sorted(files, key=lambda f: (SHOWN.index(f.split("/")[0]), f.count("/") > 0, f)):
+        path = Path(name)
+        for depth, folder in enumerate(list(path.parents)[::-1][1:]):
+            if folder in folders:
+                continue
+            folders.add(folder)
+            inside = sorted(Path(f).stem for f in files if Path(f).parent == folder and f.endswith(".yaml"))
+            listed = " ".join(inside) if folder.parts[0] == "conf" and depth else ""
+            lines.append((f"{'  ' * depth}{folder.name}/", listed))
+        if path.suffix == ".py" and path.name != "__init__.py":
+            lines.append((f"{'  ' * (len(path.parts) - 1)}{path.name}", purpose(ROOT / path)))
+    width = max(len(left) for left, _ in lines) + 2
+    return "```\n" + "\n".join(f"{left:<{width}}{right}".rstrip() for left, right in lines) + "\n```"
+
+
+def tracked() -> list[str]:
+    names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout
+    return [name for name in names.splitlines() if name.split("/")[0] in SHOWN and not name.startswith("tests/data")]
+
+
+def demo_table(cells: pd.DataFrame) -> str:
+    """Accuracy by method and budget on the demo, in percent, with the standard error over questions or over seeds."""
+    if cells.empty or cells[(cells.model == "demo_llava") & (cells.dataset == "demo")].empty:
+        raise ValueError("there are no records of the demo: python run.py -m experiment=demo")
+    cells = cells[(cells.model == "demo_llava") & (cells.dataset == "demo") & (cells.differs.map(len) == 0)]
+    full = cells[cells.method == "none"].iloc[0]
+    n = int(full.n_samples)
+    header = ["kept of 576", *BUDGETS]
+    rows = [header, [":---", *["---:"] * len(BUDGETS)]]
+    for method, label in METHODS.items():
+        found = cells[cells.method == method]
+        if method == "none" or found.empty:
+            continue
+        row = [label]
+        for keep in BUDGETS:
+            values = [metrics["accuracy"] for metrics in found[found.keep == keep].metrics]
+            row.append(f"{sum(values) / len(values):.1f}" if values else "")
+        rows.append(row)
+    columns = list(zip(*rows[2:], strict=True))
+    for k, column in enumerate(columns[1:], start=1):
+        best = max((value for value in column if value), key=float, default=None)
+        for row in rows[2:]:
+            row[k] = f"**{row[k]}**" if row[k] and row[k] == best else row[k]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    error = full.standard_errors["accuracy"]
+    return (
+        f"{table}\n\nAccuracy in percent on {n} questions; all tokens: {full.metrics['accuracy']:.1f} "
+        f"(standard error {error:.1f}). Commit {full.git_commit[:9]}, {full.device}, "
+        f"{full.finished[:10]}: `python run.py -m experiment=demo`."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    text = README.read_text()
+    new = replace(text, "tree", tree(tracked()))
+    if args.check:
+        sys.exit(None if new == text else "README.md's tree is out of date: python -m analysis.readme")
+    README.write_text(replace(new, "demo", demo_table(load.cells(args.results))))
+
+
+if __name__ == "__main__":
+    main()
