@@ -131,6 +131,7 @@ class Pipeline:
         visuals = {key: self.cache.get(image) for key, image in distinct.items()}
         new = {key: distinct[key] for key, visual in visuals.items() if visual is None}
         if new:
+            self.adapter.kinds(new.values())  # a video to a family without videos is an error of the user's
             pixels = [self.adapter.pixels(image) for image in new.values()]
             with self.watch("vision"):
                 encoded = self.adapter.encode(pixels, self.pruner.signals)

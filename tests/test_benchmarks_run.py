@@ -23,6 +23,7 @@ from clips import write_set, write_video
 from experiments.benchmarks.base import BenchmarkError
 from experiments.results import ROOT, Cell, cell_id
 from loopback import content, server
+from mipruner.errors import InputError
 
 SCHEMAS = ROOT / "tests/data/schemas"
 CASES = {
@@ -171,3 +172,10 @@ def test_a_video_set_runs_with_a_missing_and_a_broken_video(tmp_path, video_llav
         ("v3_6", "no video v3 "),
         ("v3_7", "no video v3 "),
     ]
+
+
+def test_a_video_set_needs_a_model_that_takes_videos(tmp_path):
+    write_set(tmp_path)
+    write_video(tmp_path / "videos/v0.mp4", 20)
+    with pytest.raises(InputError, match="a llava model takes no video"):
+        run.run_cell(config(tmp_path, "msvd", tmp_path, "judge=offline"))

@@ -6,7 +6,7 @@ sample and unpadded; padding happens once, in `collate`, on the shortened prompt
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -403,8 +403,8 @@ class Adapter(ABC):
         """Positions [P, S] of the full prompt."""
         return torch.arange(len(ids), device=ids.device)[None]
 
-    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
-        """The prompt before and after the user's text, with one placeholder a picture.
+    def kinds(self, images: Iterable[Picture]) -> list[str]:
+        """Whether each is an "image" or a "video".
 
         Raises
         ------
@@ -414,6 +414,11 @@ class Adapter(ABC):
         kinds = ["video" if isinstance(image, Video) else "image" for image in images]
         if unknown := set(kinds) - self.placeholders.keys():
             raise InputError(f"a {self.model.config.model_type} model takes no {unknown.pop()}")
+        return kinds
+
+    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
+        """The prompt before and after the user's text, with one placeholder a picture."""
+        kinds = self.kinds(images)
         if self.prompt is not None:
             rendered = self.prompt.format(image="".join(self.placeholders[kind] for kind in kinds), text=TEXT)
         else:
