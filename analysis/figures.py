@@ -180,31 +180,31 @@ def choices(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def tradeoff(table: pd.DataFrame, cost: pd.DataFrame) -> Figure:
+def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     """Accuracy against latency, a point a method, a panel per model, dataset and budget. Up and left is better.
 
-    The latency is the mean per sample as the evaluation ran it, in its batches; Tables 3 and 9 measure single samples.
+    The latency is that of single prompts where experiments/efficiency.py measured it, else the evaluation's.
     """
     table = headline(table)
-    table["latency_ms"] = cost.ours
-    pruned = table[(table.method != "none") & table.ours.notna()]
-    figure, parts = panels(pruned, ["model", "dataset", "keep"])
+    single, batched = (
+        tables.compare(table[tables.WANTED].assign(value=math.nan, printed="", metric=metric), cells).ours
+        for metric in ("latency_ms", "total_ms_in_batches")
+    )
+    table = table.assign(latency_ms=single if single.notna().any() else batched)
+    label = "latency of one prompt (ms)" if single.notna().any() else "latency a question, in batches (ms)"
+    table = table[table.ours.notna() & table.latency_ms.notna()]
+    figure, parts = panels(table[table.method != "none"], ["model", "dataset", "keep"])
     for (model, dataset, keep), rows, ax in parts:
-        for point in rows.itertuples():
+        for point in rows.fillna({"error": 0}).itertuples():
             colour, marker, _ = STYLES[point.method]
-            label = tables.METHODS.get(point.method, point.method)
-            error = 0 if math.isnan(point.error) else point.error
-            ax.errorbar(
-                point.latency_ms, point.ours, error, color=colour, marker=marker, ls="none", label=label, elinewidth=0.8
-            )
-        full = table[
-            (table.model == model) & (table.dataset == dataset) & (table.method == "none") & table.ours.notna()
-        ]
+            style = {"color": colour, "marker": marker, "ls": "none", "elinewidth": 0.8}
+            ax.errorbar(point.latency_ms, point.ours, point.error, label=tables.METHODS[point.method], **style)
+        full = table[(table.model == model) & (table.dataset == dataset) & (table.method == "none")]
         for point in full.head(1).itertuples():
             ax.plot(
                 point.latency_ms, point.ours, color=BLACK, marker="*", ms=7, ls="none", label=tables.METHODS["none"]
             )
-        ax.set(xlabel="latency (ms per question)", ylabel=y_label(rows))
+        ax.set(xlabel=label, ylabel=y_label(rows))
         ax.set_title(f"{tables.MODELS.get(model, model)}, keep {tables.budget_name(keep)}")
     legend(figure)
     return figure
@@ -219,6 +219,7 @@ FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
     "tradeoff": (tradeoff, "table1"),
     "demo_table1": (over_budget, "demo_table1"),
     "demo_table2": (over_budget, "demo_table2"),
+    "demo_fig4": (over_budget, "demo_fig4"),
     "demo_fig6a": (choices, "demo_fig6a"),
     "demo_fig6b": (over_setting, "demo_fig6b"),
     "demo_table5": (choices, "demo_table5"),
@@ -233,14 +234,11 @@ def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
     if name not in FIGURES:
         raise ValueError(f"there is no figure {name!r}: choose from {', '.join(FIGURES)}")
     kind, source = FIGURES[name]
-    wanted = tables.wanted(source)
-    table = tables.compare(wanted, cells)
+    table = tables.compare(tables.wanted(source), cells)
     if table.ours.isna().all():
         return None
     with plt.rc_context(STYLE):
-        return (
-            kind(table, tables.compare(wanted.assign(metric="latency_ms"), cells)) if kind is tradeoff else kind(table)
-        )
+        return kind(table, cells) if kind is tradeoff else kind(table)
 
 
 def write(names: list[str], results: Path, out: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Everything that was measured, and everything that the paper prints, as pandas frames.
 
-`cells` has one row per result record (the record is described in experiments/results.py), `paper` one row per number.
+`cells` has one row per result record, `paper` one row per number. The records are described in experiments/results.py
+and experiments/efficiency.py.
 """
 
 import json
@@ -15,6 +16,9 @@ from omegaconf import OmegaConf
 
 HERE = Path(__file__).parent
 CONF = HERE.parent / "conf"
+
+EFFICIENCY = "efficiency"
+"""Folder and dataset of what experiments/efficiency.py measures."""
 
 COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope")
 """The parts of a config in which two cells of the same name can differ."""
@@ -80,17 +84,61 @@ def read_record(path: Path) -> dict[str, Any]:
             "standard_errors": dict(record["standard_errors"]),
         }
         latency = record["latency_ms"] or {}
-        row["metrics"] |= {"latency_ms" if k == "total" else f"{k}_latency_ms": ms for k, ms in latency.items()}
-        row["metrics"] |= {"peak_memory_gib": record["peak_memory_gib"]}
+        row["metrics"] |= {f"{stage}_ms_in_batches": ms for stage, ms in latency.items()}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         message = f"{path} is not a finished record ({error!r}): delete its folder and run the cell again"
         raise ValueError(message) from error
     return row
 
 
+def read_costs(path: Path) -> list[dict[str, Any]]:
+    """What experiments/efficiency.py measured on the pipeline engine, which runs every method, as rows like a cell's.
+
+    The latency is the median over the repetitions, its error half the range from the 20th to the 80th percentile.
+    """
+    record = json.loads(path.read_text())
+    rows = []
+    for row in record["rows"]:
+        if row["engine"] != "pipeline":
+            continue
+        method, *options = row["method"].split()
+        settings = dict(option.split("=", 1) for option in options)
+        total = row["latency_ms"]["total"]
+        keep = row["keep"]
+        rows.append(
+            {
+                "model": record["model"],
+                "dataset": EFFICIENCY,
+                "method": method,
+                "keep": str(keep),
+                "seed": 0,
+                "settings": settings,
+                "differs": set(settings),
+                "n_samples": record["repetitions"],
+                "n_failed": 0,
+                "n_visual": row["visual_tokens"],
+                "n_kept": keep if isinstance(keep, int) else round(keep * row["visual_tokens"]),
+                "layer_mean": row["visual_tokens_layer_mean"],
+                "batch_size": 1,
+                "device": record["machine"]["device"],
+                "git_commit": record["git_commit"],
+                "command": record["command"],
+                "finished": record["date"],
+                "path": path,
+                "metrics": {"latency_ms": total["median"], "peak_memory_gib": row["peak_memory_gib"]},
+                "standard_errors": {"latency_ms": (total["p80"] - total["p20"]) / 2},
+            }
+        )
+    return rows
+
+
 def cells(results: str | Path = "results") -> pd.DataFrame:
-    """One row per finished cell under ``results``; none if there is no such folder."""
+    """One row per finished cell under ``results``, then one per cost that was measured there; none if nothing is there.
+
+    Costs have the dataset `EFFICIENCY`.
+    """
     rows = [read_record(path) for path in sorted(Path(results).glob("*/*/*/*/record.json"))]
+    rows += [row for path in sorted(Path(results).glob(f"{EFFICIENCY}/*.json")) for row in read_costs(path)]
     return pd.DataFrame(rows, columns=None if rows else ["model", "dataset", "method", "keep"])
 
 

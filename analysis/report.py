@@ -124,7 +124,7 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most."""
     if cells.empty:
         return
-    default = cells[[not differs for differs in cells.differs]]
+    default = cells[(cells.differs.map(len) == 0) & (cells.dataset != load.EFFICIENCY)]
     for (model, dataset), group in default.groupby(["model", "dataset"], sort=False):
         benchmark = None
         every = {cell.method: cell.path for cell in group[group.method == "none"].itertuples()}

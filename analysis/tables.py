@@ -38,8 +38,16 @@ TITLES = {
     "demo": "Demo: the paper's own pruners on the embedded LLaVA",
     "demo_table1": "Demo: pruning methods on the embedded LLaVA",
     "demo_table2": "Demo: pruning methods on the embedded Qwen3-VL-shaped model",
+    "demo_table3": "Demo: efficiency on the embedded LLaVA, 64 and 32 tokens",
+    "demo_table4": "Demo: the shape of the video table",
     "demo_table5": "Demo: ablation of the temperature tau",
     "demo_table6": "Demo: ablation of the normalization",
+    "demo_table7": "Demo: both embedded models",
+    "demo_table8": "Demo: hybrid sampling",
+    "demo_table9": "Demo: efficiency on the embedded LLaVA, 16 and 8 tokens",
+    "demo_table10": "Demo: POPE's questions, embedded LLaVA",
+    "demo_table11": "Demo: POPE's questions, embedded Qwen3-VL-shaped model",
+    "demo_fig4": "Demo: accuracy over the budget, embedded Qwen3-VL-shaped model",
     "demo_fig6a": "Demo: maximal or global aggregation",
     "demo_fig6b": "Demo: the balance lam of relevance and redundancy",
 }
@@ -118,6 +126,12 @@ DIGITS = {"f1": 2, "yes_rate": 2, "score": 2, "peak_memory_gib": 2}
 BETTER = {"latency_ms": "lower", "peak_memory_gib": "lower", "yes_rate": None}
 """Which direction is good, by the metric's name without a split; ``higher`` for those not listed."""
 
+GROUP = {"temperature": "decoding", "top_p": "decoding", "top_k": "decoding"}
+"""Where a setting stands on the command line; the pruner's own are not listed."""
+
+COSTS = ("peak_memory_gib", "latency_ms")
+"""What experiments/efficiency.py measures."""
+
 WANTED = ["table", "model", "keep", "method", "setting", "dataset", "metric"]
 
 
@@ -137,19 +151,35 @@ def wanted(table: str) -> pd.DataFrame:
         return paper[paper.table == table].reset_index(drop=True)
     if not (EXPERIMENTS / f"{table}.yaml").exists():
         raise ValueError(f"there is no table {table!r}: choose from {', '.join(table_names())}")
-    frame = pd.DataFrame(product(table, sweep(table)), columns=WANTED)
+    experiment = yaml.safe_load((EXPERIMENTS / f"{table}.yaml").read_text())
+    rows = costs(table, experiment) if "methods" in experiment else product(table, sweep(experiment))
+    frame = pd.DataFrame(rows, columns=WANTED)
     return frame.assign(value=math.nan, printed="", spread=math.nan, notes=[[] for _ in range(len(frame))])
 
 
 def table_names() -> list[str]:
     """The paper's tables, then the demo's experiments."""
-    return [*load.paper().table.unique(), *sorted(path.stem for path in EXPERIMENTS.glob("demo_*.yaml"))]
+    return [*load.paper().table.unique(), *sorted(path.stem for path in EXPERIMENTS.glob("demo*.yaml"))]
 
 
-def sweep(experiment: str) -> dict[str, list[str]]:
-    """What an experiment file sweeps, by key of the command line."""
-    params = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text())["hydra"]["sweeper"]["params"]
+def sweep(experiment: dict) -> dict[str, list[str]]:
+    """What an experiment sweeps, by key of the command line."""
+    params = experiment["hydra"]["sweeper"]["params"]
     return {key: [value.strip() for value in str(values).split(",")] for key, values in params.items()}
+
+
+def costs(table: str, experiment: dict) -> list[tuple]:
+    """The numbers that an experiment of experiments/efficiency.py measures, as rows of `WANTED`."""
+    model, dataset = (
+        next(choice[f"override /{group}"] for choice in experiment["defaults"] if f"override /{group}" in choice)
+        for group in ("model", "dataset")
+    )
+    rows = []
+    for keep, method in itertools.product(experiment["keeps"], experiment["methods"]):
+        name, *options = method.split()
+        keep = "1.0" if name == "none" else str(keep)
+        rows += [(table, model, keep, name, ",".join(options), dataset, metric) for metric in COSTS]
+    return list(dict.fromkeys(rows))
 
 
 def product(table: str, swept: dict[str, list[str]]) -> list[tuple]:
@@ -208,14 +238,15 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     - ours: the number, mean over the seeds of the random pruner; error: its standard error over the samples, or the
       standard deviation over the seeds; difference: ours minus the printed number
     - n_seeds (0: not measured yet), n_samples, n_failed, n_visual, n_kept (the nominal budget), layer_mean (visual
-      tokens that enter a layer of the language model, mean over the layers), cell (the folders of the records)
+      tokens that enter a layer of the language model, mean over the layers), device, cell (where the records lie)
     - rank and printed_rank: 1 best, 2 second best of the budget, else 0; equal numbers share a rank, and the model with
       all tokens has none
     """
     named = {key: list(rows.itertuples(index=False)) for key, rows in cells.groupby(["model", "dataset", "method"])}
     rows = []
     for want in wanted.itertuples(index=False):
-        candidates = named.get((want.model, want.dataset, want.method), [])
+        source = load.EFFICIENCY if want.metric in COSTS else want.dataset
+        candidates = named.get((want.model, source, want.method), [])
         found = find([cell for cell in candidates if want.metric in cell.metrics], want.method, want.keep, want.setting)
         values = [cell.metrics[want.metric] for cell in found]
         errors = [cell.standard_errors.get(want.metric, math.nan) for cell in found] or [math.nan]
@@ -227,6 +258,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         row["n_seeds"] = len(found)
         for name in ("n_samples", "n_failed", "n_visual", "n_kept", "layer_mean"):
             row[name] = np.mean([getattr(cell, name) for cell in found]) if found else math.nan
+        row["device"] = found[0].device if found else ""
         row["cell"] = " ".join(cell.path.as_posix() for cell in found)
         rows.append(row)
     table = pd.concat([wanted, pd.DataFrame(rows, index=wanted.index)], axis=1)
@@ -256,12 +288,15 @@ def ranks(values: pd.Series, better: str | None) -> pd.Series:
 
 
 def commands(table: pd.DataFrame) -> list[str]:
-    """The commands that measure what is still empty, one per method and budget."""
-    lines = []
-    for (model, keep, method, setting), row in table[table.n_seeds == 0].groupby(
+    """The commands that measure what is still empty: one per method and budget, or one for all costs."""
+    empty = table[table.n_seeds == 0]
+    lines = [
+        f"python -m experiments.efficiency experiment={name}" for name in empty.table[empty.metric.isin(COSTS)].unique()
+    ]
+    for (model, keep, method, setting), row in empty[~empty.metric.isin(COSTS)].groupby(
         ["model", "keep", "method", "setting"], sort=False
     ):
-        options = [f"pruner.{key}={value}" for key, value in parse_setting(setting).items()]
+        options = [f"{GROUP.get(key, 'pruner')}.{key}={value}" for key, value in parse_setting(setting).items()]
         options += ["seed=0,1,2"] if method == "random" else []
         datasets = ",".join(dict.fromkeys(row.dataset))
         multirun = "-m " if "," in datasets or method == "random" else ""
@@ -411,14 +446,23 @@ def remarks(table: pd.DataFrame) -> list[str]:
         lines.append("Below or after ours: the paper's number, and ours minus it.")
     measured = table[table.n_seeds > 0]
     if len(measured):
-        counts = measured.groupby("dataset", sort=False).n_samples.max()
-        samples = ", ".join(f"{DATASETS.get(dataset, dataset)} {count:,.0f}" for dataset, count in counts.items())
-        lines += [
-            "± is the standard error over the samples; for Random the standard deviation over its seeds.",
+        lines.append(
             "Tokens: the nominal budget. Per layer: visual tokens that enter a layer of the language model, mean over"
-            " the layers; larger than the budget for methods that prune inside it.",
-            f"Samples: {samples}.",
-        ]
+            " the layers; larger than the budget for methods that prune inside it."
+        )
+    scores = measured[~measured.metric.isin(COSTS)]
+    if len(scores):
+        counts = scores.groupby("dataset", sort=False).n_samples.max()
+        samples = ", ".join(f"{DATASETS.get(dataset, dataset)} {count:,.0f}" for dataset, count in counts.items())
+        lines.append("± is the standard error over the samples; for Random the standard deviation over its seeds.")
+        lines.append(f"Samples: {samples}.")
+    cost = measured[measured.metric.isin(COSTS)]
+    if len(cost):
+        devices = ", ".join(cost.device.unique())
+        lines.append(f"Measured on {devices}, one prompt at a time, median of {cost.n_samples.min():.0f} repetitions.")
+        lines.append("± of a latency is half of the range from its 20th to its 80th percentile.")
+        if cost.printed.any():
+            lines.append("The paper measured on an A100.")
     return lines
 
 
