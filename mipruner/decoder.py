@@ -124,15 +124,13 @@ class _Shortening:
             for n, count, pruned in zip(budgets, self.counts, self.pruned, strict=True)
             if pruned
         ]
-        self.stages = {self.after_attention(layer) for plan in plans for layer in plan}
+        wanted = sorted({layer for plan in plans for layer in plan})
+        # A method reads attention, which gated linear layers (Qwen3.5) do not have: its stage waits for one that has.
+        after_attention = [k for k in range(1, len(self.layers)) if hasattr(self.layers[k - 1], "self_attn")]
+        self.stages = {min(after) for layer in wanted if (after := [k for k in after_attention if k >= layer])}
+        if wanted and (wanted[-1] >= len(self.layers) or not self.stages):
+            raise InputError(f"cannot prune at layer {wanted[-1]} of a decoder of {len(self.layers)} layers")
         self.run = Run()
-
-    def after_attention(self, layer: int) -> int:
-        """The first layer from ``layer`` on that follows one with an attention matrix (Qwen3.5 has others)."""
-        for k in range(layer, len(self.layers)):
-            if hasattr(self.layers[k - 1], "self_attn"):
-                return k
-        raise InputError(f"cannot prune at layer {layer} of a decoder of {len(self.layers)}")
 
     def hooks(self) -> Iterator[RemovableHandle]:
         yield self.model.register_forward_pre_hook(self.before_model, with_kwargs=True)
@@ -193,8 +191,9 @@ class _Shortening:
         segment = self.segments[k]
         if segment is self.segments[0]:
             return None
-        cache = kwargs.get("past_key_values")
-        n_past = 0 if self.prefill else cache.get_seq_length(k)
+        if not hasattr(layer, "self_attn"):
+            return (hidden, *args[1:]), kwargs | {"attention_mask": segment.valid if self.prefill else None}
+        n_past = 0 if self.prefill else kwargs["past_key_values"].get_seq_length(k)
         changes = {"attention_mask": self.mask(segment, hidden, n_past)}
         if self.prefill:
             changes |= {"position_embeddings": (segment.cos, segment.sin), "position_ids": segment.position_ids}

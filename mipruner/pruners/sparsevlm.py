@@ -56,7 +56,8 @@ class SparseVLMPruner(DecoderPruner):
         return {layer: max(1, round(n * n_visual / 576)) for layer, n in zip(layers, counts, strict=True)}
 
     def reduce(self, view: DecoderView, n_keep: int) -> Reduction:
-        keep = self.schedule(view.n_start, n_keep, view.n_layers)[view.layer]
+        schedule = self.schedule(view.n_start, n_keep, view.n_layers)
+        keep = schedule[max(layer for layer in schedule if layer <= view.layer)]
         words = len(view.visual) - raters(view)
         score = view.attention(words).mean(0)[:, view.visual].mean(0)
         return recycle(view.hidden[view.visual], score, min(keep, view.n_visual - 1))
