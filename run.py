@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,7 +42,10 @@ def load_model(options: str, device: str) -> Adapter:
 
 @lru_cache(maxsize=1)
 def load_benchmark(options: str) -> Benchmark:
-    return instantiate(OmegaConf.create(options))
+    try:
+        return instantiate(OmegaConf.create(options))
+    except InstantiationException as error:
+        raise BenchmarkError(str(error.__cause__ or error)) from error
 
 
 def differs(overrides: list[str]) -> str:

@@ -179,3 +179,18 @@ def test_a_video_set_needs_a_model_that_takes_videos(tmp_path):
     write_video(tmp_path / "videos/v0.mp4", 20)
     with pytest.raises(InputError, match="a llava model takes no video"):
         run.run_cell(config(tmp_path, "msvd", tmp_path, "judge=offline"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "overrides", "message"),
+    [
+        ("mmvet", [], "^the judge gpt-4.1 needs a key in the environment, OPENAI_API_KEY"),
+        ("pope", ["dataset.benchmark.scoring=vlmeval"], "^scoring='vlmeval' is not one of llava, lmms_eval$"),
+        ("pope", ["dataset.benchmark.prompt=chatty"], "^prompt='chatty' is not one of short_answer, plain$"),
+        ("pope", ["+dataset.benchmark.colour=red"], "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_options_that_do_not_fit_end_before_the_model_is_loaded(tmp_path, monkeypatch, dataset, overrides, message):
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the model is loaded"))
+    with pytest.raises(BenchmarkError, match=message):
+        run.run_cell(config(tmp_path, dataset, SCHEMAS / f"{dataset}_test.parquet", *overrides))
