@@ -1,13 +1,17 @@
 """The accuracy loop: batches of a benchmark's samples through a pipeline, resumable after any batch.
 
 Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
-the same batches, and ends in the same record, as one that never was.
+the same batches, and ends in the same record, as one that never was. While the model answers one batch, a thread loads
+and processes the pictures of the next.
 """
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +22,14 @@ from experiments.benchmarks.base import Benchmark, Sample, SampleError
 from experiments.results import Cell
 from mipruner.errors import InputError
 from mipruner.models import Prompt, Video
+from mipruner.models.base import Picture
 from mipruner.pipeline import Answer, Pipeline
+
+WINDOW = 256
+"""Samples that are sorted by length among themselves. No larger, so that those sharing a picture stay close."""
+
+MAX_PICTURES = 128
+"""Loaded pictures that are kept for the samples that follow."""
 
 
 def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed: int) -> list[Sample]:
@@ -52,17 +63,49 @@ def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed
     return [sample for name in names for sample in pictures[name]]
 
 
+def by_length(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the long questions of each `WINDOW` first: a batch of prompts of one length pads little."""
+    windows = (samples[start : start + WINDOW] for start in range(0, len(samples), WINDOW))
+    return [sample for window in windows for sample in sorted(window, key=lambda sample: -len(sample.text))]
+
+
+class Pictures:
+    """Loads the pictures of a batch and has the pipeline process them; keeps the last `MAX_PICTURES`.
+
+    That a picture stays the same object is what lets the pipeline's vision cache know it.
+    """
+
+    def __init__(self, benchmark: Benchmark, pipeline: Pipeline):
+        self.benchmark, self.pipeline = benchmark, pipeline
+        self._held: OrderedDict[str, list[Picture]] = OrderedDict()
+
+    def load(self, samples: Sequence[Sample]) -> tuple[dict[str, list[Picture]], dict[str, str]]:
+        """Pictures and error messages of the samples, by image_id."""
+        images, errors = {}, {}
+        for image_id in dict.fromkeys(sample.image_id for sample in samples):
+            if image_id not in self._held:
+                try:
+                    frames = self.benchmark.images(image_id)
+                except SampleError as error:
+                    errors[image_id] = str(error)
+                    continue
+                self._held[image_id] = [Video(frames)] if self.benchmark.is_video else frames
+                self.pipeline.prepare(self._held[image_id])
+            self._held.move_to_end(image_id)
+            images[image_id] = self._held[image_id]
+        while len(self._held) > MAX_PICTURES:
+            self._held.popitem(last=False)
+        return images, errors
+
+
 def answer_batch(
-    pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], text_scope: str
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    images: dict[str, list[Picture]],
+    errors: dict[str, str],
+    text_scope: str,
 ) -> list[dict[str, Any]]:
     """Rows of samples.jsonl for one batch, ``correct`` still open."""
-    images, errors = {}, {}
-    for image_id in dict.fromkeys(sample.image_id for sample in samples):
-        try:
-            frames = benchmark.images(image_id)
-            images[image_id] = [Video(frames)] if benchmark.is_video else frames
-        except SampleError as error:
-            errors[image_id] = str(error)
     usable = [sample for sample in samples if sample.image_id in images]
     before = dict(pipeline.watch.ms)
     answers: dict[str, Answer] = {}
@@ -104,15 +147,20 @@ def evaluate(
     cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str
 ) -> dict[str, Any]:
     """Answer what is not answered yet, score everything, write and return the record."""
-    batch_size = cell.config["batch_size"]
+    batch_size, samples = cell.config["batch_size"], by_length(samples)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     rows = cell.rows()
     rows = rows[: len(samples) if len(rows) >= len(samples) else len(rows) // batch_size * batch_size]
     cell.keep_rows(rows)
     bar = tqdm(total=len(samples), initial=len(rows), unit="q", desc=_words(cell), disable=None, file=sys.stderr)
-    with bar:
-        for start in range(len(rows), len(samples), batch_size):
-            new = answer_batch(pipeline, benchmark, samples[start : start + batch_size], cell.config["text_scope"])
+    batches = [samples[start : start + batch_size] for start in range(len(rows), len(samples), batch_size)]
+    pictures = Pictures(benchmark, pipeline)
+    with bar, ThreadPoolExecutor(1) as ahead:
+        loading = ahead.submit(pictures.load, batches[0] if batches else [])
+        for batch, following in zip_longest(batches, batches[1:], fillvalue=[]):
+            images, errors = loading.result()
+            loading = ahead.submit(pictures.load, following)
+            new = answer_batch(pipeline, batch, images, errors, cell.config["text_scope"])
             cell.append(new)
             rows += new
             bar.update(len(new))

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,7 @@ class Pipeline:
         self.adapter, self.pruner, self.keep = adapter, pruner, keep
         self.decoding = decoding or Decoding()
         self.cache = VisionCache()
+        self._prepared: dict[int, tuple[Picture, dict[str, Any]]] = {}
         self.watch = Stopwatch(adapter.device)
 
     @torch.inference_mode()
@@ -125,20 +127,31 @@ class Pipeline:
             for prompt, new, sample, chosen, layers in zip(prompts, tokens, encoded, selections, per_layer, strict=True)
         ]
 
+    def prepare(self, images: Sequence[Picture]) -> None:
+        """Run the image processor ahead of a call with these very objects. May run in another thread."""
+        for image in images:
+            self._prepared[id(image)] = (image, self._pixels(image))
+
     def see(self, images: Sequence[Picture]) -> dict[int, Visual]:
         """Every distinct picture through the vision encoder once, by ``id``."""
         distinct = {id(image): image for image in images}
         visuals = {key: self.cache.get(image) for key, image in distinct.items()}
         new = {key: distinct[key] for key, visual in visuals.items() if visual is None}
         if new:
-            self.adapter.kinds(new.values())  # a video to a family without videos is an error of the user's
-            pixels = [self.adapter.pixels(image) for image in new.values()]
+            pixels = [self._pixels(image) for image in new.values()]
             with self.watch("vision"):
                 encoded = self.adapter.encode(pixels, self.pruner.signals)
             for (key, image), visual in zip(new.items(), encoded, strict=True):
                 visuals[key] = visual
                 self.cache.put(image, visual)
         return visuals
+
+    def _pixels(self, image: Picture) -> dict[str, Any]:
+        prepared, pixels = self._prepared.pop(id(image), (None, None))
+        if prepared is image:
+            return pixels
+        self.adapter.kinds([image])  # a video to a family without videos is an error of the user's
+        return self.adapter.pixels(image)
 
     def select(self, encoded: Encoded) -> list[Selection]:
         """Prune each picture of one prompt by its share of the budget; not yet if the method does so in the decoder."""

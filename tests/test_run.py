@@ -16,9 +16,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import run
-from experiments.evaluate import subset
+from experiments.evaluate import by_length, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
 from mipruner.errors import InputError, ModelError
+from mipruner.models.llava import LlavaAdapter
 from toy import N_LAYERS, N_VISUAL, Toy, save_toy_model
 
 MODEL = Path(tempfile.mkdtemp(prefix="toy-model-"))
@@ -205,11 +206,41 @@ def test_limit_keeps_pictures_whole_and_shards_share_nothing():
 def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path):
     settings = config(tmp_path, corrupt=[2])
     record = run.run_cell(settings)
-    assert record["failed"] == [{"id": f"2-{j}", "error": "picture 2 cannot be decoded"} for j in (0, 1)]
+    errors = {failed["id"]: failed["error"] for failed in record["failed"]}
+    assert errors == dict.fromkeys(("2-0", "2-1"), "picture 2 cannot be decoded")
     assert record["n_samples"] == 12
     rows = {row["id"]: row for row in Cell(settings).rows()}
     assert rows["2-0"]["prediction"] is None and rows["2-0"]["correct"] == 0
     assert "2 samples failed" in run.show(record, "x")
+
+
+def recorded(monkeypatch, cls, name):
+    """The arguments of every call of a method from here on."""
+    calls, method = [], getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, *args: calls.append(args) or method(self, *args))
+    return calls
+
+
+def test_long_questions_first_and_every_picture_once(tmp_path, monkeypatch):
+    settings = config(tmp_path, "batch_size=3", n=5)
+    loads, pixels = recorded(monkeypatch, Toy, "images"), recorded(monkeypatch, LlavaAdapter, "pixels")
+    looks = recorded(monkeypatch, LlavaAdapter, "look")
+    run.run_cell(settings)
+    assert [row["id"] for row in Cell(settings).rows()] == [f"{k}-{j}" for j in (1, 0) for k in range(5)]
+    assert loads == [("0",), ("1",), ("2",), ("3",), ("4",)]
+    assert len(pixels) == sum(len(batch) for batch, _ in looks) == 5
+
+
+def test_pictures_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.evaluate.MAX_PICTURES", 2)
+    loads = recorded(monkeypatch, Toy, "images")
+    record = run.run_cell(config(tmp_path, "batch_size=1", n=3))
+    assert loads == [("0",), ("1",), ("2",)] * 2 and record["failed"] == []
+
+
+def test_samples_are_sorted_within_a_window_only(monkeypatch):
+    monkeypatch.setattr("experiments.evaluate.WINDOW", 4)
+    assert [sample.id for sample in by_length(Toy(n=3).samples())] == ["0-1", "1-1", "0-0", "1-0", "2-1", "2-0"]
 
 
 def test_only_corrupt_pictures(tmp_path):
