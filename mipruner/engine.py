@@ -38,7 +38,8 @@ LOOK = 16
 """Tokens between two looks at whether the answer has ended."""
 
 STATIC = (NoPruner, MIPruner, MIAttentionPruner, SimilarityPruner, AttentionPruner)
-"""Pruners that a graph can hold: no shape depends on a value, nothing waits for the device. Others run unrecorded."""
+"""Pruners that a graph can hold: no shape depends on a value, nothing waits for the device. Others, and those that
+read more than the vision encoder's signals, run unrecorded."""
 
 
 class Graph:
@@ -254,7 +255,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """Kept visual tokens [n_keep] in their order, and [1] whether all features are finite."""
         signals = dict(visual.signals)
-        if isinstance(self.pruner, STATIC):
+        if isinstance(self.pruner, STATIC) and self.pruner.signals <= signals.keys():
             return self.run(self.score, text_ids, visual.rows, *(signals[name] for name in sorted(signals)))
         if "valid" in pixels and "valid" in self.pruner.signals:
             signals["valid"] = pixels["valid"].flatten().to(self.adapter.device)

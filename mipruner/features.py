@@ -41,6 +41,8 @@ class Features:
         sequence for each sample.
     question : bool Tensor [.., n_text], optional
         False for the text tokens of the answer-format sentence and other instructions around the question.
+    vocabulary : Tensor [n_vocabulary, d], optional
+        The language model's input-embedding table. One for the whole batch.
     valid : bool Tensor [.., n_visual], optional
         False for patches that lie wholly in the padding of a squared picture.
     sample : str
@@ -60,6 +62,7 @@ class Features:
     clip_text: Tensor | None = None
     words: Sequence | None = None
     question: Tensor | None = None
+    vocabulary: Tensor | None = None
     valid: Tensor | None = None
     sample: str = ""
 

@@ -28,7 +28,14 @@ PANEL = 64
 
 
 def mi_picks(
-    visual: Tensor, text: Tensor, n_keep: int, lam: float, tau: float = 0.1, *, given: Tensor | None = None
+    visual: Tensor,
+    text: Tensor,
+    n_keep: int,
+    lam: float,
+    tau: float = 0.1,
+    *,
+    given: Tensor | None = None,
+    relevance: Tensor | None = None,
 ) -> Tensor:
     """The greedy search of eq. 22-24 with max aggregation and softmax.
 
@@ -43,6 +50,8 @@ def mi_picks(
         Tokens to pick, those of ``given`` not counted.
     given : Tensor [.., n_given], optional
         Tokens that are in the set already; they are not picked again.
+    relevance : Tensor [.., n_visual], optional
+        S_cross, if it is to be another than `pmi.relevance` of visual and text: the text is then not read.
 
     Returns
     -------
@@ -57,15 +66,20 @@ def mi_picks(
 
         flat = [visual.flatten(0, -3), text.flatten(0, -3)] if visual.dim() > 2 else [visual[None], text[None]]
         given = None if given is None else given.reshape(-1, n_given)
-        return kernels.mi_picks(*flat, n_keep, lam, tau, given=given).view(*visual.shape[:-2], n_keep)
+        relevance = None if relevance is None else relevance.reshape(-1, visual.shape[-2])
+        picks = kernels.mi_picks(*flat, n_keep, lam, tau, given=given, relevance=relevance)
+        return picks.view(*visual.shape[:-2], n_keep)
     if lam == 1 or visual.device.type != "cpu":
         redundancy = None if lam == 1 else pmi.redundancy(visual, tau)
-        return greedy(pmi.relevance(visual, text, tau), redundancy, n_keep, lam, given=given)
+        relevance = pmi.relevance(visual, text, tau) if relevance is None else relevance
+        return greedy(relevance, redundancy, n_keep, lam, given=given)
     if visual.dim() > 2:
-        options = [None] * len(visual) if given is None else given
-        samples = zip(visual, text, options, strict=True)
-        return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g) for v, t, g in samples])
-    picks = _picks(*similarities(visual, text, tau), n_keep, lam, [] if given is None else given.tolist())
+        options = ([None] * len(visual) if x is None else x for x in (given, relevance))
+        samples = zip(visual, text, *options, strict=True)
+        return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
+    rho, rho_text = similarities(visual, text, tau)
+    relevance = _relevance(rho_text) if relevance is None else relevance
+    picks = _picks(rho, relevance, n_keep, lam, [] if given is None else given.tolist())
     return torch.tensor(picks, dtype=torch.long)
 
 
@@ -84,9 +98,12 @@ def similarities(visual: Tensor, text: Tensor, tau: float) -> tuple[Tensor, Tens
     return rho.div_(tau).split([n_visual, len(text)], dim=-1)
 
 
-def _picks(rho: Tensor, rho_text: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
+def _relevance(rho_text: Tensor) -> Tensor:
     log_p = rho_text.log_softmax(-1)
-    relevance = (log_p - log_p.logsumexp(0)).amax(-1) + math.log(len(rho))  # eq. 16-19
+    return (log_p - log_p.logsumexp(0)).amax(-1) + math.log(len(rho_text))  # eq. 16-19
+
+
+def _picks(rho: Tensor, relevance: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
     # The gain of eq. 22 is `gain - (1 - lam) running` with the running maximum over rho alone.
     score = lam * relevance
     gain = score + (1 - lam) * (rho.logsumexp(-1) - math.log(len(rho)))

@@ -200,6 +200,7 @@ def mi_picks(
     tau: float = 0.1,
     *,
     given: Tensor | None = None,
+    relevance: Tensor | None = None,
     n_visual: Tensor | None = None,
     n_text: Tensor | None = None,
 ) -> Tensor:
@@ -211,6 +212,8 @@ def mi_picks(
     text : Tensor [B, M, d]
     n_keep : int, or Tensor [B]
     given : Tensor [B, n_given] of int64, optional
+    relevance : Tensor [B, N] of float32, optional
+        S_cross, if it is to be another than eq. 19: the text is then not read.
     n_visual, n_text : Tensor [B], optional
         How many tokens of each sample are not padding.
 
@@ -234,11 +237,12 @@ def mi_picks(
         return torch.full((B,), n, device=device) if isinstance(n, int) else n.to(device, torch.long).contiguous()
 
     n_keep, n_visual = lengths(n_keep), lengths(N if n_visual is None else n_visual)
-    n_text = lengths(M if n_text is None else n_text)
-    relevance = torch.full((B, N), -torch.inf, device=device)
-    relevance_kernel[(B,)](
-        relevance, _similarity(text, visual, n_text, n_visual, tau), n_visual, n_text, N, M, **_one_program(N)
-    )
+    if relevance is None:
+        n_text = lengths(M if n_text is None else n_text)
+        relevance = torch.full((B, N), -torch.inf, device=device)
+        relevance_kernel[(B,)](
+            relevance, _similarity(text, visual, n_text, n_visual, tau), n_visual, n_text, N, M, **_one_program(N)
+        )
     if lam == 1:
         picks = greedy(relevance, None, K, 1, given=given)
         return picks.masked_fill(torch.arange(K, device=device) >= n_keep[:, None], -1)

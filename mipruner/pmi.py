@@ -2,9 +2,14 @@
 
 Every function takes any leading batch dimensions and any float dtype and computes in float32. Everything is written
 with log-probabilities, so that a temperature of 0.01 or a half-precision input stays finite.
+
+Two options go beyond the paper. With ``log_partition`` [.., n_visual, 1], see there, p(t_j | v_i) is normalised over
+the language model's vocabulary instead of the prompt's own tokens, and read at the prompt's tokens. ``prior``
+[.., n_visual] is p(v_i), uniform by default as in the paper.
 """
 
 import math
+from functools import lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -19,6 +24,9 @@ Normalization = Literal["softmax", "minmax", "minmax_exact"]
 MINMAX_FLOOR = 1e-12
 """Smallest probability under ``normalization="minmax"``: eq. 52 gives each row's least similar entry exactly 0."""
 
+BLOCK = 4096
+"""Rows of the vocabulary that are compared at a time."""
+
 RESOLUTION = 1e-6
 """Cosines closer than this are equal: minmax would blow rounding up to the whole range."""
 
@@ -29,10 +37,41 @@ def similarity(visual: Tensor, other: Tensor) -> Tensor:
     return visual @ other.mT
 
 
+def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
+    """log sum_w exp(rho_iw) over a vocabulary, the denominator of eq. 16. Shape [.., n_visual, 1].
+
+    No more than `BLOCK` columns of the similarities exist at a time.
+
+    Parameters
+    ----------
+    vocabulary : Tensor [n_vocabulary, d]
+        The language model's input-embedding table, without batch dimensions.
+    n_rows : int, optional
+        Estimate the sum from so many rows, always the same ones: unbiased, and its relative error falls with the root
+        of n_rows.
+    """
+    scale = 0.0
+    if n_rows is not None and n_rows < len(vocabulary):
+        scale = math.log(len(vocabulary) / n_rows)
+        vocabulary = vocabulary[_drawn(len(vocabulary), n_rows, vocabulary.device)]
+    blocks = (similarity(visual, rows).div_(tau).logsumexp(-1, keepdim=True) for rows in vocabulary.split(BLOCK))
+    return reduce(torch.logaddexp, blocks) + scale
+
+
+@lru_cache
+def _drawn(n: int, n_rows: int, device: torch.device) -> Tensor:
+    """Rows drawn without replacement."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:n_rows].to(device)
+
+
 def log_conditional(
-    visual: Tensor, other: Tensor, tau: float = 0.1, normalization: Normalization = "softmax"
+    visual: Tensor,
+    other: Tensor,
+    tau: float = 0.1,
+    normalization: Normalization = "softmax",
+    log_partition: Tensor | None = None,
 ) -> Tensor:
-    """log p(x_j | v_i) of eq. 15-16, or 52-53. Shape [.., n_visual, n_other], rows sum to one.
+    """log p(x_j | v_i) of eq. 15-16, or 52-53. Shape [.., n_visual, n_other]; rows sum to one without log_partition.
 
     ``softmax`` is the paper's choice. ``minmax`` scales each row to [0, 1] and divides by its sum, where tau cancels;
     its zeros are lifted to `MINMAX_FLOOR` so that the logarithm stays finite, and ``minmax_exact`` leaves them at
@@ -40,9 +79,12 @@ def log_conditional(
     """
     cosine = similarity(visual, other)
     if normalization == "softmax":
-        return (cosine / tau).log_softmax(-1)
+        rho = cosine / tau
+        return rho.log_softmax(-1) if log_partition is None else rho - log_partition
     if normalization not in ("minmax", "minmax_exact"):
         raise InputError(f"unknown normalization {normalization!r}: choose softmax, minmax or minmax_exact")
+    if log_partition is not None:
+        raise InputError("over the vocabulary there is no normalization but softmax")
     low, high = cosine.aminmax(dim=-1, keepdim=True)
     flat = high - low < RESOLUTION
     scaled = torch.where(flat, 1.0, (cosine - low) / torch.where(flat, 1.0, high - low))  # eq. 52
@@ -50,9 +92,14 @@ def log_conditional(
     return (p.clamp_min(MINMAX_FLOOR) if normalization == "minmax" else p).log()
 
 
-def _log_marginal(log_p: Tensor) -> Tensor:
-    """log p(x_j) = log of the mean over the visual tokens of p(x_j | v_i), eq. 17. Shape [.., 1, n_other]."""
-    return log_p.logsumexp(-2, keepdim=True) - math.log(log_p.shape[-2])
+def _log_prior(log_p: Tensor, prior: Tensor | None) -> Tensor | float:
+    """log p(v_i), one a row of ``log_p`` [.., n_visual, n_other]."""
+    return -math.log(log_p.shape[-2]) if prior is None else prior.float().log()[..., None]
+
+
+def _log_marginal(log_p: Tensor, prior: Tensor | None) -> Tensor:
+    """log p(x_j) = log sum_i p(x_j | v_i) p(v_i), eq. 17 and 50. Shape [.., 1, n_other]."""
+    return (log_p + _log_prior(log_p, prior)).logsumexp(-2, keepdim=True)
 
 
 def _pmi(log_p: Tensor, log_marginal: Tensor | float) -> Tensor:
@@ -60,25 +107,44 @@ def _pmi(log_p: Tensor, log_marginal: Tensor | float) -> Tensor:
     return torch.where(log_p.isneginf(), log_p, log_p - log_marginal)
 
 
-def _aggregate(log_p: Tensor, pmi: Tensor) -> Tensor:
-    """Terms p(x_j | v_i) PMI(v_i; x_j) of eq. 21, with 0 log 0 = 0."""
-    p = log_p.exp()
+def _self(visual: Tensor, tau: float, normalization: Normalization, prior: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log p(v_j | v_i) and PMI(v_i; v_j), both [.., n_visual, n_visual]."""
+    log_p = log_conditional(visual, visual, tau, normalization)
+    log_prior = _log_prior(log_p, prior)
+    return log_p, _pmi(log_p, log_prior if prior is None else log_prior.mT)
+
+
+def _aggregate(log_p: Tensor, pmi: Tensor, prior: Tensor | None) -> Tensor:
+    """Terms p(v_i; x_j) PMI(v_i; x_j) of eq. 21, with 0 log 0 = 0.
+
+    The joint is p(x_j | v_i) p(v_i), here in units of 1 / n_visual: the paper drops its uniform p(v_i).
+    """
+    p = log_p.exp() if prior is None else (log_p + _log_prior(log_p, prior)).exp() * log_p.shape[-2]
     return torch.where(p > 0, p * pmi, 0.0)
 
 
-def cross_pmi(visual: Tensor, text: Tensor, tau: float = 0.1, normalization: Normalization = "softmax") -> Tensor:
+def cross_pmi(
+    visual: Tensor,
+    text: Tensor,
+    tau: float = 0.1,
+    normalization: Normalization = "softmax",
+    *,
+    log_partition: Tensor | None = None,
+    prior: Tensor | None = None,
+) -> Tensor:
     """PMI(v_i; t_j) of every visual and text token, eq. 15-18. Shape [.., n_visual, n_text]."""
-    log_p = log_conditional(visual, text, tau, normalization)
-    return _pmi(log_p, _log_marginal(log_p))
+    log_p = log_conditional(visual, text, tau, normalization, log_partition)
+    return _pmi(log_p, _log_marginal(log_p, prior))
 
 
-def self_pmi(visual: Tensor, tau: float = 0.1, normalization: Normalization = "softmax") -> Tensor:
-    """PMI(v_i; v_j) of every two visual tokens under p(v_j) = 1 / n_visual. Shape [.., n_visual, n_visual].
+def self_pmi(
+    visual: Tensor, tau: float = 0.1, normalization: Normalization = "softmax", *, prior: Tensor | None = None
+) -> Tensor:
+    """PMI(v_i; v_j) of every two visual tokens. Shape [.., n_visual, n_visual].
 
     Row i is candidate i's own distribution, so the matrix is not symmetric; the diagonal is included.
     """
-    log_p = log_conditional(visual, visual, tau, normalization)
-    return _pmi(log_p, -math.log(log_p.shape[-1]))
+    return _self(visual, tau, normalization, prior)[1]
 
 
 def relevance(
@@ -87,17 +153,21 @@ def relevance(
     tau: float = 0.1,
     aggregation: Aggregation = "max",
     normalization: Normalization = "softmax",
+    *,
+    log_partition: Tensor | None = None,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """S_cross of every visual token. Shape [.., n_visual].
 
-    ``max`` is eq. 19, the strongest PMI over the text; ``global`` is eq. 21, the KL divergence of p(T | v_i) from p(T).
+    ``max`` is eq. 19, the strongest PMI over the text; ``global`` is eq. 21, the KL divergence of p(T | v_i) from p(T)
+    (over a vocabulary, the prompt's part of it).
     """
-    log_p = log_conditional(visual, text, tau, normalization)
-    pmi = _pmi(log_p, _log_marginal(log_p))
+    log_p = log_conditional(visual, text, tau, normalization, log_partition)
+    pmi = _pmi(log_p, _log_marginal(log_p, prior))
     if aggregation == "max":
         return pmi.amax(-1)
     if aggregation == "global":
-        return _aggregate(log_p, pmi).sum(-1)
+        return _aggregate(log_p, pmi, prior).sum(-1)
     raise InputError(f"unknown aggregation {aggregation!r}: choose max or global")
 
 
@@ -106,15 +176,16 @@ def redundancy(
     tau: float = 0.1,
     aggregation: Aggregation = "max",
     normalization: Normalization = "softmax",
+    *,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """The terms that S_self of eq. 20 (max) or eq. 21 (global) reduces over the selected set, row i = candidate i.
 
-    Shape [.., n_visual, n_visual]: `self_pmi` for ``max``, p(v_j | v_i) PMI(v_i; v_j) for ``global``.
+    Shape [.., n_visual, n_visual]: `self_pmi` for ``max``, p(v_i; v_j) PMI(v_i; v_j) for ``global``.
     """
-    log_p = log_conditional(visual, visual, tau, normalization)
-    pmi = _pmi(log_p, -math.log(log_p.shape[-1]))
+    log_p, pmi = _self(visual, tau, normalization, prior)
     if aggregation == "max":
         return pmi
     if aggregation == "global":
-        return _aggregate(log_p, pmi)
+        return _aggregate(log_p, pmi, prior)
     raise InputError(f"unknown aggregation {aggregation!r}: choose max or global")

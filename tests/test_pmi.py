@@ -1,4 +1,7 @@
-"""Eq. 15-21 and 52-53 against loops written from the paper in float64, their properties, and extreme values."""
+"""Eq. 15-21 and 52-53 against loops written from the paper in float64, their properties, and extreme values.
+
+The two options beyond the paper, a normalisation over the vocabulary and a prior, are read the same way.
+"""
 
 import math
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipruner import pmi
 
@@ -172,7 +176,7 @@ def test_rows_sum_to_one_and_the_marginal_too(shape, seed, tau, normalization):
     visual, text = tokens(*shape, seed=seed)
     p = pmi.log_conditional(visual, text, tau, normalization).exp()
     torch.testing.assert_close(p.sum(-1), torch.ones(shape[0]))
-    marginal = pmi._log_marginal(p.log()).exp()
+    marginal = pmi._log_marginal(p.log(), None).exp()
     torch.testing.assert_close(marginal.sum(-1), torch.ones(1))
 
 
@@ -241,6 +245,126 @@ def test_a_batch_is_its_samples(shape, seed, normalization, aggregation):
             ),
         ):
             torch.testing.assert_close(batch[at], alone, **close)
+
+
+# ----------------------------------------------------------------------------------- beyond the paper: the vocabulary
+
+
+def over_vocabulary(visual, text, vocabulary, tau):
+    """p(t_j | v_i) = exp(rho_ij) / sum_w exp(rho_iw) with w over the vocabulary."""
+    weights = [[math.exp(x) for x in row] for row in eq15(visual, text, tau)]
+    sums = [sum(math.exp(x) for x in row) for row in eq15(visual, vocabulary, tau)]
+    return [[w / total for w in row] for row, total in zip(weights, sums, strict=True)]
+
+
+@pytest.mark.parametrize("block", [1, 7, 4096])
+@pytest.mark.parametrize("tau", [0.1, 0.5])
+def test_vocabulary(tau, block, monkeypatch):
+    monkeypatch.setattr(pmi, "BLOCK", block)
+    visual, vocabulary = tokens(9, 30, 8)
+    text = vocabulary[[4, 17, 4]]
+    p = over_vocabulary(visual, text, vocabulary, tau)
+    partition = pmi.log_partition(visual, vocabulary, tau)
+    assert partition.shape == (9, 1)
+    check(pmi.log_conditional(visual, text, tau, log_partition=partition).exp(), p)
+    table = eq18(p, eq17(p))
+    check(pmi.cross_pmi(visual, text, tau, log_partition=partition), table)
+    check(pmi.relevance(visual, text, tau, log_partition=partition), [max(row) for row in table])
+    terms = [sum(a * b for a, b in zip(*rows, strict=True)) for rows in zip(p, table, strict=True)]
+    check(pmi.relevance(visual, text, tau, "global", log_partition=partition), terms)
+
+
+def test_a_vocabulary_of_the_prompt_s_words_is_the_prompt():
+    visual, text = tokens(20, 6, 8)
+    partition = pmi.log_partition(visual, text)
+    torch.testing.assert_close(pmi.cross_pmi(visual, text, log_partition=partition), pmi.cross_pmi(visual, text))
+
+
+def test_a_patch_of_something_else_is_no_longer_forced_onto_the_prompt():
+    """A patch of grass is no more about "sun" than about "the"; over these two it must choose, over all words not."""
+    sun, the, grass = torch.eye(3)
+    visual, text = torch.stack([sun, 0.1 * sun + grass]), torch.stack([sun, the])
+    prompt = pmi.relevance(visual, text)
+    vocabulary = pmi.relevance(visual, text, log_partition=pmi.log_partition(visual, torch.eye(3)))
+    assert vocabulary.diff() < prompt.diff() - 1
+
+
+def test_the_sum_over_a_sample_of_the_vocabulary_is_unbiased():
+    visual, vocabulary = tokens(40, 4000, 16)
+    exact = pmi.log_partition(visual, vocabulary)
+    assert torch.equal(pmi.log_partition(visual, vocabulary, n_rows=4000), exact)
+    terms = (pmi.similarity(visual, vocabulary) / 0.1).exp()
+    spread = (terms.std(-1) / terms.mean(-1)).mean()
+    for n_rows in (500, 2000):
+        estimate = pmi.log_partition(visual, vocabulary, n_rows=n_rows)
+        assert torch.equal(estimate, pmi.log_partition(visual, vocabulary, n_rows=n_rows))
+        error = (estimate - exact).square().mean().sqrt()
+        expected = spread * math.sqrt((1 - n_rows / 4000) / n_rows)
+        assert 0.4 * expected < error < 2 * expected
+
+
+def test_similarities_to_the_whole_vocabulary_never_exist():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if x.untyped_storage().data_ptr() != vocabulary.untyped_storage().data_ptr():
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    visual, vocabulary = tokens(64, 3 * pmi.BLOCK + 5, 8)
+    with Largest() as largest:
+        pmi.log_partition(visual, vocabulary)
+    assert largest.numel == 64 * pmi.BLOCK
+
+
+def test_minmax_knows_no_vocabulary():
+    visual, text = tokens(4, 2, 3)
+    with pytest.raises(ValueError, match="no normalization but softmax"):
+        pmi.cross_pmi(visual, text, 0.1, "minmax", log_partition=pmi.log_partition(visual, text))
+
+
+# --------------------------------------------------------------------------------------- beyond the paper: the prior
+
+
+def weighted(p, prior):
+    """Eq. 50."""
+    return [sum(w * row[j] for w, row in zip(prior, p, strict=True)) for j in range(len(p[0]))]
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_prior(normalization):
+    visual, text = tokens(8, 4, 6)
+    prior = torch.tensor([4.0, 1, 1, 2, 9, 3, 1, 5]) / 26
+    w = prior.tolist()
+    p = conditional(visual, text, 0.1, normalization)
+    table = eq18(p, weighted(p, w))
+    check(pmi.cross_pmi(visual, text, 0.1, normalization, prior=prior), table)
+    check(pmi.relevance(visual, text, 0.1, "max", normalization, prior=prior), [max(row) for row in table])
+    joint = [[8 * share * x for x in row] for share, row in zip(w, p, strict=True)]
+    terms = [sum(a * b for a, b in zip(*rows, strict=True) if a) for rows in zip(joint, table, strict=True)]
+    check(pmi.relevance(visual, text, 0.1, "global", normalization, prior=prior), terms)
+
+    p = conditional(visual, visual, 0.1, normalization)
+    table = eq18(p, w)
+    check(pmi.self_pmi(visual, 0.1, normalization, prior=prior), table)
+    check(pmi.redundancy(visual, 0.1, "max", normalization, prior=prior), table)
+    joint = [[8 * share * x for x in row] for share, row in zip(w, p, strict=True)]
+    terms = [[a * b if a else 0.0 for a, b in zip(*rows, strict=True)] for rows in zip(joint, table, strict=True)]
+    check(pmi.redundancy(visual, 0.1, "global", normalization, prior=prior), terms)
+
+
+@pytest.mark.parametrize("aggregation", ["max", "global"])
+def test_a_uniform_prior_is_the_paper(aggregation):
+    visual, text = tokens(30, 5, 8)
+    prior = torch.full((30,), 1 / 30)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    ours, paper = (pmi.relevance(visual, text, 0.1, aggregation, prior=p) for p in (prior, None))
+    torch.testing.assert_close(ours, paper, **close)
+    ours, paper = (pmi.redundancy(visual, 0.1, aggregation, prior=p) for p in (prior, None))
+    torch.testing.assert_close(ours, paper, **close)
 
 
 # ----------------------------------------------------------------------------------------------------- extreme values

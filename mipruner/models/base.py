@@ -164,7 +164,7 @@ class Encoded:
         The tokens of T, eq. 2.
     visuals : tuple of Visual
     signals : dict
-        The optional fields of `Features` that come from the text.
+        The optional fields of `Features` that come from the language model's side.
     sample : str
     """
 
@@ -492,8 +492,12 @@ class Adapter(ABC):
         return torch.isin(ids, torch.tensor(list(self.placeholder_ids.values()), device=ids.device))
 
     def text_signals(self, prompt: Prompt, tokens: Tokens, signals: Set[str]) -> dict[str, Any]:
-        """Those of the named optional fields of `Features` that come from the text."""
-        known = {"words": tokens.words, "question": tokens.is_question.to(self.device)}
+        """Those of the named optional fields of `Features` that come from the language model's side."""
+        known = {
+            "words": tokens.words,
+            "question": tokens.is_question.to(self.device),
+            "vocabulary": self.model.get_input_embeddings().weight,
+        }
         return {name: value for name, value in known.items() if name in signals}
 
     def read(self, prompt: Prompt, visuals: Sequence[Visual], signals: Set[str] = frozenset()) -> Encoded:

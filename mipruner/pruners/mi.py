@@ -1,9 +1,14 @@
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 from mipruner import pmi
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import mi_picks
+from mipruner.prior import Prior, visual_prior
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, greedy
 
@@ -11,6 +16,8 @@ from mipruner.selection import Selection, greedy
 @dataclass(frozen=True)
 class MIPruner(Pruner):
     """MI-Pruner, Algorithm 1: the greedy search for lam S_cross - (1 - lam) S_self over pointwise mutual information.
+
+    Differs from the paper in nothing by default, and in ``support`` and ``prior`` where they are set.
 
     Parameters
     ----------
@@ -20,27 +27,74 @@ class MIPruner(Pruner):
         Temperature of eq. 15.
     aggregation : "max" (eq. 19-20) or "global" (eq. 21)
     normalization : "softmax" (eq. 16), "minmax" or "minmax_exact" (eq. 52-53), see `mipruner.pmi.log_conditional`
+    support : "prompt" (eq. 16) or "vocabulary"
+        What p(t | v_i) is normalised over: the prompt's tokens, so that a patch which resembles none of them must still
+        spend its probability on them, or every token that the language model knows.
+    vocabulary_rows : int, optional
+        With support="vocabulary", estimate the sum over a large vocabulary from so many of its rows.
+    prior : "uniform" (the paper), "center", "thirds" or "estimated"
+        p(v_i) by place, see `mipruner.prior`: in p(t_j) of eq. 17, in p(v_j) of eq. 18, in the joint of eq. 21.
+    prior_table : rows of positive weights, optional
+        For prior="estimated".
     """
 
     lam: float = 0.5
     tau: float = 0.1
     aggregation: pmi.Aggregation = "max"
     normalization: pmi.Normalization = "softmax"
+    support: Literal["prompt", "vocabulary"] = "prompt"
+    vocabulary_rows: int | None = None
+    prior: Prior = "uniform"
+    prior_table: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self):
         if not 0 <= self.lam <= 1:
             raise InputError(f"lam={self.lam} is not in [0, 1]")
         if not self.tau > 0:
             raise InputError(f"tau={self.tau} is not positive")
+        if self.support not in ("prompt", "vocabulary"):
+            raise InputError(f"unknown support {self.support!r}: choose prompt or vocabulary")
+        if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
+            raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
+        visual_prior(self.prior, (1, 1), self.prior_table)  # says what is wrong with them
+
+    @property
+    def needs(self) -> frozenset[str]:
+        read = {"vocabulary": self.support == "vocabulary", "grid": self.prior != "uniform"}
+        return frozenset(name for name, is_read in read.items() if is_read)
 
     def select(self, features: Features, n_keep: int) -> Selection:
         return Selection(self.picks(features, n_keep).sort(-1).values)
 
-    def picks(self, features: Features, n_keep: int, given=None):
+    def picks(self, features: Features, n_keep: int, given: Tensor | None = None) -> Tensor:
         """Indices [.., n_keep] in the order of the greedy search, after the tokens ``given``."""
-        if self.aggregation == "max" and self.normalization == "softmax":
-            return mi_picks(features.visual, features.text, n_keep, self.lam, self.tau, given=given)
+        if (self.aggregation, self.normalization, self.prior) == ("max", "softmax", "uniform"):
+            relevance = None if self.support == "prompt" else self.relevance(features)
+            return mi_picks(
+                features.visual, features.text, n_keep, self.lam, self.tau, given=given, relevance=relevance
+            )
         options = (self.tau, self.aggregation, self.normalization)
-        relevance = pmi.relevance(features.visual, features.text, *options)
-        redundancy = None if self.lam == 1 else pmi.redundancy(features.visual, *options)
+        redundancy = None if self.lam == 1 else pmi.redundancy(features.visual, *options, prior=self.p_visual(features))
+        relevance = self.relevance(features)
         return greedy(relevance, redundancy, n_keep, self.lam, aggregation=self.aggregation, given=given)
+
+    def relevance(self, features: Features) -> Tensor:
+        """S_cross [.., n_visual]."""
+        log_partition = None
+        if self.support == "vocabulary":
+            log_partition = pmi.log_partition(features.visual, features.vocabulary, self.tau, self.vocabulary_rows)
+        return pmi.relevance(
+            features.visual,
+            features.text,
+            self.tau,
+            self.aggregation,
+            self.normalization,
+            log_partition=log_partition,
+            prior=self.p_visual(features),
+        )
+
+    def p_visual(self, features: Features) -> Tensor | None:
+        """p(v_i) [n_visual], None where it is uniform."""
+        if self.prior == "uniform":
+            return None
+        return visual_prior(self.prior, features.grid, self.prior_table).to(features.visual.device)

@@ -21,12 +21,15 @@ class MIAttentionPruner(MIPruner):
     """
 
     split: float = 0.5
-    needs = frozenset({"attention"})
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.split <= 1:
             raise InputError(f"split={self.split} is not in [0, 1]")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"attention"}
 
     def select(self, features: Features, n_keep: int) -> Selection:
         attended = top_k(features.attention, round(self.split * n_keep))

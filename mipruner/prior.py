@@ -1,0 +1,51 @@
+"""p(v_i) by place in the picture (appendix A.4 of the paper, its future work)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mipruner.errors import InputError
+
+Prior = Literal["uniform", "center", "thirds", "estimated"]
+
+SPREAD = {"center": 1 / 4, "thirds": 1 / 6}
+"""Standard deviation of a Gaussian in sides of the picture: a corner gets about e^-4 of the highest value."""
+
+CENTERS = {"center": [(0.0, 0.0)], "thirds": [(y, x) for y in (-1 / 6, 1 / 6) for x in (-1 / 6, 1 / 6)]}
+"""(y, x) from the middle in sides of the picture: the middle, or where the lines of the rule of thirds cross."""
+
+
+def visual_prior(name: Prior, grid: tuple[int, ...], table: Sequence[Sequence[float]] | None = None) -> Tensor:
+    """p(v_i) [n_visual] of a picture or a video; every frame weighs the same.
+
+    Parameters
+    ----------
+    name : "uniform", "center", "thirds" or "estimated"
+    grid : (rows, columns) or (frames, rows, columns)
+    table : rows of positive weights, of any size
+        The estimate: it is stretched over the picture.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, or the table is missing or not positive.
+    """
+    *frames, rows, columns = grid
+    if name == "uniform":
+        weights = torch.ones(rows, columns)
+    elif name == "estimated":
+        if table is None or not (estimate := torch.tensor([[*row] for row in table])).gt(0).all():
+            raise InputError("prior=estimated needs prior_table, rows of positive weights")
+        weights = torch.nn.functional.interpolate(
+            estimate.float()[None, None], (rows, columns), mode="bilinear", antialias=True
+        )[0, 0]
+    elif name in CENTERS:
+        y, x = ((torch.arange(n) + 0.5) / n - 0.5 for n in (rows, columns))
+        squares = torch.stack([(y - cy).square()[:, None] + (x - cx).square() for cy, cx in CENTERS[name]])
+        weights = torch.exp(-squares / (2 * SPREAD[name] ** 2)).sum(0)
+    else:
+        raise InputError(f"unknown prior {name!r}: choose uniform, center, thirds or estimated")
+    weights = weights.expand(*frames, rows, columns).flatten()
+    return weights / weights.sum()
