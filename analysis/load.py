@@ -23,8 +23,11 @@ EFFICIENCY = "efficiency"
 COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope")
 """The parts of a config in which two cells of the same name can differ."""
 
-WHERE = ("path", "hub", "revision", "seed")
-"""Keys that say where something comes from, or have a column of their own."""
+WHERE = ("path", "hub", "revision")
+"""Keys that say where something comes from."""
+
+SEEDS = ("pruner.seed", "decoding.seed")
+"""Keys that repeat the cell's seed, which has a column of its own; a dataset's seed makes other questions."""
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -50,7 +53,11 @@ def default_settings(model: str, dataset: str, pruner: str) -> dict[str, Any]:
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """What of a resolved config can change a number, apart from names, budget, seed and number of samples."""
     compared = flat({key: config[key] for key in COMPARED if key in config})
-    return {key: value for key, value in compared.items() if key.split(".")[-1] not in WHERE and ".hub." not in key}
+    return {
+        key: value
+        for key, value in compared.items()
+        if key.split(".")[-1] not in WHERE and ".hub." not in key and key not in SEEDS
+    }
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -60,6 +67,7 @@ def read_record(path: Path) -> dict[str, Any]:
         cell, tokens = record["cell"], record["tokens"] or {}
         used = settings(record["config"])
         default = default_settings(cell["model"], cell["dataset"], cell["pruner"]) or used
+        used = default | used  # a record older than an option was made with its default
         row = {
             "model": cell["model"],
             "dataset": cell["dataset"],
@@ -67,7 +75,7 @@ def read_record(path: Path) -> dict[str, Any]:
             "keep": str(cell["keep"]),
             "seed": cell["seed"],
             "settings": {key.split(".")[-1]: value for key, value in used.items()},
-            "differs": {key.split(".")[-1] for key in {*used, *default} if used.get(key) != default.get(key)},
+            "differs": {key.split(".")[-1] for key in used if used[key] != default.get(key)},
             "config": record["config"],
             "n_samples": record["n_samples"],
             "n_failed": len(record["failed"]),

@@ -11,7 +11,7 @@ from mipruner.errors import InputError
 Prior = Literal["uniform", "center", "thirds", "estimated"]
 
 SPREAD = {"center": 1 / 4, "thirds": 1 / 6}
-"""Standard deviation of a Gaussian in sides of the picture: a corner gets about e^-4 of the highest value."""
+"""Standard deviation of a Gaussian about the nearest centre, in sides of the picture: a corner gets e^-4 of it."""
 
 CENTERS = {"center": [(0.0, 0.0)], "thirds": [(y, x) for y in (-1 / 6, 1 / 6) for x in (-1 / 6, 1 / 6)]}
 """(y, x) from the middle in sides of the picture: the middle, or where the lines of the rule of thirds cross."""
@@ -44,7 +44,7 @@ def visual_prior(name: Prior, grid: tuple[int, ...], table: Sequence[Sequence[fl
     elif name in CENTERS:
         y, x = ((torch.arange(n) + 0.5) / n - 0.5 for n in (rows, columns))
         squares = torch.stack([(y - cy).square()[:, None] + (x - cx).square() for cy, cx in CENTERS[name]])
-        weights = torch.exp(-squares / (2 * SPREAD[name] ** 2)).sum(0)
+        weights = torch.exp(-squares.amin(0) / (2 * SPREAD[name] ** 2))  # of the nearest
     else:
         raise InputError(f"unknown prior {name!r}: choose uniform, center, thirds or estimated")
     weights = weights.expand(*frames, rows, columns).flatten()

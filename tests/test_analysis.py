@@ -254,6 +254,18 @@ def test_an_ablation_never_fills_a_main_table_nor_the_other_way_round(results):
     assert math.isnan(number(results, "table5", **GQA, setting="tau=0.5").ours), "differs in more than tau"
 
 
+def test_a_record_older_than_an_option_was_made_with_its_default(results, monkeypatch):
+    write_record(results, **GQA, pruner="mi", metrics={"accuracy": 57.0})
+    monkeypatch.setattr(load, "default_settings", lambda *names: load.settings(toy_config(support="prompt")))
+    assert number(results, "table1", **GQA, method="mi").ours == 57.0
+    assert load.cells(results).settings[0]["support"] == "prompt"
+
+
+def test_a_seed_of_the_dataset_makes_other_questions():
+    seeds = {"dataset": {"benchmark": {"seed": 1}}, "pruner": {"seed": 2}, "decoding": {"seed": 2}}
+    assert load.settings(seeds) == {"dataset.benchmark.seed": 1}
+
+
 def test_one_token_and_all_tokens_are_different_budgets(results):
     write_record(results, "llava15_7b", "gqa", "mi", "1", {"accuracy": 40.0})
     cells = list(load.cells(results).itertuples())

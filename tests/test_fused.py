@@ -112,3 +112,13 @@ def test_batches_and_tokens_given(batch, lam):
     assert not (picks[..., None] == given[..., None, :]).any()
     with pytest.raises(ValueError, match="cannot pick 85 of 84"):
         mi_picks(visual, text, 85, lam, given=given)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_relevance_from_elsewhere(lam):
+    visual, text = tokens(150, 5, 32)
+    relevance = torch.randn(150, generator=torch.Generator().manual_seed(3))
+    expected = greedy(relevance, pmi.redundancy(visual), 40, lam)
+    assert torch.equal(mi_picks(visual, text, 40, lam, relevance=relevance), expected)
+    batch = mi_picks(visual.expand(2, 150, 32), text.expand(2, 5, 32), 40, lam, relevance=relevance.expand(2, 150))
+    assert torch.equal(batch, expected.expand(2, 40))

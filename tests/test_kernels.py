@@ -11,8 +11,9 @@ import torch
 from test_fused import assert_same_picks, reference, tokens
 
 pytest.importorskip("triton", reason="Triton is not available for this platform")
-from mipruner import kernels
+from mipruner import kernels, pmi
 from mipruner.fused import mi_picks
+from mipruner.selection import greedy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -62,6 +63,14 @@ def test_tokens_given(lam):
     assert torch.equal(picks(visual, text, 20, lam, given=given), reference(visual, text, 20, lam, given=given))
 
 
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_relevance_from_elsewhere(lam):
+    visual, text = tokens(70, 4, 24)
+    relevance = torch.randn(1, 70, generator=torch.Generator().manual_seed(3))
+    expected = greedy(relevance[0], pmi.redundancy(visual), 20, lam)
+    assert torch.equal(picks(visual[None], text[None], 20, lam, relevance=relevance)[0], expected)
+
+
 @pytest.mark.parametrize("shape", [(96, 1, 48), (129, 4, 41)])
 def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape):
     """Whole numbers, so that the interpreter's products are exact too, whatever the order of their sums."""
@@ -108,7 +117,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mipruner import kernels
+from mipruner import kernels, pmi
 
 def compile(kernel, dtype, warps, **constants):
     kinds = {"rows": dtype, "columns": dtype, "picks": "i64", "given": "i64", "tau": "fp32", "lam": "fp32"}

@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mipruner import pmi
 from mipruner.errors import InputError
 from mipruner.features import Features
+from mipruner.models import Prompt, load
+from mipruner.prior import visual_prior
 from mipruner.pruners import (
     PRUNERS,
     AttentionPruner,
@@ -35,7 +39,15 @@ VARIANTS = [
         (0.5, 0.1, "max", "minmax_exact"),
     ]
 ]
-EVERY = [make() for make in PRUNERS.values() if issubclass(make, Pruner)] + VARIANTS
+BEYOND = [
+    MIPruner(0.8, support="vocabulary"),
+    MIPruner(1.0, aggregation="global", support="vocabulary", vocabulary_rows=20),
+    MIPruner(0.5, prior="center"),
+    MIPruner(0.5, aggregation="global", support="vocabulary", prior="thirds"),
+    MIPruner(0.5, prior="estimated", prior_table=[[1, 2, 1], [3, 9, 0.5]]),
+    MIAttentionPruner(0.8, support="vocabulary", prior="center"),
+]
+EVERY = [make() for make in PRUNERS.values() if issubclass(make, Pruner)] + VARIANTS + BEYOND
 BY_TENSOR = ("visual", "text", "attention", "attention_to_self", "hidden", "cls_hidden", "keys", "question", "valid")
 
 every_pruner = pytest.mark.parametrize("pruner", EVERY, ids=repr)
@@ -61,6 +73,7 @@ def sample(name="a", n_visual=N_VISUAL, n_text=5, dtype=torch.float32, seed=0):
         clip_visual=rows(n_visual, 16),
         clip_text=rows(1, 16),
         words=[" What", " color", " is", " the", " sun"][:n_text],
+        vocabulary=torch.randn(60, D, generator=torch.Generator().manual_seed(99)).to(dtype),
         question=torch.ones(n_text, dtype=torch.bool),
         valid=torch.ones(n_visual, dtype=torch.bool),
         sample=name,
@@ -183,6 +196,12 @@ def test_a_method_is_a_value(pruner):
         (lambda: MIPruner(lam=math.nan), "lam=nan"),
         (lambda: MIPruner(tau=0), "tau=0"),
         (lambda: MIAttentionPruner(split=-0.1), "split=-0.1"),
+        (lambda: MIPruner(support="words"), "choose prompt or vocabulary"),
+        (lambda: MIPruner(support="vocabulary", vocabulary_rows=0), "vocabulary_rows=0"),
+        (lambda: MIPruner(support="vocabulary", normalization="minmax")(sample(), 3), "normalization but softmax"),
+        (lambda: MIPruner(prior="golden"), "choose uniform, center, thirds or estimated"),
+        (lambda: MIPruner(prior="estimated"), "needs prior_table"),
+        (lambda: MIPruner(prior="estimated", prior_table=[[1, 0]]), "rows of positive weights"),
         (lambda: MIPruner(aggregation="mean")(sample(), 3), "choose max or global"),
         (lambda: MIPruner(normalization="l1")(sample(), 3), "choose softmax, minmax or minmax_exact"),
     ],
@@ -199,11 +218,35 @@ def test_hyperparameters_out_of_range(make, message):
 def test_mi_is_the_greedy_search_over_pmi(pruner):
     features = sample()
     options = (pruner.tau, pruner.aggregation, pruner.normalization)
-    relevance = pmi.relevance(features.visual, features.text, *options)
-    redundancy = pmi.redundancy(features.visual, *options)
+    prior = partition = None
+    if pruner.prior != "uniform":
+        prior = visual_prior(pruner.prior, features.grid, pruner.prior_table)
+    if pruner.support == "vocabulary":
+        partition = pmi.log_partition(features.visual, features.vocabulary, pruner.tau, pruner.vocabulary_rows)
+    relevance = pmi.relevance(features.visual, features.text, *options, log_partition=partition, prior=prior)
+    redundancy = pmi.redundancy(features.visual, *options, prior=prior)
     for n_keep in (1, 10, 30):
         expected = greedy(relevance, redundancy, n_keep, pruner.lam, aggregation=pruner.aggregation)
         assert pruner(features, n_keep).indices.tolist() == sorted(expected.tolist())
+
+
+def test_only_what_is_asked_for_is_read():
+    assert MIPruner().signals == set()
+    assert MIAttentionPruner().signals == {"attention"}
+    assert MIPruner(support="vocabulary").signals == {"vocabulary"}
+    assert MIAttentionPruner(prior="thirds", support="vocabulary").signals == {"attention", "vocabulary", "grid"}
+
+
+def test_an_adapter_hands_out_the_language_model_s_vocabulary():
+    adapter = load(Path(__file__).parent.parent / "experiments/demo/llava", dtype="float32")
+    picture = Image.new("RGB", (336, 336), (90, 120, 150))
+    visuals = adapter.encode([adapter.pixels(picture)])
+    prompt = Prompt("What color is the sun ?", [picture])
+    features = adapter.read(prompt, visuals, MIPruner(support="vocabulary").signals).features()[0]
+    assert features.vocabulary is adapter.model.get_input_embeddings().weight
+    words = adapter.tokenizer("What color is the sun ?", add_special_tokens=False)["input_ids"]
+    assert torch.equal(features.text, features.vocabulary[words])
+    assert adapter.read(prompt, visuals, MIPruner().signals).features()[0].vocabulary is None
 
 
 def test_mi_reads_the_question():
