@@ -230,12 +230,21 @@ FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
 
 
 def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
-    """The figure of this name; None if nothing of it was measured. Raises ValueError if there is no such figure."""
+    """The figure of this name; None if nothing of it was measured, or one value alone of what it compares.
+
+    Raises
+    ------
+    ValueError
+        If there is no such figure.
+    """
     if name not in FIGURES:
         raise ValueError(f"there is no figure {name!r}: choose from {', '.join(FIGURES)}")
     kind, source = FIGURES[name]
     table = tables.compare(tables.wanted(source), cells)
-    if table.ours.isna().all():
+    there = table.ours.notna() | table.value.notna()
+    table = table[there.groupby([table.method, table.setting]).transform("any")]
+    measured = table[table.ours.notna()]
+    if measured.empty or (kind in (choices, over_setting) and measured.setting.nunique() < 2):
         return None
     with plt.rc_context(STYLE):
         return kind(table, cells) if kind is tradeoff else kind(table)

@@ -73,7 +73,8 @@ def tables_html(cells: pd.DataFrame) -> str:
         done = (compared.n_seeds > 0).sum()
         grid = tables.grid(compared)
         title = f"{html.escape(grid.title)} <span class=small>{done} of {len(compared)} numbers</span>"
-        block = f"<details id={name}{' open' if done else ''}><summary>{title}</summary>{table_html(grid)}</details>"
+        state = " open" if done > len(compared) / 2 else ""
+        block = f"<details id={name}{state}><summary>{title}</summary>{table_html(grid)}</details>"
         (measured if done else printed).append(block)
     return "\n".join([*measured, *printed])
 
