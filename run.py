@@ -9,43 +9,22 @@ import errno
 import os
 import shlex
 import sys
-from functools import lru_cache
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import CompactHydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from analysis.masks import draw_cell
-from experiments.benchmarks.base import Benchmark, BenchmarkError
+from experiments import build
+from experiments.benchmarks.base import BenchmarkError
 from experiments.evaluate import evaluate, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell
 from experiments.tracking import track
 from mipruner.errors import InputError, ModelError
-from mipruner.models import Adapter, load
 from mipruner.pipeline import Pipeline
-
-
-@lru_cache(maxsize=1)
-def load_model(options: str, device: str) -> Adapter:
-    """The adapter of a model config; a sweep over pruners loads its model once."""
-    config = OmegaConf.to_container(OmegaConf.create(options))
-    config.pop("name")
-    local = ROOT / config["path"]
-    if local.is_dir():
-        config["path"] = local
-    return load(device=device, **config)
-
-
-@lru_cache(maxsize=1)
-def load_benchmark(options: str) -> Benchmark:
-    try:
-        return instantiate(OmegaConf.create(options))
-    except InstantiationException as error:
-        raise BenchmarkError(str(error.__cause__ or error)) from error
 
 
 def differs(overrides: list[str]) -> str:
@@ -60,33 +39,16 @@ def differs(overrides: list[str]) -> str:
     return ",".join(shown)
 
 
-def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
-
-    These are the budget of a pruner that keeps everything, and the seed where nothing is drawn.
-    """
-    config = OmegaConf.to_container(cfg, resolve=True)
-    if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
-        config["seed"] = config["decoding"]["seed"] = 0
-    if config["pruner"]["name"] == "none":
-        config["keep"] = 1.0
-    return config
-
-
 def run_cell(config: dict[str, Any], name: str = "") -> dict[str, Any]:
     """Run or resume one cell; returns its record."""
     cell = Cell(config, name)
     if cell.is_done and not config["overwrite"]:
         print(f"finished before: {cell.path} (overwrite=true runs it again)")
         return cell.record()
-    device = config["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    benchmark = load_benchmark(OmegaConf.to_yaml(config["dataset"]["benchmark"]))
+    benchmark = build.benchmark(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
-    adapter = load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), device)
-    pruner = instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
-    pipeline = Pipeline(adapter, pruner, config["keep"], instantiate(config["decoding"]))
+    decoding = instantiate(config["decoding"])
+    pipeline = Pipeline(build.model(config), build.pruner(config), config["keep"], decoding)
     cell.open(config["overwrite"])
     with track(config["logger"], cell) as report:
         record = evaluate(cell, pipeline, benchmark, samples, command=shlex.join(["python", *sys.argv]))
@@ -122,7 +84,7 @@ def show(record: dict[str, Any], path: str) -> str:
 @hydra.main(version_base=None, config_path=str(ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
-        config = resolve(cfg)
+        config = build.resolve(cfg)
         name = differs(list(HydraConfig.get().overrides.task))
         record = run_cell(config, name)
         print(show(record, str(Cell(config, name).path)))

@@ -24,6 +24,8 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments import build
+
 DIM = 0.82
 """How far a dropped patch fades to white."""
 RIGHT, WRONG = "#0072B2", "#D55E00"
@@ -136,11 +138,9 @@ def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str],
     tau and the normalization are the cell's where its pruner has them, else the paper's.
     """
     import torch
-    from omegaconf import OmegaConf
 
     from mipruner.models import Prompt
     from mipruner.pmi import cross_pmi
-    from run import load_model
 
     (question,) = (one for one in benchmark.samples() if one.id == sample)
     prompt = Prompt(
@@ -148,7 +148,7 @@ def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str],
         images=benchmark.images(question.image_id),
         query=question.question if config["text_scope"] == "question" else None,
     )
-    adapter = load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), "cpu")
+    adapter = build.model(config | {"device": "cpu"})
     with torch.inference_mode():
         visuals = adapter.encode([adapter.pixels(image) for image in prompt.images])
         features = adapter.read(prompt, visuals, {"words"}).features()[0]
@@ -243,8 +243,6 @@ def draw_cell(path: Path, benchmark, n_samples: int) -> None:
 
 
 def main() -> None:
-    from hydra.utils import instantiate
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="+", type=Path)
     parser.add_argument("--samples", type=int, default=4, help="how many")
@@ -255,7 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("masks.png"))
     args = parser.parse_args()
     record, rows = read_cell(args.cells[0])
-    benchmark = instantiate(record["config"]["dataset"]["benchmark"])
+    benchmark = build.benchmark(record["config"])
     samples = args.ids or choose(list(rows.values()), args.samples)
     if args.heat:
         draw_heat(args.cells[0], benchmark, samples, args.words, args.out)

@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from analysis import figures, load, masks, tables
+from experiments import build
 
 PICTURE_WIDTH = 448
 """Pictures wider than this are embedded smaller, in pixels."""
@@ -134,7 +135,7 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
             paths = every | {cell.method: cell.path for cell in order}
             answered = {method: masks.read_cell(path)[1] for method, path in paths.items()}
             for sample in disagreements({m: rows for m, rows in answered.items() if m != "none"}, n_samples):
-                benchmark = benchmark or load_benchmark(group.iloc[0].config)
+                benchmark = benchmark or build.benchmark(group.iloc[0].config)
                 rows = {method: rows[sample] for method, rows in answered.items() if sample in rows}
                 picture = benchmark.images(next(iter(rows.values()))["image_id"])[0]
                 yield Case(model, dataset, keep, picture.convert("RGB"), rows)
@@ -152,12 +153,6 @@ def disagreements(answered: dict[str, dict[str, dict[str, Any]]], n_samples: int
         spread[sample] = scores.var(ddof=0)
     ranked = sorted((sample for sample in spread if spread[sample] > 0), key=lambda sample: -spread[sample])
     return masks.choose([first[sample] for sample in ranked[: 8 * n_samples]], n_samples)
-
-
-def load_benchmark(config: dict[str, Any]):
-    from hydra.utils import instantiate
-
-    return instantiate(config["dataset"]["benchmark"])
 
 
 def mask_path(box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> str:

@@ -25,6 +25,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,17 +35,16 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from experiments import results
+from experiments import build, results
 from experiments.estimate import Decoder, architecture, estimate, vision_flops
 from experiments.results import ROOT
 from mipruner.decoding import Decoding
 from mipruner.engine import Engine
 from mipruner.errors import InputError, ModelError
-from mipruner.models import FAMILIES, Adapter, Prompt, load
+from mipruner.models import FAMILIES, Adapter, Prompt
 from mipruner.models.base import Visual, collate
 from mipruner.pipeline import Pipeline, VisionCache
 from mipruner.pruners import DecoderPruner, Pruner
@@ -245,17 +245,12 @@ def read_config(overrides: list[str]) -> dict[str, Any]:
 
 def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
     """The model, and the prompt that is answered, with its picture already processed."""
-    device = config["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = dict(config["model"])
-    name = options.pop("name")
     if config["weights"] == "random":
-        adapter = random_model(name, options["dtype"], device, options["attn_implementation"])
+        options = config["model"]
+        adapter = random_model(options["name"], options["dtype"], build.device(config), options["attn_implementation"])
     else:
-        local = ROOT / options["path"]
-        adapter = load(**options | {"path": local if local.is_dir() else options["path"]}, device=device)
-    benchmark = instantiate(config["dataset"]["benchmark"])
+        adapter = copy(build.model(config))
+    benchmark = build.benchmark(config)
     sample = benchmark.samples()[0]
     images = benchmark.images(sample.image_id)
     if config["picture"] is not None:
@@ -288,8 +283,7 @@ def subjects(
     found, left_out = [], []
     for method in config["methods"]:
         name, *changes = method.split()
-        options = read_config([*overrides, f"pruner={name}", *(f"pruner.{change}" for change in changes)])["pruner"]
-        pruner = instantiate({key: value for key, value in options.items() if key != "name"})
+        pruner = build.pruner(read_config([*overrides, f"pruner={name}", *(f"pruner.{c}" for c in changes)]))
         budgets = [1.0] if name == "none" else config["keeps"]
         for keep in budgets:
             answer = Pipeline(adapter, pruner, keep, decoding)([prompt])[0]

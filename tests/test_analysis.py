@@ -564,7 +564,7 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
         def images(self, image_id):
             return [Image.new("RGB", (60, 40), "red")]
 
-    monkeypatch.setattr(report, "load_benchmark", lambda config: Pictures())
+    monkeypatch.setattr(report.build, "benchmark", lambda config: Pictures())
     text = report.page(load.cells(results), 3)
     page = Page(text)
     assert text.count("<article") == 1 and "sample 0<" in text, "only on the first question do methods disagree"
@@ -580,7 +580,8 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Cells that run.py really ran, on the three scenes of about twelve questions."""
-    from run import differs, resolve, run_cell
+    from experiments.build import resolve
+    from run import differs, run_cell
 
     root = tmp_path_factory.mktemp("demo")
     for words in (["pruner=none"], ["pruner=mi", "keep=8"], ["pruner=random", "keep=8"], ["keep=8", "pruner.tau=0.5"]):
@@ -605,7 +606,7 @@ def test_real_records_are_read_with_what_differs_from_conf(demo, real_defaults):
 def test_pictures_of_real_records(demo, real_defaults, tmp_path):
     cells = load.cells(demo)
     paths = list(cells[cells.method != "none"].path)
-    benchmark = report.load_benchmark(cells.iloc[0].config)
+    benchmark = report.build.benchmark(cells.iloc[0].config)
     sample = masks.choose(list(masks.read_cell(paths[0])[1].values()), 1)
     masks.draw(paths, benchmark, sample, tmp_path / "masks.png")
     masks.draw_dialogue(paths, benchmark, sample[0], tmp_path / "dialogue.png")
@@ -621,7 +622,7 @@ def test_the_word_pulls_the_patches_of_what_it_names(demo, real_defaults):
     """The demo model was trained to this, so the heat map must show it: the noun's PMI peaks on the object."""
     cells = load.cells(demo)
     cell = cells[cells.method == "mi"].iloc[0]
-    benchmark = report.load_benchmark(cell.config)
+    benchmark = report.build.benchmark(cell.config)
     hits = []
     for row in masks.read_cell(cell.path)[1].values():
         objects = {o.noun: o.box for o in benchmark.scene(int(row["image_id"])).objects}

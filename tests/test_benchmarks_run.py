@@ -20,6 +20,7 @@ from transformers import (
 
 import run
 from clips import write_set, write_video
+from experiments import build
 from experiments.benchmarks.base import BenchmarkError
 from experiments.results import ROOT, Cell, cell_id
 from loopback import content, server
@@ -45,7 +46,7 @@ def environment(tmp_path, monkeypatch):
 def config(tmp_path: Path, dataset: str, path: Path, *overrides: str) -> dict:
     common = [f"results={tmp_path / 'results'}", "device=cpu", "n_masks=0", "decoding.max_new_tokens=4"]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return run.resolve(compose("config", [f"dataset={dataset}", f"dataset.path={path}", *common, *overrides]))
+        return build.resolve(compose("config", [f"dataset={dataset}", f"dataset.path={path}", *common, *overrides]))
 
 
 @pytest.mark.parametrize("dataset", CASES)
@@ -191,6 +192,6 @@ def test_a_video_set_needs_a_model_that_takes_videos(tmp_path):
     ],
 )
 def test_options_that_do_not_fit_end_before_the_model_is_loaded(tmp_path, monkeypatch, dataset, overrides, message):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(build, "model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(BenchmarkError, match=message):
         run.run_cell(config(tmp_path, dataset, SCHEMAS / f"{dataset}_test.parquet", *overrides))

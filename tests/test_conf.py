@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 
-import run
+from experiments import build
 from experiments.results import ROOT
 from mipruner.models import load
 from mipruner.pruners import PRUNERS
@@ -20,7 +20,7 @@ def words(group):
 
 def resolved(*overrides):
     with initialize_config_dir(str(CONF), version_base=None):
-        return run.resolve(compose("config", list(overrides)))
+        return build.resolve(compose("config", list(overrides)))
 
 
 @pytest.mark.parametrize("word", words("model"))

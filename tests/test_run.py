@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import run
+from experiments import build
 from experiments.evaluate import by_length, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
 from mipruner.errors import InputError, ModelError
@@ -33,7 +34,7 @@ def config(tmp_path, *overrides, **toy):
             "config",
             [f"results={tmp_path}", f"model.path={MODEL}", "n_masks=0", "batch_size=4", "keep=4", *overrides],
         )
-    resolved = run.resolve(cfg)
+    resolved = build.resolve(cfg)
     resolved["dataset"] = {"name": "toy", "lam": 0.5, "max_new_tokens": 3, "benchmark": {"_target_": "toy.Toy", **toy}}
     resolved["decoding"]["max_new_tokens"] = 3
     return resolved
@@ -263,7 +264,7 @@ def test_more_tokens_than_exist(tmp_path):
 
 def test_nan_features(tmp_path):
     settings = config(tmp_path)
-    adapter = run.load_model(run.OmegaConf.to_yaml(settings["model"] | {"positions": "repack"}), "cpu")
+    adapter = build.model(settings)
     bias = adapter.model.model.multi_modal_projector.linear_2.bias
     kept = bias.data.clone()
     try:
