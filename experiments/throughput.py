@@ -1,0 +1,117 @@
+"""Questions per second of an evaluation, against the loop that most scripts are: one sample after the other, nothing
+pruned, transformers' own `generate`.
+
+    python -m experiments.throughput                                    the demo, MI-Pruner at 16 tokens
+    python -m experiments.throughput model=llava15_7b dataset=pope keep=64 batch_size=64 limit=2000
+
+Overrides are those of run.py. The same samples run in batches of ``batch_size`` and of one, which must give the same
+answers; the plain loop runs on `N_PLAIN` of them. The last line printed is the result as JSON.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+import run
+from experiments import results
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
+from experiments.efficiency import generate_engine, machine
+from experiments.evaluate import subset
+from experiments.results import ROOT, Cell
+from mipruner.decoding import Decoding
+from mipruner.errors import InputError, ModelError
+from mipruner.models import Adapter, Prompt, Video
+from mipruner.pruners import NoPruner
+
+N_PLAIN = 40
+
+TABLE1_QUESTIONS, TABLE1_PASSES = 30_927, 23
+"""Of experiment=table1, which is all on llava15_7b: 22 pruned passes and a full one."""
+
+
+def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample], max_new_tokens: int) -> float:
+    """Seconds a question."""
+    decoding, clock = Decoding(max_new_tokens=max_new_tokens), lambda stage: nullcontext()
+
+    def answer(sample: Sample) -> None:
+        pictures = benchmark.images(sample.image_id)
+        prompt = Prompt(sample.text, [Video(pictures)] if benchmark.is_video else pictures, sample=sample.id)
+        generate_engine(adapter, NoPruner(), 1.0, decoding, prompt)(clock)
+
+    answer(samples[0])  # what happens once does not count
+    start = time.perf_counter()
+    for sample in samples:
+        answer(sample)
+    return (time.perf_counter() - start) / len(samples)
+
+
+def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, dict[str, str]]:
+    """Seconds a question of run.py, and the answers by sample."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config | {"results": folder, "batch_size": batch_size, "n_masks": 0}
+        start = time.perf_counter()
+        record = run.run_cell(config)
+        seconds = time.perf_counter() - start
+        return seconds / record["n_samples"], {row["id"]: row["prediction"] for row in Cell(config).rows()}
+
+
+def measure(overrides: list[str]) -> dict[str, Any]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = run.resolve(compose("config", overrides))
+    device = "cuda" if config["device"] == "auto" and torch.cuda.is_available() else config["device"]
+    config["device"] = "cpu" if device == "auto" else device
+    benchmark = run.load_benchmark(OmegaConf.to_yaml(config["dataset"]["benchmark"]))
+    adapter = run.load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), config["device"])
+    samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
+    chosen = samples[:: max(1, len(samples) // N_PLAIN)][:N_PLAIN]
+    plain = plain_loop(adapter, benchmark, chosen, config["decoding"]["max_new_tokens"])
+    single, answers = evaluation(config, 1)
+    batched, same = evaluation(config, config["batch_size"])
+    is_table1 = config["model"]["name"] == "llava15_7b"
+    return {
+        "command": shlex.join(["python", "-m", "experiments.throughput", *overrides]),
+        "git_commit": results.git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": results.versions(),
+        "machine": machine(adapter.device),
+        **{group: config[group]["name"] for group in ("model", "dataset", "pruner")},
+        "keep": config["keep"],
+        "batch_size": config["batch_size"],
+        "n_samples": len(samples),
+        "n_plain": len(chosen),
+        "questions_per_s": {"plain": 1 / plain, "batches_of_1": 1 / single, "batches": 1 / batched},
+        "times_plain": {"batches_of_1": plain / single, "batches": plain / batched},
+        "answers_that_differ": sorted(name for name in answers if answers[name] != same[name]),
+        "table1_hours": TABLE1_QUESTIONS * TABLE1_PASSES * batched / 3600 if is_table1 else None,
+    }
+
+
+def main(overrides: list[str]) -> None:
+    out = [word.removeprefix("out=") for word in overrides if word.startswith("out=")]
+    record = measure([word for word in overrides if not word.startswith("out=")])
+    for way, rate in record["questions_per_s"].items():
+        print(f"{way:<14}{rate:9.2f} questions a second{rate / record['questions_per_s']['plain']:9.2f} x")
+    differ = record["answers_that_differ"]
+    print(f"{len(differ)} of {record['n_samples']} answers differ between batches of 1 and {record['batch_size']}")
+    for path in out:
+        results.write_atomic(Path(path), json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, ModelError, BenchmarkError, HydraException) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,19 @@
+"""The throughput run: the same answers however they are batched, and faster than one unpruned `generate` a sample."""
+
+import json
+
+import pytest
+
+from experiments import throughput
+
+
+def test_batches_give_the_answers_of_single_samples_and_more_a_second(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "N_PLAIN", 2)
+    throughput.main(["limit=12", "device=cpu", f"out={tmp_path}/record.json"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    assert record["answers_that_differ"] == []
+    assert record["n_samples"] >= 12 and record["n_plain"] == 2 and record["table1_hours"] is None
+    rates = record["questions_per_s"]
+    assert rates["plain"] < rates["batches"]
+    assert record["times_plain"]["batches"] * rates["plain"] == pytest.approx(rates["batches"])
