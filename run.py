@@ -3,6 +3,7 @@
 python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo
 python run.py model=qwen3vl_8b dataset=pope keep=0.25
 python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep
+torchrun --nproc-per-node 4 run.py model=llava_7b          # on four GPUs
 """
 
 import errno
@@ -21,6 +22,7 @@ from analysis.masks import draw_cell
 from experiments import build
 from experiments.benchmarks.base import BenchmarkError
 from experiments.evaluate import evaluate, subset
+from experiments.ranks import ALONE, Ranks
 from experiments.results import NOT_IDENTITY, ROOT, Cell
 from experiments.tracking import track
 from mipruner.errors import InputError, ModelError
@@ -39,19 +41,25 @@ def differs(overrides: list[str]) -> str:
     return ",".join(shown)
 
 
-def run_cell(config: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """Run or resume one cell; returns its record."""
+def run_cell(config: dict[str, Any], name: str = "", ranks: Ranks = ALONE) -> dict[str, Any] | None:
+    """Run or resume one cell; returns its record, None for ranks but the first."""
+    ranks.wait()
     cell = Cell(config, name)
     if cell.is_done and not config["overwrite"]:
+        if ranks.rank > 0:
+            return None
         print(f"finished before: {cell.path} (overwrite=true runs it again)")
         return cell.record()
     benchmark = build.benchmark(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     decoding = instantiate(config["decoding"])
     pipeline = Pipeline(build.model(config), build.pruner(config), config["keep"], decoding)
+    command = shlex.join(["python", *sys.argv])
+    if ranks.rank > 0:
+        return evaluate(cell, pipeline, benchmark, samples, command, ranks)
     cell.open(config["overwrite"])
     with track(config["logger"], cell) as report:
-        record = evaluate(cell, pipeline, benchmark, samples, command=shlex.join(["python", *sys.argv]))
+        record = evaluate(cell, pipeline, benchmark, samples, command, ranks)
         if config["n_masks"]:
             draw_cell(cell.path, benchmark, config["n_masks"])
         report(record)
@@ -86,8 +94,9 @@ def main(cfg: DictConfig) -> None:
     try:
         config = build.resolve(cfg)
         name = differs(list(HydraConfig.get().overrides.task))
-        record = run_cell(config, name)
-        print(show(record, str(Cell(config, name).path)))
+        record = run_cell(config, name, Ranks.join())
+        if record is not None:
+            print(show(record, str(Cell(config, name).path)))
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
     except OSError as error:

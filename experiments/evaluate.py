@@ -2,7 +2,8 @@
 
 Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
 the same batches, and ends in the same record, as one that never was. While the model answers one batch, a thread loads
-and processes the pictures of the next.
+and processes the pictures of the next. Several processes share out those same batches, so that their record is the
+single process's; how many there are may change from one start to the next.
 """
 
 import random
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from experiments import results
 from experiments.benchmarks.base import Benchmark, Sample, SampleError
+from experiments.ranks import Ranks
 from experiments.results import Cell
 from mipruner.errors import InputError
 from mipruner.models import Prompt, Video
@@ -143,17 +145,18 @@ def answer_batch(
     return rows
 
 
-def evaluate(
-    cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str
-) -> dict[str, Any]:
-    """Answer what is not answered yet, score everything, write and return the record."""
-    batch_size, samples = cell.config["batch_size"], by_length(samples)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    rows = cell.rows()
-    rows = rows[: len(samples) if len(rows) >= len(samples) else len(rows) // batch_size * batch_size]
-    cell.keep_rows(rows)
-    bar = tqdm(total=len(samples), initial=len(rows), unit="q", desc=_words(cell), disable=None, file=sys.stderr)
-    batches = [samples[start : start + batch_size] for start in range(len(rows), len(samples), batch_size)]
+def answer_rest(cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks) -> None:
+    """Write this process's share of what is not answered yet."""
+    if ranks.rank == 0:
+        cell.keep_rows(cell.rows())
+    ranks.wait()
+    done = {row["id"] for row in cell.rows()}
+    ranks.wait()
+    batch_size = cell.config["batch_size"]
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    batches = ranks.share([batch for batch in batches if not done.issuperset(sample.id for sample in batch)])
+    n_samples, quiet = sum(map(len, batches)), ranks.rank > 0 or None
+    bar = tqdm(total=n_samples, unit="q", desc=_words(cell), disable=quiet, file=sys.stderr)
     pictures = Pictures(benchmark, pipeline)
     with bar, ThreadPoolExecutor(1) as ahead:
         loading = ahead.submit(pictures.load, batches[0] if batches else [])
@@ -161,10 +164,22 @@ def evaluate(
             images, errors = loading.result()
             loading = ahead.submit(pictures.load, following)
             new = answer_batch(pipeline, batch, images, errors, cell.config["text_scope"])
-            cell.append(new)
-            rows += new
+            cell.append(new, ranks.rank)
             bar.update(len(new))
 
+
+def evaluate(
+    cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str, ranks: Ranks
+) -> dict[str, Any] | None:
+    """Answer what is not answered yet, score everything, write and return the record; None for ranks but the first."""
+    samples = by_length(samples)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    answer_rest(cell, pipeline, benchmark, samples, ranks)
+    peak_memory_gib = ranks.largest(results.peak_memory_gib(pipeline.adapter.device))
+    if ranks.rank > 0:
+        return None
+    answered = {row["id"]: row for row in cell.rows()}
+    rows = [answered[sample.id] for sample in samples]
     predictions = [row["prediction"] for row in rows]
     scores = benchmark.score(samples, predictions)
     for row, score in zip(rows, scores, strict=True):
@@ -178,7 +193,7 @@ def evaluate(
         "command": command,
         "git_commit": results.git_commit(),
         "versions": results.versions(),
-        "device": results.device_name(pipeline.adapter.device),
+        "device": (f"{ranks.n} x " if ranks.n > 1 else "") + results.device_name(pipeline.adapter.device),
         "started": started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "n_samples": len(samples),
@@ -187,8 +202,8 @@ def evaluate(
         "standard_errors": benchmark.standard_errors(samples, scores),
         "provenance": benchmark.provenance(),
         **_means([row for row in rows if "error" not in row]),
-        "batch_size": batch_size,
-        "peak_memory_gib": round(results.peak_memory_gib(pipeline.adapter.device), 3),
+        "batch_size": cell.config["batch_size"],
+        "peak_memory_gib": round(peak_memory_gib, 3),
     }
     cell.finish(record)
     return record

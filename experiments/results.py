@@ -3,6 +3,7 @@
     results/<model>/<dataset>/<pruner>/keep=<keep>[,<what differs>]-<id>/
         config.yaml     the resolved config
         samples.jsonl   one line a sample, appended as it is answered
+        samples.1.jsonl those of further processes, ..., until they are merged into the first
         record.json     the record below; its presence means that the cell is finished
         masks.png       what was kept, for a few samples
 
@@ -17,7 +18,7 @@ config            the resolved config
 command           str, the command that made it
 git_commit        str, with "+" appended when the tree had changes; null outside a repository
 versions          {python, torch, transformers, ...}
-device            str
+device            str, "4 x ..." if that many processes shared the samples
 started, finished str, ISO 8601
 n_samples         int, the denominator of every metric
 failed            [{id, error}], samples that could not be run; they count as wrong
@@ -153,22 +154,28 @@ class Cell:
         return json.loads((self.path / "record.json").read_text())
 
     def rows(self) -> list[dict[str, Any]]:
-        """The samples answered so far. A last line that a kill cut short is not counted."""
-        path = self.path / "samples.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        """The samples answered so far, by any process. A last line that a kill cut short is not counted."""
+        lines = [line for path in (self._part(0), *self._parts()) if path.exists() for line in path.open()]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the samples on disk."""
-        write_atomic(self.path / "samples.jsonl", "".join(map(_line, rows)))
+        """Replace the samples on disk, those of all processes."""
+        write_atomic(self._part(0), "".join(map(_line, rows)))
+        for path in self._parts():
+            path.unlink()
 
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add answered samples; on disk when this returns."""
-        with open(self.path / "samples.jsonl", "a") as file:
+    def append(self, rows: Iterable[dict[str, Any]], part: int = 0) -> None:
+        """Add samples answered by process number ``part``; on disk when this returns."""
+        with open(self._part(part), "a") as file:
             file.write("".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())
+
+    def _part(self, part: int) -> Path:
+        return self.path / (f"samples.{part}.jsonl" if part else "samples.jsonl")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.glob("samples.*.jsonl"))
 
     def finish(self, record: dict[str, Any]) -> None:
         write_atomic(self.path / "record.json", json.dumps(record, indent=1) + "\n")

@@ -279,12 +279,12 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     settings = config(tmp_path)
     append, calls = Cell.append, []
 
-    def full(self, rows):
+    def full(self, rows, part=0):
         calls.append(1)
         if len(calls) == 2:
             (self.path / "samples.jsonl").open("a").write('{"id": "half a li')
             raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "samples.jsonl"))
-        append(self, rows)
+        append(self, rows, part)
 
     monkeypatch.setattr(Cell, "append", full)
     with pytest.raises(OSError, match="No space left"):
