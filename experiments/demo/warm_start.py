@@ -1,0 +1,106 @@
+"""Start the Qwen3-VL-shaped model from the LLaVA-shaped one, so that two CPU cores can train it.
+
+What the two share is copied. Where they differ, the copy is made to start out close to the original:
+
+- a still picture fills two frames, so each gets half of the patch convolution;
+- CLIP's layer norm before its blocks goes into patch and position weights: centring and gain exactly, the division by
+  the token's own spread as its mean over tokens;
+- Qwen's vision turns queries and keys by position, CLIP's does not: within each head their basis is turned so that the
+  strongest directions lie where positions turn them least (orthogonal, so attention before that turn is unchanged);
+- Qwen's decoder normalises queries and keys: the gain becomes the size that the original's have on average.
+
+Merger and deepstack have no counterpart and stay random.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from experiments.demo.families import Llava
+from mipruner.models.base import captured
+
+
+@torch.no_grad()
+def warm_start(student: PreTrainedModel, teacher: PreTrainedModel, pixels: Tensor, ids: Tensor) -> None:
+    """Overwrite the student's weights. The vocabulary of the teacher must be the start of the student's.
+
+    Parameters
+    ----------
+    student : Qwen3VLForConditionalGeneration
+    teacher : LlavaForConditionalGeneration
+        Of the same widths, heads and layers but for CLIP's last, whose output LLaVA does not read.
+    pixels : Tensor [B, 3, height, width]
+        Normalised pictures to measure sizes and directions on.
+    ids : Tensor [B, n_ids]
+        Their turns.
+    """
+    eyes, decoder = teacher.model.vision_tower, teacher.model.language_model
+    family = Llava(teacher)
+    projections = {
+        f"{name} {index} {side}": layer.self_attn.get_submodule(f"{side}_proj")
+        for name, layers in (("vision", eyes.encoder.layers), ("decoder", decoder.layers))
+        for index, layer in enumerate(layers)
+        for side in "qk"
+    }
+    with captured(*projections.values()) as calls:
+        visual = family.see(pixels)
+        every = torch.arange(visual.tokens.shape[1], device=ids.device).expand(len(ids), -1)
+        family.read(visual, every, ids)
+    outputs = {name: call.output for name, call in zip(projections, calls, strict=True)}
+
+    copy_patches(student.model.visual, eyes, pixels)
+    for index, (block, layer) in enumerate(zip(student.model.visual.blocks, eyes.encoder.layers, strict=False)):
+        queries, keys = (outputs[f"vision {index} {side}"][:, 1:] for side in "qk")
+        turn = slow_basis(queries, keys, block.attn.num_heads)
+        attention = layer.self_attn
+        turned = [turn @ proj.weight for proj in (attention.q_proj, attention.k_proj)]
+        turned_bias = [turn @ proj.bias for proj in (attention.q_proj, attention.k_proj)]
+        block.attn.qkv.weight.copy_(torch.cat([*turned, attention.v_proj.weight]))
+        block.attn.qkv.bias.copy_(torch.cat([*turned_bias, attention.v_proj.bias]))
+        block.attn.proj.load_state_dict(attention.out_proj.state_dict())
+        block.norm1.load_state_dict(layer.layer_norm1.state_dict())
+        block.norm2.load_state_dict(layer.layer_norm2.state_dict())
+        block.mlp.linear_fc1.load_state_dict(layer.mlp.fc1.state_dict())
+        block.mlp.linear_fc2.load_state_dict(layer.mlp.fc2.state_dict())
+
+    words = decoder.get_input_embeddings().weight
+    embeddings = student.get_input_embeddings().weight
+    embeddings.copy_(words.mean(0).expand_as(embeddings))
+    embeddings[: len(words)] = words
+    source = decoder.state_dict()
+    for name, parameter in student.model.language_model.named_parameters():
+        if name in source and parameter is not embeddings:
+            parameter.copy_(source[name])
+    for index, layer in enumerate(student.model.language_model.layers):
+        for side, norm in (("q", layer.self_attn.q_norm), ("k", layer.self_attn.k_norm)):
+            heads = outputs[f"decoder {index} {side}"].unflatten(-1, (-1, norm.weight.numel()))
+            norm.weight.fill_(heads.pow(2).mean(-1).sqrt().mean())
+
+
+def copy_patches(vision: nn.Module, eyes: nn.Module, pixels: Tensor) -> None:
+    """Patch and position embeddings with CLIP's first layer norm folded in."""
+    norm, kernel = eyes.pre_layrnorm, eyes.embeddings.patch_embedding.weight
+    positions = eyes.embeddings.position_embedding.weight[1:]
+    tokens = eyes.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + positions
+    gain = norm.weight * (tokens.var(-1, unbiased=False) + norm.eps).rsqrt().mean()
+    folded = (kernel - kernel.mean(0)) * gain[:, None, None, None]
+    frames = vision.patch_embed.proj.weight.shape[2]
+    vision.patch_embed.proj.weight.copy_(folded[:, :, None].expand(-1, -1, frames, -1, -1) / frames)
+    vision.patch_embed.proj.bias.copy_(norm.bias)
+    vision.pos_embed.weight.copy_((positions - positions.mean(-1, keepdim=True)) * gain)
+
+
+def slow_basis(queries: Tensor, keys: Tensor, n_heads: int) -> Tensor:
+    """Block-diagonal orthogonal matrix [d, d] that puts each head's strongest directions into the slowest rotary pairs.
+
+    Queries and keys [.., d]. Half of a head's pairs turn with the row and half with the column, dimension i with
+    i + head size / 2; within each half later pairs turn slower.
+    """
+    both = torch.cat([queries.flatten(0, -2), keys.flatten(0, -2)]).unflatten(-1, (n_heads, -1))
+    size = both.shape[-1]
+    _, directions = torch.linalg.eigh(torch.einsum("nhi,nhj->hij", both, both))  # weakest first
+    pairs = [axis * size // 4 + rank for rank in range(size // 4) for axis in (0, 1)]  # fastest first
+    slots = [dimension for pair in pairs for dimension in (pair, pair + size // 2)]
+    turns = torch.zeros_like(directions)
+    turns[:, slots] = directions.transpose(1, 2)
+    return torch.block_diag(*turns)
