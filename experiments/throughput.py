@@ -19,13 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 import run
-from experiments import results
+from experiments import build, results
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
 from experiments.efficiency import generate_engine, machine
 from experiments.evaluate import subset
@@ -69,11 +67,8 @@ def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, dict[str
 
 def measure(overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = run.resolve(compose("config", overrides))
-    device = "cuda" if config["device"] == "auto" and torch.cuda.is_available() else config["device"]
-    config["device"] = "cpu" if device == "auto" else device
-    benchmark = run.load_benchmark(OmegaConf.to_yaml(config["dataset"]["benchmark"]))
-    adapter = run.load_model(OmegaConf.to_yaml(config["model"] | {"positions": config["positions"]}), config["device"])
+        config = build.resolve(compose("config", overrides))
+    benchmark, adapter = build.benchmark(config), build.model(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     chosen = samples[:: max(1, len(samples) // N_PLAIN)][:N_PLAIN]
     plain = plain_loop(adapter, benchmark, chosen, config["decoding"]["max_new_tokens"])
