@@ -136,8 +136,10 @@ def answer_batch(
                 "grids": answer.grids,
                 "boxes": answer.boxes,
                 "kept": [selection.indices.tolist() for selection in answer.selections],
+                "n_keep": answer.n_keep,
                 "per_layer": answer.visual_tokens_per_layer,
                 "latency_ms": latency_ms,
+                "notes": answer.notes,
             }
         else:
             row["error"] = errors[sample.image_id]
@@ -212,18 +214,19 @@ def evaluate(
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Tokens and latency of the samples that ran, averaged."""
     if not rows:
-        return {"tokens": None, "latency_ms": None}
+        return {"tokens": None, "latency_ms": None, "notes": {}}
     per_layer = [fmean(counts) for counts in zip(*(row["per_layer"] for row in rows), strict=True)]
     stages = ("vision", "scoring", "prefill", "decode")
     latency_ms = {stage: round(fmean(row["latency_ms"].get(stage, 0.0) for row in rows), 3) for stage in stages}
     return {
         "tokens": {
             "visual": fmean(row["n_visual"] for row in rows),
-            "kept": fmean(sum(map(len, row["kept"])) for row in rows),
+            "kept": fmean(row["n_keep"] for row in rows),
             "per_layer": per_layer,
             "layer_mean": fmean(per_layer),
         },
         "latency_ms": latency_ms | {"total": round(sum(latency_ms.values()), 3)},
+        "notes": dict(sorted({item for row in rows for item in row["notes"].items()})),
     }
 
 

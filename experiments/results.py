@@ -28,6 +28,7 @@ provenance        {}, what else the benchmark says of how its numbers came about
 tokens            {visual, kept, per_layer, layer_mean}: means over samples: visual tokens before pruning, the nominal
                   budget, visual tokens entering each LLM layer, and the mean of that over layers
 latency_ms        {vision, scoring, prefill, decode, total}: mean per sample, as measured in the run's batches
+notes             {}, how the method ran where that depends on the model (CDPruner: relevance clip or projection)
 batch_size        int
 peak_memory_gib   float: of the GPU, or of the process on a CPU
 
@@ -35,7 +36,8 @@ samples.jsonl
 -------------
 id, image_id, task, question, answer, prediction (null if failed), correct (0..1; null until a judge has spoken),
 n_visual, grids ([rows, columns] per picture), boxes ([left, top, right, bottom] of the picture that the grid covers),
-kept (indices per picture), per_layer, latency_ms, error (if failed)
+n_keep (nominal budget), kept (indices per picture, up to the last layer), per_layer, latency_ms, notes,
+error (if failed)
 """
 
 import hashlib

@@ -213,6 +213,7 @@ class Engine:
             tokens=new,
             selections=[Selection(kept.cpu())],
             n_visual=[self.n_visual],
+            n_keep=self.n_keep,
             grids=[self.picture.grid],
             boxes=[self.adapter.box(prompt.images[0].size)],
             visual_tokens_per_layer=[self.n_keep] * self.adapter.n_layers,

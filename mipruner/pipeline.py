@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,21 +30,27 @@ class Answer:
         What was kept of each picture, on the CPU; up to the last layer, of a method that prunes inside the decoder.
     n_visual : list of int
         Visual tokens of each picture before pruning.
+    n_keep : int
+        The nominal budget of the prompt.
     grids : list of (rows, columns) or (frames, rows, columns), or None
         See `Visual.grid`.
     boxes : list of (left, top, right, bottom)
         The part of each picture that its grid covers, in pixels; beyond the picture where it was padded.
     visual_tokens_per_layer : list of int
         Visual tokens that enter each layer of the language model, rows that are always kept included.
+    notes : dict of str
+        See `Method.notes`.
     """
 
     text: str
     tokens: list[int]
     selections: list[Selection]
     n_visual: list[int]
+    n_keep: int
     grids: list[tuple[int, ...] | None]
     boxes: list[tuple[float, float, float, float]]
     visual_tokens_per_layer: list[int]
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 class VisionCache:
@@ -111,8 +117,10 @@ class Pipeline:
             with self.watch("decode"):
                 tokens = decode(self.adapter, batch, state, self.decoding)
         if run is None:
-            per_layer = [[sum(s.n_rows for s in chosen)] * self.adapter.n_layers for chosen in selections]
+            budgets = [sum(selection.n_rows for selection in chosen) for chosen in selections]
+            per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
+            budgets = [budget(self.keep, sample.n_visual) for sample in encoded]
             per_layer, selections = run.per_layer, [_by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
@@ -120,11 +128,15 @@ class Pipeline:
                 tokens=new,
                 selections=[Selection(s.indices.cpu()) for s in chosen],
                 n_visual=[visual.n_visual for visual in sample.visuals],
+                n_keep=n_keep,
                 grids=[visual.grid for visual in sample.visuals],
                 boxes=[self.adapter.box(image.size) for image in prompt.images],
                 visual_tokens_per_layer=[sample.n_fixed + n for n in layers],
+                notes=self.pruner.notes(sample.features()[0]),
             )
-            for prompt, new, sample, chosen, layers in zip(prompts, tokens, encoded, selections, per_layer, strict=True)
+            for prompt, new, sample, chosen, n_keep, layers in zip(
+                prompts, tokens, encoded, selections, budgets, per_layer, strict=True
+            )
         ]
 
     def prepare(self, images: Sequence[Picture]) -> None:
@@ -168,8 +180,10 @@ class Pipeline:
         """The context in which a method prunes inside the decoder; of other methods, an empty one."""
         if isinstance(self.pruner, Pruner):
             return nullcontext()
-        counts = [sum(visual.n_visual for visual in sample.visuals) for sample in encoded]
-        budgets = [self.pruner.nominal(n, budget(self.keep, n), self.adapter.n_layers) for n in counts]
+        budgets = [
+            self.pruner.nominal(sample.n_visual, budget(self.keep, sample.n_visual), self.adapter.n_layers)
+            for sample in encoded
+        ]
         attention = None
         if "attention" in self.pruner.needs:
             attention = [torch.cat([visual.signals["attention"] for visual in sample.visuals]) for sample in encoded]

@@ -8,9 +8,12 @@ import math
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
 
-from mipruner.errors import InputError
+from mipruner.errors import InputError, ModelError
 from mipruner.features import Features
+from mipruner.models import Prompt
+from mipruner.pipeline import Pipeline
 from mipruner.pruners import (
     AutoPruner,
     CDPruner,
@@ -25,6 +28,7 @@ from mipruner.pruners import (
 )
 from mipruner.pruners.base import DecoderView
 from mipruner.pruners.sparsevlm import density_peaks
+from tiny import picture, tiny, tokenizer
 
 SIZES = [(576, 64), (576, 33), (144, 128), (49, 7), (30, 1), (30, 29), (17, 5), (2, 1)]
 METHODS = [CDPruner(), DivPruner(), MMTokPruner(), TrimTokenatorPruner(), VisionZipPruner(), VisPruner()]
@@ -232,6 +236,52 @@ def test_cdpruner_with_equal_relevance_is_a_plain_dpp():
         gain = [kernel[[*expected, j]][:, [*expected, j]].logdet() for j in rest]
         expected.append(rest[int(torch.stack(gain).argmax())])
     assert kept == sorted(expected)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A small random CLIP whose vision width is that of the tiny LLaVA, with a text tower of 12 tokens."""
+    folder = str(tmp_path_factory.mktemp("clip"))
+    torch.manual_seed(0)
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 300, "max_position_embeddings": 12, "eos_token_id": 2, "bos_token_id": 1}
+    vision = tiny("llava").model.config.vision_config.to_dict()
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def test_clip_relevance_is_measured_in_the_named_clip(clip_folder):
+    adapter, clip = tiny("llava", clip=clip_folder), CLIPModel.from_pretrained(clip_folder).eval()
+    question = "what colour is the umbrella beside the old green house on the hill"
+    prompt = Prompt(f"{question}\nAnswer briefly.", [picture(1, 90, 70)], question=question)
+    pipeline = Pipeline(adapter, CDPruner(), 5)
+    pixels = adapter.pixels(prompt.images[0])
+    visuals = list(pipeline.see(prompt.images).values())
+    (features,) = adapter.read(prompt, visuals, CDPruner().signals).features()
+
+    vision = adapter.model.model.vision_tower(pixels["pixel_values"], output_hidden_states=True)
+    patches = clip.visual_projection(clip.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:]))[0]
+    torch.testing.assert_close(features.clip_visual, patches, atol=1e-5, rtol=1e-4)
+    ids = adapter.tokenizer(question)["input_ids"]
+    assert len(ids) > 12
+    for k, segment in enumerate(ids[start : start + 12] for start in range(0, len(ids), 12)):
+        expected = clip.get_text_features(input_ids=torch.tensor([segment])).pooler_output[0]  # no padding at all
+        torch.testing.assert_close(features.clip_text[k], expected, atol=1e-5, rtol=1e-4)
+    assert len(features.clip_text) == k + 1
+    assert CDPruner().source(features) == "clip"
+    (answer,) = pipeline([prompt])
+    assert answer.selections[0].indices.tolist() == CDPruner()(features, 5).indices.tolist()
+    assert answer.notes == {"relevance": "clip"}
+
+
+def test_a_clip_that_is_not_there_is_named_when_it_is_needed():
+    adapter, prompt = tiny("llava", clip="/no/such/clip"), Prompt("what is it", [picture(1, 90, 70)])
+    Pipeline(adapter, MMTokPruner(), 5)([prompt])
+    with pytest.raises(ModelError, match="/no/such/clip"):
+        Pipeline(adapter, CDPruner(), 5)([prompt])
 
 
 # ------------------------------------------------------------------------------------------------------------- MMTok

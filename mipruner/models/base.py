@@ -178,6 +178,11 @@ class Encoded:
     sample: str = ""
 
     @property
+    def n_visual(self) -> int:
+        """Visual tokens of all pictures."""
+        return sum(visual.n_visual for visual in self.visuals)
+
+    @property
     def n_fixed(self) -> int:
         """Visual rows that are no candidates."""
         return sum(len(visual.rows) - visual.n_visual for visual in self.visuals)

@@ -5,6 +5,7 @@ Its kin differ in how many tiles a picture is cut into and how their patches are
 
 from collections.abc import Sequence, Set
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
 
 from mipruner.models.attention import cls_attention, received_attention
-from mipruner.models.base import Adapter, Call, Picture, Visual, captured
+from mipruner.models.base import Adapter, Call, Picture, Prompt, Tokens, Visual, captured
+from mipruner.models.clip import ClipSpace
 
 VICUNA_V1 = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -30,16 +32,29 @@ class LlavaAdapter(Adapter):
     square : bool
         Pad a picture to a square with the mean colour, as LLaVA-1.5's evaluation does, instead of cutting its longer
         side.
+    clip : str, optional
+        Folder or hub id of the CLIP that the vision encoder comes from. Its text tower is loaded once a method asks
+        for it (CDPruner).
     """
 
     image_processor_class = CLIPImageProcessorPil
     signals: ClassVar[frozenset[str]] = frozenset(
-        {"attention", "attention_to_self", "hidden", "cls_hidden", "keys", "project", "valid"}
+        {"attention", "attention_to_self", "hidden", "cls_hidden", "keys", "project", "valid", "clip_visual"}
     )
 
-    def __init__(self, *args, square: bool = False, **kwargs):
+    def __init__(self, *args, square: bool = False, clip: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.square = square
+        self.square, self.clip = square, clip
+
+    @cached_property
+    def clip_space(self) -> ClipSpace:
+        return ClipSpace.load(self.clip, like=self.model.get_input_embeddings().weight)
+
+    def text_signals(self, prompt: Prompt, tokens: Tokens, signals: Set[str]) -> dict[str, Any]:
+        found = super().text_signals(prompt, tokens, signals)
+        if "clip_text" in signals and self.clip is not None:
+            found["clip_text"] = self.clip_space.text(prompt.text if prompt.question is None else prompt.question)
+        return found
 
     def pixels(self, image: Picture) -> dict[str, Any]:
         if not self.square:
@@ -129,6 +144,8 @@ class LlavaAdapter(Adapter):
         q, k = (x.unflatten(-1, (attn.num_heads, -1)) for x in (q, k))
         first = int(hidden.shape[1] - self.side**2)  # patch 0, behind the CLS if there is one
         known = {"hidden": hidden[:, first:], "keys": k[:, first:].mean(-2)}
+        if "clip_visual" in names and self.clip is not None:
+            known["clip_visual"] = self.clip_space.visual(hidden[:, first:])
         if "attention" in names and first:
             known["attention"] = cls_attention(q, k, attn.scale)[..., None]
         elif "attention" in names:

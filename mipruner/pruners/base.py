@@ -32,6 +32,10 @@ class Method:
         """Every optional field of `Features` that this method reads."""
         return self.needs | self.wants
 
+    def notes(self, features: Features) -> dict[str, str]:
+        """What a record must say about how the method ran on these features, where that depends on the model."""
+        return {}
+
     def check(self, features: Features, n_keep: int) -> None:
         """Refuse what no method can prune; everything may be kept of anything.
 

@@ -23,7 +23,7 @@ class CDPruner(Pruner):
     Differs from the public code where the kernel's rank is exhausted (there NaN): the rest of the budget goes to the
     most relevant tokens. Where all tokens are equally relevant (there a division by zero) q is 1. Differs also in
     scaling the relevance of each picture by itself, not that of all crops together. A model without a CLIP text tower
-    gets the relevance of the projection space.
+    gets the relevance of the projection space, and the record says so.
 
     Parameters
     ----------
@@ -48,6 +48,9 @@ class CDPruner(Pruner):
             high > low, (score - low + EPS) / (high - low).clamp_min(torch.finfo(score.dtype).tiny), 1
         )
         return Selection(dpp_map(similarity(features.visual, features.visual), quality, n_keep).sort(-1).values)
+
+    def notes(self, features: Features) -> dict[str, str]:
+        return {"relevance": self.source(features)}
 
     def source(self, features: Features) -> str:
         """Which relevance these features get: "clip" or "projection"."""

@@ -1,0 +1,48 @@
+"""CLIP's common space of patches and text, for a model whose vision encoder is CLIP's: CDPruner measures there."""
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+
+from mipruner.errors import ModelError
+from mipruner.models.hub import locate
+
+
+class ClipSpace:
+    """The text tower and the two projections of a CLIP; its vision encoder is the one that the model carries anyway.
+
+    Parameters
+    ----------
+    clip : CLIPModel
+    tokenizer : PreTrainedTokenizerBase
+    """
+
+    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase):
+        self.clip, self.tokenizer = clip, tokenizer
+
+    @classmethod
+    def load(cls, path: str, like: Tensor) -> "ClipSpace":
+        """From a folder or the hub, to the device and dtype of ``like``. Raises `ModelError`."""
+        folder = locate(path)
+        try:
+            clip = CLIPModel.from_pretrained(folder, dtype=like.dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
+        del clip.vision_model.encoder
+        return cls(clip.to(like.device).eval(), tokenizer)
+
+    def visual(self, hidden: Tensor) -> Tensor:
+        """Embeddings [.., d_clip] of patches from the encoder layer [.., d_encoder] that the projector reads."""
+        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(hidden))
+
+    def text(self, question: str) -> Tensor:
+        """Embeddings [n_segments, d_clip] of a question, cut into segments of the text tower's length (77 tokens)."""
+        length = self.clip.config.text_config.max_position_embeddings
+        ids = torch.tensor(self.tokenizer(question, verbose=False)["input_ids"], device=self.clip.device)
+        segments = ids.new_zeros(-(-len(ids) // length), length)
+        segments.view(-1)[: len(ids)] = ids
+        mask = torch.arange(segments.numel(), device=ids.device).view_as(segments) < len(ids)
+        pooled = self.clip.text_model(input_ids=segments, attention_mask=mask.long()).pooler_output
+        return self.clip.text_projection(pooled)
