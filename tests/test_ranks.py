@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import run
+from experiments import build
 from experiments.ranks import ALONE, Ranks
 from experiments.results import ROOT, Cell
 
@@ -63,7 +64,7 @@ def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path):
     assert out.count("record.json") == 1, "one of the two speaks"
 
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = run.resolve(compose("config", [f"results={tmp_path / 'one'}", *OVERRIDES]))
+        config = build.resolve(compose("config", [f"results={tmp_path / 'one'}", *OVERRIDES]))
     alone = run.run_cell(config)
     cells = [Cell(config | {"results": str(tmp_path / name)}) for name in ("one", "two")]
     records = [cell.record() for cell in cells]
@@ -80,7 +81,7 @@ def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path):
 
 def test_other_processes_rows_are_read_and_merged(tmp_path):
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        cell = Cell(run.resolve(compose("config", [f"results={tmp_path}"])))
+        cell = Cell(build.resolve(compose("config", [f"results={tmp_path}"])))
     cell.open()
     cell.append([{"id": "a"}])
     cell.append([{"id": "c"}], part=2)
