@@ -107,6 +107,7 @@ class Learner(nn.Module):
         losses["answers"] = F.cross_entropy(logits.float().flatten(0, 1), batch["labels"][:, 1:].flatten())
         return losses
 
+    @torch.autocast("cuda", enabled=False)
     def alignment(self, visual: Tensor, things: Tensor, colors: Tensor) -> Tensor:
         """Cross-entropy of a patch's cosines to words: its thing among non-colours, its colour among colours.
 
