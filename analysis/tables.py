@@ -21,7 +21,7 @@ import yaml
 
 from analysis import load
 
-EXPERIMENTS = Path(__file__).parent.parent / "conf" / "experiment"
+EXPERIMENTS = load.CONF / "experiment"
 
 TITLES = {
     "table1": "Pruning methods on LLaVA-1.5-7B",
@@ -126,9 +126,6 @@ DIGITS = {"f1": 2, "yes_rate": 2, "score": 2, "peak_memory_gib": 2}
 BETTER = {"latency_ms": "lower", "peak_memory_gib": "lower", "yes_rate": None}
 """Which direction is good, by the metric's name without a split; ``higher`` for those not listed."""
 
-GROUP = {"temperature": "decoding", "top_p": "decoding", "top_k": "decoding"}
-"""Where a setting stands on the command line; the pruner's own are not listed."""
-
 COSTS = ("peak_memory_gib", "latency_ms")
 """What experiments/efficiency.py measures."""
 
@@ -151,8 +148,13 @@ def wanted(table: str) -> pd.DataFrame:
         return paper[paper.table == table].reset_index(drop=True)
     if not (EXPERIMENTS / f"{table}.yaml").exists():
         raise ValueError(f"there is no table {table!r}: choose from {', '.join(table_names())}")
-    experiment = yaml.safe_load((EXPERIMENTS / f"{table}.yaml").read_text())
-    rows = costs(table, experiment) if "methods" in experiment else product(table, sweep(experiment))
+    return from_experiment(table)
+
+
+def from_experiment(name: str) -> pd.DataFrame:
+    """The numbers that a file of conf/experiment measures, as in `wanted`; nothing is printed beside them."""
+    experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+    rows = costs(name, experiment) if "methods" in experiment else product(name, sweep(experiment))
     frame = pd.DataFrame(rows, columns=WANTED)
     return frame.assign(value=math.nan, printed="", spread=math.nan, notes=[[] for _ in range(len(frame))])
 
@@ -213,21 +215,33 @@ def same(a, b) -> bool:
 
 
 def satisfies(cell, setting: dict[str, str]) -> bool:
-    """Whether a cell has these settings and is default in everything else."""
+    """Whether a cell has these settings and is default in everything else; ``decoding`` names a file of its group."""
+    if "decoding" in setting:
+        chosen = yaml.safe_load((load.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text())
+        setting = {key: value for key, value in (setting | chosen).items() if key not in ("decoding", "defaults")}
     return all(same(cell.settings.get(key), value) for key, value in setting.items()) and cell.differs <= set(setting)
 
 
 def find(cells: list, method: str, keep: str, setting: str = "") -> list:
-    """Of the cells of one method those that measured this budget, one per seed of the random pruner, else one.
+    """Of the cells of one method those that measured this budget, one per seed.
 
-    Of several that did (with a limit, say) the one with the most samples counts.
+    Of several that did (with a limit, say) those with the most samples count, and of these the newest.
     """
-    by_seed = {}
-    for cell in sorted(cells, key=lambda cell: (cell.n_samples, cell.finished)):
-        same_budget = method == "none" or (same(cell.keep, keep) and ("." in cell.keep) == ("." in keep))
-        if same_budget and satisfies(cell, parse_setting(setting)):
-            by_seed[cell.seed] = cell
-    return [by_seed[seed] for seed in sorted(by_seed)] if method == "random" else [*by_seed.values()][-1:]
+    measured = [
+        cell
+        for cell in cells
+        if (method == "none" or (same(cell.keep, keep) and ("." in cell.keep) == ("." in keep)))
+        and satisfies(cell, parse_setting(setting))
+    ]
+    most = max((cell.n_samples for cell in measured), default=0)
+    newest_last = sorted(measured, key=lambda cell: cell.finished)
+    by_seed = {cell.seed: cell for cell in newest_last if cell.n_samples == most}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def is_drawn(method: str, setting: str) -> bool:
+    """Whether a number depends on the seed, so that one seed is not enough."""
+    return method == "random" or "decoding" in parse_setting(setting)
 
 
 def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
@@ -235,7 +249,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
     Adds to the columns of `wanted`
 
-    - ours: the number, mean over the seeds of the random pruner; error: its standard error over the samples, or the
+    - ours: the number, mean over the seeds where something is drawn; error: its standard error over the samples, or the
       standard deviation over the seeds; difference: ours minus the printed number
     - n_seeds (0: not measured yet), n_samples, n_failed, n_visual, n_kept (the nominal budget), layer_mean (visual
       tokens that enter a layer of the language model, mean over the layers), device, cell (where the records lie)
@@ -296,10 +310,13 @@ def commands(table: pd.DataFrame) -> list[str]:
     for (model, keep, method, setting), row in empty[~empty.metric.isin(COSTS)].groupby(
         ["model", "keep", "method", "setting"], sort=False
     ):
-        options = [f"{GROUP.get(key, 'pruner')}.{key}={value}" for key, value in parse_setting(setting).items()]
-        options += ["seed=0,1,2"] if method == "random" else []
+        options = [
+            f"{key}={value}" if key == "decoding" else f"pruner.{key}={value}"
+            for key, value in parse_setting(setting).items()
+        ]
+        options += ["seed=0,1,2"] if is_drawn(method, setting) else []
         datasets = ",".join(dict.fromkeys(row.dataset))
-        multirun = "-m " if "," in datasets or method == "random" else ""
+        multirun = "-m " if "," in datasets or is_drawn(method, setting) else ""
         words = [f"model={model}", f"dataset={datasets}", f"pruner={method}", f"keep={keep}", *options]
         lines.append(f"python run.py {multirun}{' '.join(words)}")
     return lines
@@ -387,7 +404,7 @@ def place_footnotes(table: pd.DataFrame) -> tuple[dict, dict[str, str]]:
             texts.append(f"{number.n_failed:.0f} of {number.n_samples:.0f} samples failed and count as wrong.")
         if number.n_samples < expected:
             texts.append(f"Over {number.n_samples:,.0f} samples only.")
-        if number.method == "random" and number.n_seeds == 1:
+        if is_drawn(number.method, number.setting) and number.n_seeds == 1:
             texts.append("One seed only.")
         for text in texts:
             holders.setdefault(text, set()).add((number.row, number.column))
@@ -454,7 +471,7 @@ def remarks(table: pd.DataFrame) -> list[str]:
     if len(scores):
         counts = scores.groupby("dataset", sort=False).n_samples.max()
         samples = ", ".join(f"{DATASETS.get(dataset, dataset)} {count:,.0f}" for dataset, count in counts.items())
-        lines.append("± is the standard error over the samples; for Random the standard deviation over its seeds.")
+        lines.append("± is the standard error over the samples, or the standard deviation over seeds (Random).")
         lines.append(f"Samples: {samples}.")
     cost = measured[measured.metric.isin(COSTS)]
     if len(cost):
