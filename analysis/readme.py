@@ -1,4 +1,4 @@
-"""Fills the generated parts of README.md: the demo table, from stored records, and the tree, from the files themselves.
+"""Fills the generated parts of README.md: two tables, from stored records, and the tree, from the files themselves.
 
     python -m analysis.readme              rewrite README.md
     python -m analysis.readme --check      say whether the tree is up to date, change nothing
@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import load
+from analysis import load, methods
 from analysis.tables import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BUDGETS = ("64", "32", "16", "8")
+OWN = ("random", "similarity", "attention", "mi_attention", "mi")
 SHOWN = ("run.py", "conf", "mipruner", "experiments", "analysis", "notebooks", "docs", "tests")
 
 
@@ -78,18 +79,22 @@ def tracked() -> list[str]:
     return [name for name in names.splitlines() if name.split("/")[0] in SHOWN and not name.startswith("tests/data")]
 
 
-def demo_table(cells: pd.DataFrame) -> str:
-    """Accuracy by method and budget on the demo, in percent, with the standard error over questions or over seeds."""
+def demo_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """Those of the embedded LLaVA on the crowded scenes, with default settings."""
     if cells.empty or cells[(cells.model == "demo_llava") & (cells.dataset == "demo")].empty:
         raise ValueError("there are no records of the demo: python run.py -m experiment=demo")
-    cells = cells[(cells.model == "demo_llava") & (cells.dataset == "demo") & (cells.differs.map(len) == 0)]
+    return cells[(cells.model == "demo_llava") & (cells.dataset == "demo") & (cells.differs.map(len) == 0)]
+
+
+def demo_table(cells: pd.DataFrame) -> str:
+    """Accuracy of the paper's own pruners by budget, in percent, with the standard error over questions."""
     full = cells[cells.method == "none"].iloc[0]
     n = int(full.n_samples)
     header = ["kept of 576", *BUDGETS]
     rows = [header, [":---", *["---:"] * len(BUDGETS)]]
     for method, label in METHODS.items():
         found = cells[cells.method == method]
-        if method == "none" or found.empty:
+        if method not in OWN or found.empty:
             continue
         row = [label]
         for keep in BUDGETS:
@@ -119,7 +124,8 @@ def main() -> None:
     new = replace(text, "tree", tree(tracked()))
     if args.check:
         sys.exit(None if new == text else "README.md's tree is out of date: python -m analysis.readme")
-    README.write_text(replace(new, "demo", demo_table(load.cells(args.results))))
+    cells = demo_cells(load.cells(args.results))
+    README.write_text(replace(replace(new, "demo", demo_table(cells)), "methods", methods.table(cells)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""The table of methods in README.md: where each acts, what it needs and costs, and how it does on the demo.
+
+N visual tokens, T kept, d wide, m words, L decoder layers. `python -m analysis.readme` writes it from stored records.
+"""
+
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.tables import METHODS
+from mipruner.pruners import PRUNERS, DecoderPruner
+
+BUDGETS = ("64", "32", "16", "8")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What cannot be read off a class: what a method reads, and what choosing costs beside the model itself."""
+
+    needs: str
+    cost: str
+
+
+FACTS = {
+    "random": Facts("nothing", "none"),
+    "similarity": Facts("question", "N m d"),
+    "attention": Facts("encoder attention", "one row of encoder attention"),
+    "mi": Facts("question", "N² d + T N"),
+    "mi_attention": Facts("question, encoder attention", "N² d + T N, one row of encoder attention"),
+    "visionzip": Facts("encoder attention, keys, features before the projector", "one row of encoder attention, N T d"),
+    "vispruner": Facts("encoder attention, features before the projector", "one row of encoder attention, N³ d / 96"),
+    "divprune": Facts("nothing", "N² d + T N"),
+    "cdpruner": Facts("question, CLIP's text tower (else the projection space)", "a text tower, N² d + T² N"),
+    "mmtok": Facts("question without stop words, features before the projector", "N² d + T N²"),
+    "trimtokenator": Facts("question", "N m d + T² d"),
+    "fastv": Facts("decoder attention (implicitly the question)", "2 of L layers at full length, one row of attention"),
+    "sparsevlm": Facts("decoder attention, question", "L / 11 layers at full length, attention of its words thrice"),
+    "dart": Facts("decoder keys (partly the question)", "2 of L layers at full length, 8 N d"),
+    "autoprune": Facts(
+        "decoder and encoder attention, question", "a layer at full length, attention of all text in each"
+    ),
+}
+
+
+def link(method: str) -> str:
+    """The method's name, linked to the paper that its class names."""
+    found = re.search(r"https://arxiv\.org/\S+?(?=[\s)]|$)", PRUNERS[method].__doc__ or "")
+    return f"[{METHODS[method]}]({found[0].rstrip('.')})" if found else METHODS[method]
+
+
+def acts(method: str) -> str:
+    return "inside the decoder" if issubclass(PRUNERS[method], DecoderPruner) else "before the decoder"
+
+
+def table(cells: pd.DataFrame) -> str:
+    """Markdown. ``cells`` are those of one model and dataset with default settings, see `analysis.load.cells`."""
+    found = cells.assign(accuracy=[metrics["accuracy"] for metrics in cells.metrics])
+    scores = found.groupby(["method", "keep"]).accuracy.mean()
+    means = found.groupby(["method", "keep"]).layer_mean.mean()
+    best = {keep: scores[:, keep].drop("none", errors="ignore").max() for keep in BUDGETS if keep in found.keep.values}
+
+    def score(method: str, keep: str) -> str:
+        if (method, keep) not in scores:
+            return ""
+        value = f"{scores[method, keep]:.1f}"
+        return f"**{value}**" if scores[method, keep] == best[keep] else value
+
+    lines = [
+        ["method", "acts", "needs", "cost", *BUDGETS, "tokens a layer at 64, 8"],
+        [":---", ":---", ":---", ":---", *["---:"] * len(BUDGETS), "---:"],
+    ]
+    for method in (name for name in METHODS if name in FACTS):
+        facts = FACTS[method]
+        carried = ", ".join(f"{means[method, keep]:.0f}" for keep in ("64", "8") if (method, keep) in means)
+        lines.append(
+            [link(method), acts(method), facts.needs, facts.cost, *(score(method, k) for k in BUDGETS), carried]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + ahead(scores, means)
+
+
+def ahead(scores: pd.Series, means: pd.Series) -> str:
+    """One sentence a budget that names every method which does better than MI-Pruner there."""
+    sentences = []
+    for keep in BUDGETS:
+        if ("mi", keep) not in scores:
+            continue
+        better = scores[:, keep].drop("none", errors="ignore")
+        better = better[better > scores["mi", keep]].sort_values(ascending=False)
+        names = [
+            f"{METHODS[name]} {value:.1f}"
+            + (f" with {means[name, keep]:.0f} tokens a layer" if means[name, keep] > float(keep) + 0.5 else "")
+            for name, value in better.items()
+        ]
+        told = f"{', '.join(names)} beat" + ("s" if len(names) == 1 else "") if names else "none beats"
+        sentences.append(f"At {keep} tokens {told} MI-Pruner's {scores['mi', keep]:.1f}.")
+    return " ".join(sentences)
