@@ -23,7 +23,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_VISUAL = 16384
 """Visual tokens that one program of the greedy kernel holds in its registers."""
 
-PANEL = 64
+PANEL = 96
 """Rows a product: small enough to skip nearly half of rho, large enough for full speed."""
 
 

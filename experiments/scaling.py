@@ -1,0 +1,175 @@
+"""How long the choice of tokens takes, over the number of visual tokens and of those kept.
+
+    python -m experiments.scaling
+    python -m experiments.scaling n_visual=[576,2304] keep=[64,0.25] out=docs/results/scaling.csv
+
+Methods see random features of LLaVA-1.5-7B's width. Each row of the CSV is one method at one size; rows are added to
+what is there, each with the device, the versions and the date. ``prefill_saved_ms`` is what pruning takes off the
+prefill of LLaVA-1.5-7B: FLOPs by the closed form, at the speed of a large matrix product measured in the same run. On a
+CPU one thread runs and its CPU time counts, so that other processes do not; on a GPU wall time does.
+The last line printed is the rows as JSON.
+"""
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from experiments import build, results
+from experiments.efficiency import machine, spread
+from experiments.estimate import Decoder, architecture
+from mipruner import pmi
+from mipruner.errors import InputError
+from mipruner.features import Features
+from mipruner.fused import mi_picks
+from mipruner.pruners import CDPruner, DARTPruner, DivPruner
+from mipruner.pruners.base import DecoderView
+from mipruner.selection import budget, greedy
+from mipruner.timing import Stopwatch
+
+DEFAULTS = {
+    "n_visual": [256, 576, 1024, 2304, 4096, 8192, 16384],
+    "keep": [64, 0.25],
+    "n_text": 20,
+    "width": 4096,
+    "repetitions": 10,
+    "most_s": 10.0,  # a method that takes longer is left out of larger pictures
+    "device": "auto",
+    "out": "results/scaling.csv",
+}
+SAVED_ON = "llava15_7b"
+
+
+def mi(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    return mi_picks(visual, text, n_keep, lam=0.5)
+
+
+def mi_relevance(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    return mi_picks(visual, text, n_keep, lam=1.0)
+
+
+def mi_plain(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    """What `mi` computes, step by step."""
+    return greedy(pmi.relevance(visual, text), pmi.redundancy(visual), n_keep, 0.5)
+
+
+def cdpruner(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    return CDPruner(relevance="projection").select(Features(visual, text), n_keep).indices
+
+
+def divprune(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    return DivPruner().select(Features(visual, text), n_keep).indices
+
+
+def dart_like(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    """DART's rule, with the tokens themselves for the decoder states and keys that it reads."""
+    tokens = torch.cat([visual, text])
+    is_visual = torch.arange(len(tokens), device=visual.device) < len(visual)
+    view = DecoderView(
+        layer=2, n_layers=32, n_start=len(visual), hidden=tokens, visual=is_visual, attention=None,
+        keys=tokens[:, None], norm=lambda x: x, prompt=tokens, prompt_visual=is_visual,
+    )  # fmt: skip
+    return DARTPruner(exact=True).reduce(view, n_keep).indices
+
+
+def product(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
+    """The float32 product of eq. 15 alone: the floor of what compares every pair of tokens in the plain way."""
+    return visual.float() @ visual.float().mT
+
+
+METHODS = (product, mi, mi_relevance, mi_plain, cdpruner, divprune, dart_like)
+
+
+def elapsed_ms(device: torch.device, function: Callable[[], Any]) -> float:
+    """CPU time of the process on a CPU, wall time on a GPU."""
+    if device.type == "cpu":
+        start = time.process_time()
+        function()
+        return 1000 * (time.process_time() - start)
+    watch = Stopwatch(device)
+    with watch("call"):
+        function()
+    return watch.ms["call"]
+
+
+def tokens(n: int, width: int, device: torch.device, seed: int) -> Tensor:
+    """Random tokens [n, width] with the average cosine of about 0.2 that projected patches have."""
+    shared = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    own = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return (own + 0.5 * shared).to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row after the other; a method that became too slow is left out of what follows."""
+    device = torch.device(build.device(options))
+    text = tokens(options["n_text"], options["width"], device, seed=1)
+    side, decoder = (1536, 8192)[device.type == "cuda"], Decoder.of(architecture(SAVED_ON).text_config)
+    square = torch.randn(side, side, device=device).to(text.dtype)
+    ms = min(elapsed_ms(device, lambda: square @ square) for _ in range(10))
+    tflop_per_s = 2 * side**3 / ms / 1e9
+    conditions = {
+        "device": machine(device).get("cpu", results.device_name(device)),
+        "dtype": str(text.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "git_commit": results.git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    slow = set()
+    for n_visual in sorted(options["n_visual"]):
+        visual = tokens(n_visual, options["width"], device, seed=2)
+        for n_keep in sorted({budget(keep, n_visual) for keep in options["keep"]}):
+            saved = decoder.prefill_flops(n_visual + 60) - decoder.prefill_flops(n_keep + 60)
+            for method in METHODS:
+                if method in slow:
+                    continue
+                call = partial(method, visual, text, n_keep)
+                first = elapsed_ms(device, call)
+                ms = [first]  # of a slow method; else it was the warm-up
+                if first < 1000:
+                    ms = [elapsed_ms(device, call) for _ in range(options["repetitions"])]
+                if median(ms) > 1000 * options["most_s"]:
+                    slow.add(method)
+                found = {f"{name}_ms": value for name, value in spread(ms).items()}
+                sizes = {"n_visual": n_visual, "n_keep": n_keep, "n_text": len(text), "width": options["width"]}
+                saved_ms = {"prefill_saved_ms": round(saved / tflop_per_s / 1e9, 3)}
+                yield {"method": method.__name__} | sizes | found | {"repetitions": len(ms)} | saved_ms | conditions
+
+
+def main(arguments: list[str]) -> None:
+    given = OmegaConf.from_dotlist(arguments)
+    if unknown := given.keys() - DEFAULTS.keys():
+        raise InputError(f"unknown option {unknown.pop()!r}: choose {', '.join(DEFAULTS)}")
+    options = OmegaConf.to_container(OmegaConf.merge(DEFAULTS, given))
+    torch.set_num_threads(1)
+    out = Path(options["out"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    print(f"{'n_visual':>8} {'n_keep':>7}  {'method':<14}{'ms':>11}")
+    with out.open("a", newline="") as file:
+        for row in measure(options):
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            rows.append(row)
+            print(f"{row['n_visual']:>8} {row['n_keep']:>7}  {row['method']:<14}{row['median_ms']:>11.2f}", flush=True)
+    print(out)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,75 @@
+"""The sweep over sizes: every method chooses what it should, rows say their conditions, and the figure draws them."""
+
+import csv
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis import scaling as figure
+from experiments import scaling
+from experiments.estimate import Decoder, architecture
+from mipruner.errors import InputError
+
+SMALL = ["n_visual=[32,64]", "keep=[8,0.5]", "width=48", "repetitions=2", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scaling") / "rows.csv"
+    threads = torch.get_num_threads()
+    scaling.main([*SMALL, f"out={path}"])
+    torch.set_num_threads(threads)
+    return path
+
+
+def test_every_method_at_every_size(path):
+    rows = list(csv.DictReader(path.open()))
+    sizes = {(int(row["n_visual"]), int(row["n_keep"])) for row in rows}
+    assert sizes == {(32, 8), (32, 16), (64, 8), (64, 32)}
+    assert len(rows) == len(sizes) * len(scaling.METHODS)
+    for row in rows:
+        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert row["device"] and row["torch"] == torch.__version__ and row["dtype"] == "float32"
+    one = next(row for row in rows if row["n_visual"] == "64" and row["n_keep"] == "8")
+    other = next(row for row in rows if row["n_visual"] == "64" and row["n_keep"] == "32")
+    decoder = Decoder.of(architecture("llava15_7b").text_config)
+    flops = [decoder.prefill_flops(64 + 60) - decoder.prefill_flops(k + 60) for k in (8, 32)]
+    ratio = float(one["prefill_saved_ms"]) / float(other["prefill_saved_ms"])
+    assert ratio == pytest.approx(flops[0] / flops[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in scaling.METHODS if m is not scaling.product], ids=lambda m: m.__name__)
+def test_methods_choose_as_many_as_asked(method):
+    visual, text = (scaling.tokens(n, 48, torch.device("cpu"), seed) for n, seed in ((60, 1), (5, 2)))
+    picks = method(visual, text, 20)
+    assert len(set(picks.tolist())) == 20
+
+
+def test_slow_methods_are_left_out_of_larger_pictures(tmp_path, capsys):
+    scaling.main([*SMALL, f"out={tmp_path}/rows.csv", "most_s=0"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {(row["n_visual"], row["n_keep"]) for row in rows} == {(32, 8)}
+
+
+def test_the_figure_draws_the_newest_rows_of_one_device(path, tmp_path):
+    rows = pd.read_csv(path)
+    older = rows.assign(date="2020-01-01", median_ms=1e6)
+    pd.concat([rows, older]).to_csv(tmp_path / "both.csv", index=False)
+    read = figure.read(tmp_path / "both.csv")
+    assert len(read) == len(rows) and read.median_ms.max() < 1e6
+    left, right = figure.draw(read, share=0.5, n_keep=8).axes
+    (line,) = [line for line in left.lines if line.get_label() == "MI, λ = 0.5"]
+    expected = rows[rows.method.eq("mi") & rows.n_keep.isin([16, 32])].median_ms
+    assert line.get_ydata().tolist() == expected.tolist()
+    assert len(right.lines) == len(figure.LINES) + 1
+
+    pd.concat([rows, rows.assign(device="another")]).to_csv(tmp_path / "mixed.csv", index=False)
+    with pytest.raises(ValueError, match="one at a time"):
+        figure.read(tmp_path / "mixed.csv")
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(InputError, match="unknown option 'widht'"):
+        scaling.main(["widht=3"])
