@@ -22,6 +22,7 @@ import random
 import shlex
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,6 +54,9 @@ from mipruner.timing import Stopwatch
 STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}
 """Whose tokenizer and image processor serve a model of random weights: the costs do not depend on which words."""
 
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""CPU time of the process is for one thread on a busy CPU: what others do there does not count."""
 
 Budget = int | float
 Method = Pruner | DecoderPruner
@@ -138,27 +142,24 @@ class Memory:
         return int(status[key].split()[0]) / 2**20
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> dict[str, float]:
     """Speed limits of the device: copy bandwidth in GB/s (bytes read and written), matrix product in TFLOP/s."""
     n_bytes, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1536)
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(a)
-    copy_ms = fastest(device, lambda: target.copy_(source))
-    product_ms = fastest(device, lambda: torch.mm(a, a, out=out))
+    copy_ms = fastest(Stopwatch(device, clock), lambda: target.copy_(source))
+    product_ms = fastest(Stopwatch(device, clock), lambda: torch.mm(a, a, out=out))
     return {"copy_gb_per_s": 2 * n_bytes / copy_ms / 1e6, "product_tflop_per_s": 2 * side**3 / product_ms / 1e9}
 
 
-def fastest(device: torch.device, function: Callable[[], Any], repetitions: int = 10) -> float:
+def fastest(watch: Stopwatch, function: Callable[[], Any], repetitions: int = 10) -> float:
     """Shortest time of a call in ms."""
-    times = []
-    for _ in range(repetitions):
-        watch = Stopwatch(device)
-        with watch("once"):
+    for repetition in range(repetitions):
+        with watch(str(repetition)):
             function()
-        times.append(watch.ms["once"])
-    return min(times)
+    return min(watch.ms.values())
 
 
 def random_model(name: str, dtype: str, device: str, attn_implementation: str) -> Adapter:
@@ -304,18 +305,20 @@ def subjects(
     return found, left_out
 
 
-def compare(found: list[Subject], repetitions: int, seed: int, device: torch.device) -> None:
+def compare(
+    found: list[Subject], repetitions: int, seed: int, device: torch.device, clock: Callable[[], float]
+) -> None:
     """Run everything ``repetitions`` times in random order."""
     memory = Memory(device)
     jobs = found * repetitions
     random.Random(seed).shuffle(jobs)
     for subject in jobs:
-        watch = Stopwatch(device)
+        watch = Stopwatch(device, clock)
         subject.run(watch)
         for stage, ms in watch.ms.items():
             subject.stages[stage].append(ms)
         memory.reset_peak()
-        before, whole = memory.now(), Stopwatch(device)
+        before, whole = memory.now(), Stopwatch(device, clock)
         with whole("total"):
             subject.run(lambda stage: nullcontext())
         subject.total.append(whole.ms["total"])
@@ -354,12 +357,16 @@ def show(record: dict[str, Any]) -> str:
 def run(overrides: list[str]) -> dict[str, Any]:
     """Measure everything that a config asks for."""
     config = read_config(overrides)
+    for word, known in [(config["clock"], CLOCKS), *((engine, ENGINES) for engine in config["engines"])]:
+        if word not in known:
+            raise InputError(f"unknown {word!r}: choose {', '.join(known)}")
     adapter, prompt = prepare(config)
     device, dtype = adapter.device, adapter.model.dtype
-    limits = measure(device, dtype)
+    clock = CLOCKS[config["clock"]]
+    limits = measure(device, dtype, clock)
     model_gib = Memory(device).now()
     found, left_out = subjects(config, overrides, adapter, prompt, limits)
-    compare(found, config["repetitions"], config["seed"], device)
+    compare(found, config["repetitions"], config["seed"], device, clock)
     return {
         "command": shlex.join(["python", "-m", "experiments.efficiency", *overrides]),
         "git_commit": results.git_commit(),
@@ -371,6 +378,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
         "weights": config["weights"],
         "dtype": str(dtype).removeprefix("torch."),
         "text_tokens": n_text(adapter, prompt),
+        "clock": config["clock"],
         "repetitions": config["repetitions"],
         "left_out": left_out,
         "rows": [subject.row(model_gib) for subject in found],

@@ -92,11 +92,7 @@ METHODS = (product, mi, mi_relevance, mi_plain, cdpruner, divprune, dart_like)
 
 def elapsed_ms(device: torch.device, function: Callable[[], Any]) -> float:
     """CPU time of the process on a CPU, wall time on a GPU."""
-    if device.type == "cpu":
-        start = time.process_time()
-        function()
-        return 1000 * (time.process_time() - start)
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, time.process_time if device.type == "cpu" else time.perf_counter)
     with watch("call"):
         function()
     return watch.ms["call"]

@@ -1,24 +1,31 @@
-"""Wall time by stage, with the device synchronised at both ends."""
+"""Time by stage, with the device synchronised at both ends."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 class Stopwatch:
-    """``with watch("prefill"): ...`` adds to ``watch.ms["prefill"]``."""
+    """``with watch("prefill"): ...`` adds to ``watch.ms["prefill"]``.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Parameters
+    ----------
+    device : torch.device
+    clock : callable
+        Returns seconds; by default those of the wall.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.clock = device, clock
         self.ms: dict[str, float] = defaultdict(float)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.clock()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments.efficiency import main, shortest_ms, spread
+from mipruner.errors import InputError
 from mipruner.models import load
 
 SMALL = ["warmup=1", "repetitions=1", "keeps=[16]", "methods=[none,visionzip,dart,'mi lam=1']"]
@@ -62,6 +63,12 @@ def test_random_weights_and_longer_prompts(tmp_path, capsys):
     assert record["text_tokens"] == 50
     assert (row["visual_tokens"], row["visual_tokens_layer_mean"]) == (10 * 7, 35)
     assert "the engine runs LLaVA-1.5" in record["left_out"][0]
+
+
+@pytest.mark.parametrize("override", ["clock=sun", "engines=[pipeline,steam]"])
+def test_unknown_words_are_named(override):
+    with pytest.raises(InputError, match="unknown '(sun|steam)': choose (wall|generate|pipeline)"):
+        main([override])
 
 
 def test_the_floor_is_bytes_over_bandwidth_and_flops_over_speed():
