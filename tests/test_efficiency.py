@@ -67,7 +67,7 @@ def test_random_weights_and_longer_prompts(tmp_path, capsys):
 
 @pytest.mark.parametrize("override", ["clock=sun", "engines=[pipeline,steam]"])
 def test_unknown_words_are_named(override):
-    with pytest.raises(InputError, match="unknown '(sun|steam)': choose (wall|generate|pipeline)"):
+    with pytest.raises(InputError, match=r"unknown '(sun|steam)': choose (wall|generate|pipeline)"):
         main([override])
 
 
