@@ -210,7 +210,36 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     return figure
 
 
+def stages(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
+    """Where the time of one prompt goes, a bar a method, a panel per budget (the paper's Fig. 2, right)."""
+    latency = table[(table.metric == "latency_ms") & table.ours.notna()]
+    budgets = latency[latency.method != "none"].groupby(["model", "keep"], sort=False)
+    figure, parts = panels(latency[latency.method != "none"], ["model", "keep"])
+    figure.set_figheight(len(parts) and 0.22 * max(budgets.size()) + 1.6)
+    for (model, keep), rows, ax in parts:
+        rows = pd.concat([latency[(latency.model == model) & (latency.method == "none")], rows])[::-1]
+        names = [tables.METHODS[row.method] + (f" ({row.setting})" if row.setting else "") for row in rows.itertuples()]
+        left = 0.0
+        for stage, colour in STAGES.items():
+            part = rows[tables.WANTED].assign(value=math.nan, printed="", metric=f"{stage}_latency_ms")
+            ms = tables.compare(part, cells).ours.fillna(0).to_numpy()
+            ax.barh(names, ms, left=left, color=colour, height=0.7, label=stage)
+            left = left + ms
+        if rows.value.notna().any():
+            ax.plot(rows.value, names, "D", color=BLACK, markerfacecolor="none", label=f"total{PAPER}")
+        ax.grid(axis="y", visible=False)
+        ax.set(
+            xlabel="latency of one prompt (ms)",
+            title=f"{tables.MODELS.get(model, model)}, keep {tables.budget_name(keep)}",
+        )
+    legend(figure)
+    return figure
+
+
+STAGES = {"vision": SKY, "scoring": RED, "prefill": BLUE, "decode": GREY}
+
 FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
+    "fig2": (stages, "table3"),
     "fig4": (over_budget, "fig4"),
     "fig6a": (choices, "fig6a"),
     "fig6b": (over_setting, "fig6b"),
@@ -219,6 +248,7 @@ FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
     "tradeoff": (tradeoff, "table1"),
     "demo_table1": (over_budget, "demo_table1"),
     "demo_table2": (over_budget, "demo_table2"),
+    "demo_fig2": (stages, "demo_table3"),
     "demo_fig4": (over_budget, "demo_fig4"),
     "demo_fig6a": (choices, "demo_fig6a"),
     "demo_fig6b": (over_setting, "demo_fig6b"),
@@ -247,7 +277,7 @@ def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
     if measured.empty or (kind in (choices, over_setting) and measured.setting.nunique() < 2):
         return None
     with plt.rc_context(STYLE):
-        return kind(table, cells) if kind is tradeoff else kind(table)
+        return kind(table, cells) if kind in (tradeoff, stages) else kind(table)
 
 
 def write(names: list[str], results: Path, out: Path) -> list[Path]:

@@ -111,6 +111,7 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
             continue
         method, *options = row["method"].split()
         settings = dict(option.split("=", 1) for option in options)
+        stages = {f"{stage}_latency_ms": ms["median"] for stage, ms in row["latency_ms"].items() if stage != "total"}
         total = row["latency_ms"]["total"]
         keep = row["keep"]
         rows.append(
@@ -133,7 +134,7 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
                 "command": record["command"],
                 "finished": record["date"],
                 "path": path,
-                "metrics": {"latency_ms": total["median"], "peak_memory_gib": row["peak_memory_gib"]},
+                "metrics": {"latency_ms": total["median"], "peak_memory_gib": row["peak_memory_gib"]} | stages,
                 "standard_errors": {"latency_ms": (total["p80"] - total["p20"]) / 2},
             }
         )

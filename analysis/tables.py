@@ -127,7 +127,7 @@ BETTER = {"latency_ms": "lower", "peak_memory_gib": "lower", "yes_rate": None}
 """Which direction is good, by the metric's name without a split; ``higher`` for those not listed."""
 
 COSTS = ("peak_memory_gib", "latency_ms")
-"""What experiments/efficiency.py measures."""
+"""What experiments/efficiency.py measures, the latency also by stage (``vision_latency_ms``)."""
 
 WANTED = ["table", "model", "keep", "method", "setting", "dataset", "metric"]
 
@@ -259,7 +259,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     named = {key: list(rows.itertuples(index=False)) for key, rows in cells.groupby(["model", "dataset", "method"])}
     rows = []
     for want in wanted.itertuples(index=False):
-        source = load.EFFICIENCY if want.metric in COSTS else want.dataset
+        source = load.EFFICIENCY if want.metric.endswith(COSTS) else want.dataset
         candidates = named.get((want.model, source, want.method), [])
         found = find([cell for cell in candidates if want.metric in cell.metrics], want.method, want.keep, want.setting)
         values = [cell.metrics[want.metric] for cell in found]

@@ -356,7 +356,11 @@ def write_costs(results, model, rows, date="2026-11-24T10:00:00", device="NVIDIA
                 "engine": engine,
                 "visual_tokens": 576,
                 "visual_tokens_layer_mean": 64.0,
-                "latency_ms": {"total": {"median": ms, "p20": ms - 1, "p80": ms + 2}},
+                "latency_ms": {
+                    "vision": {"median": ms / 4},
+                    "prefill": {"median": ms / 2},
+                    "total": {"median": ms, "p20": ms - 1, "p80": ms + 2},
+                },
                 "peak_memory_gib": gib,
             }
             for (method, keep, engine), (ms, gib) in rows.items()
@@ -447,6 +451,19 @@ def test_tradeoff_has_a_point_for_every_measured_method(results):
     write_costs(results, "llava15_7b", {(m, 64, "pipeline"): (20.0, 14.0) for m in ("mi", "fastv")})
     figure = figures.draw_figure("tradeoff", load.cells(results))
     assert {method: x for method, (x, _) in drawn(figure).items()} == {"MI-Pruner": [20.0], "FastV": [20.0]}
+
+
+def test_stages_stack_up_per_method(results):
+    rows = {("none", 1.0, "pipeline"): (80.0, 14.0), ("dart", 64, "pipeline"): (40.0, 14.0)}
+    write_costs(results, "demo_llava", rows)
+    figure = figures.draw_figure("demo_fig2", load.cells(results))
+    bars = {bar.get_label(): bar.patches for bar in figure.axes[0].containers}
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["DART", "All tokens"]
+    assert [bar.get_width() for bar in bars["vision"]] == [10, 20] and [b.get_width() for b in bars["scoring"]] == [
+        0,
+        0,
+    ]
+    assert [bar.get_x() for bar in bars["prefill"]] == [10, 20] and [b.get_width() for b in bars["prefill"]] == [20, 40]
 
 
 def test_figures_are_written_where_something_was_measured(results, tmp_path):
