@@ -12,7 +12,7 @@ from the outputs of the query and key projections, so any attention implementati
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -93,6 +93,12 @@ class _Segment:
 
     def __post_init__(self):
         self.padded = not bool(self.valid.all())
+
+    def to(self, device: torch.device) -> "_Segment":
+        """For a model that is spread over several devices."""
+        if self.valid.device == device:
+            return self
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 @dataclass
@@ -199,7 +205,8 @@ class _Shortening:
             changes |= {"position_embeddings": (segment.cos, segment.sin), "position_ids": segment.position_ids}
         elif self.renumbers:
             n_new = n_past - segment.valid.shape[1]  # tokens decoded before
-            position_ids = segment.valid.sum(1, keepdim=True) + n_new + torch.arange(hidden.shape[1]).to(hidden.device)
+            position_ids = segment.valid.sum(1, keepdim=True) + n_new
+            position_ids = (position_ids + torch.arange(hidden.shape[1], device=position_ids.device)).to(hidden.device)
             changes |= {
                 "position_embeddings": self.model.rotary_emb(hidden, position_ids),
                 "position_ids": position_ids,
@@ -208,7 +215,7 @@ class _Shortening:
 
     def after_layer(self, k, layer, args, output):
         if self.prefill and k < len(self.deepstack):
-            return output + self.deepstack[k]
+            return output + self.deepstack[k].to(output.device)
         return None
 
     def capture(self, name, module, args, output):
@@ -231,7 +238,7 @@ class _Shortening:
 
     def reduce(self, k: int, hidden: Tensor) -> tuple[Tensor, _Segment]:
         """Let the method choose for each prompt, and build the next segment and its input."""
-        old, plans, n_visual = self.segments[-1], [], []
+        old, plans, n_visual = self.segments[-1].to(hidden.device), [], []
         for b, (budget, pruned) in enumerate(zip(self.budgets, self.pruned, strict=True)):
             reduction = self.pruner.reduce(self.view(k, b, hidden, old), budget) if pruned else None
             n_visual.append(old.n_visual[b] if reduction is None else reduction.n_rows)
@@ -244,7 +251,7 @@ class _Shortening:
         def merge(rows: Tensor) -> Tensor:
             return _left_pad([plan(x) for x, plan in zip(rows, plans, strict=True)])
 
-        self.deepstack[k:] = [merge(rows) for rows in self.deepstack[k:]]
+        self.deepstack[k:] = [merge(rows.to(hidden.device)) for rows in self.deepstack[k:]]
         valid = _left_pad([torch.ones_like(plan.index, dtype=torch.bool) for plan in plans])
         merged = _left_pad([plan.index >= old.valid.shape[1] for plan in plans])
         visual = take(old.visual)
@@ -281,8 +288,8 @@ class _Shortening:
             attention=attention,
             keys=keys,
             norm=self.model.norm,
-            prompt=self.embeds[b, self.valid[b]],
-            prompt_visual=self.is_visual[b, self.valid[b]],
+            prompt=self.embeds[b, self.valid[b]].to(hidden.device),
+            prompt_visual=self.is_visual[b, self.valid[b]].to(hidden.device),
             encoder_attention=None if self.encoder_attention is None else self.encoder_attention[b],
             memory=self.memory[b],
         )
@@ -291,8 +298,8 @@ class _Shortening:
         """The mask [B, 1, n_query, n_past + n_query] of a layer, in the form that the implementation takes."""
         n_query = hidden.shape[1]
         n_keys = n_past + n_query
-        ones = segment.valid.new_ones(len(segment.valid), n_keys - segment.valid.shape[1])
-        valid = torch.cat([segment.valid, ones], 1)
+        valid = segment.valid.to(hidden.device)
+        valid = torch.cat([valid, valid.new_ones(len(valid), n_keys - valid.shape[1])], 1)
         if self.implementation.startswith("flash"):
             return valid if segment.padded else None
         if not segment.padded and (n_query == 1 or (self.implementation == "sdpa" and n_past == 0)):

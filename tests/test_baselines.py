@@ -10,17 +10,23 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from experiments.benchmarks.demo import Demo
+from experiments.results import ROOT
+from mipruner.decoding import Decoding
 from mipruner.errors import InputError, ModelError
 from mipruner.features import Features
-from mipruner.models import Prompt
+from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
 from mipruner.pruners import (
+    PRUNERS,
     AutoPruner,
     CDPruner,
     DARTPruner,
+    DecoderPruner,
     DivPruner,
     FastVPruner,
     MMTokPruner,
+    NoPruner,
     SparseVLMPruner,
     TrimTokenatorPruner,
     VisionZipPruner,
@@ -627,3 +633,39 @@ def test_keep_all(method):
 def test_a_missing_feature_is_named(method):
     with pytest.raises(ValueError, match=f"{type(method).__name__} needs"):
         method(Features(visual=normal(9, 4), text=normal(2, 4)), 3)
+
+
+def n_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen3vl"])
+def demo(request):
+    """A trained demo model, and four questions about its world; for Qwen3-VL about pictures of two sizes."""
+    canvases = [(336, 336)] if request.param == "llava" else [(280, 280), (252, 336)]
+    benchmark = Demo(n_scenes=len(canvases), seed=5, canvases=canvases)
+    of_each = 4 // len(canvases)
+    samples = [sample for k in "01" for sample in [s for s in benchmark.samples() if s.image_id == k][:of_each]]
+    images = {sample.image_id: benchmark.images(sample.image_id) for sample in samples}
+    prompts = [Prompt(s.text, images[s.image_id], question=s.question, sample=s.id) for s in samples]
+    adapter = load(ROOT / "experiments/demo" / request.param, dtype="float32")
+    Pipeline(adapter, NoPruner(), 1.0)(prompts[:1])  # transformers leaves hooks of its own
+    return adapter, benchmark, samples, prompts
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_on_the_demo(demo, name):
+    """Half of the tokens are enough to answer, in one padded batch; no hook stays behind."""
+    adapter, benchmark, samples, prompts = demo
+    before = n_hooks(adapter.model)
+    answers = Pipeline(adapter, PRUNERS[name](), 0.5, Decoding(max_new_tokens=2))(prompts)
+    assert n_hooks(adapter.model) == before
+    right = sum(benchmark.correct(sample, answer.text) for sample, answer in zip(samples, answers, strict=True))
+    assert right >= 3
+    for answer in answers:
+        total, per_layer = sum(answer.n_visual), answer.visual_tokens_per_layer
+        assert answer.n_keep == (total if name == "none" else round(total / 2))
+        if issubclass(PRUNERS[name], DecoderPruner):
+            assert per_layer[0] == total > per_layer[-1]
+        else:
+            assert per_layer == [answer.n_keep] * adapter.n_layers
