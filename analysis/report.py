@@ -21,6 +21,7 @@ from PIL import Image
 
 from analysis import figures, load, masks, tables
 from experiments import build
+from experiments.benchmarks.base import BenchmarkError, SampleError
 
 PICTURE_WIDTH = 448
 """Pictures wider than this are embedded smaller, in pixels."""
@@ -123,21 +124,25 @@ class Case:
 
 
 def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
-    """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most."""
+    """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most.
+
+    What has no picture on this machine is passed over.
+    """
     if cells.empty:
         return
     default = cells[(cells.differs.map(len) == 0) & (cells.dataset != load.EFFICIENCY)]
     for (model, dataset), group in default.groupby(["model", "dataset"], sort=False):
-        benchmark = None
         every = {cell.method: cell.path for cell in group[group.method == "none"].itertuples()}
         for keep, budget in group[group.method != "none"].groupby("keep", sort=False):
             order = sorted(budget.itertuples(), key=lambda cell: (list(tables.METHODS).index(cell.method), -cell.seed))
             paths = every | {cell.method: cell.path for cell in order}
             answered = {method: masks.read_cell(path)[1] for method, path in paths.items()}
             for sample in disagreements({m: rows for m, rows in answered.items() if m != "none"}, n_samples):
-                benchmark = benchmark or build.benchmark(group.iloc[0].config)
                 rows = {method: rows[sample] for method, rows in answered.items() if sample in rows}
-                picture = benchmark.images(next(iter(rows.values()))["image_id"])[0]
+                try:
+                    picture = build.benchmark(group.iloc[0].config).images(next(iter(rows.values()))["image_id"])[0]
+                except (BenchmarkError, SampleError):
+                    continue
                 yield Case(model, dataset, keep, picture.convert("RGB"), rows)
 
 

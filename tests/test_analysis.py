@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from analysis import figures, load, masks, report, tables
+from experiments.benchmarks.base import BenchmarkError
 
 SPLITS = ("random", "popular", "adversarial")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -581,6 +582,12 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
         def images(self, image_id):
             return [Image.new("RGB", (60, 40), "red")]
 
+    class Nowhere:
+        def images(self, image_id):
+            raise BenchmarkError("no network")
+
+    monkeypatch.setattr(report.build, "benchmark", lambda config: Nowhere())
+    assert next(report.cases(load.cells(results), 3), None) is None, "numbers need no pictures"
     monkeypatch.setattr(report.build, "benchmark", lambda config: Pictures())
     text = report.page(load.cells(results), 3)
     page = Page(text)
