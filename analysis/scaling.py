@@ -22,7 +22,9 @@ from analysis.figures import BLACK, GREEN, GREY, ORANGE, PAGE, PINK, RED, STYLE,
 
 LINES = {
     "mi": ("MI, λ = 0.5", RED, "o", "-"),
+    "mi_graph": ("MI, λ = 0.5, CUDA graph", RED, "o", "--"),
     "mi_relevance": ("MI, λ = 1", ORANGE, "s", "-"),
+    "mi_relevance_graph": ("MI, λ = 1, CUDA graph", ORANGE, "s", "--"),
     "mi_plain": ("MI, λ = 0.5, step by step", RED, "o", ":"),
     "cdpruner": ("CDPruner", GREEN, "h", "-."),
     "divprune": ("DivPrune", YELLOW, "*", "-."),
@@ -57,6 +59,8 @@ def draw(rows: pd.DataFrame, share: float = 0.25, n_keep: int = 64) -> Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 0.42 * PAGE))
         for method, (label, colour, marker, line) in LINES.items():
             found = series(rows, method, share, None)
+            if found.empty:
+                continue
             left.plot(found.n_visual, found.median_ms, line, color=colour, marker=marker, label=label)
             left.fill_between(found.n_visual, found.p20_ms, found.p80_ms, color=colour, alpha=0.2, linewidth=0)
             if method != "product":

@@ -26,9 +26,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments import build, results
-from experiments.efficiency import machine, spread
+from experiments.efficiency import Memory, machine, spread
 from experiments.estimate import Decoder, architecture
 from mipruner import pmi
+from mipruner.engine import Graph
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import mi_picks
@@ -90,6 +91,19 @@ def product(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
 METHODS = (product, mi, mi_relevance, mi_plain, cdpruner, divprune, dart_like)
 
 
+def methods(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, int], Callable[[], Any]]]:
+    """By name, what makes a call without arguments; on a GPU also those that the engine replays as a CUDA graph."""
+    found = {method.__name__: partial(partial, method) for method in METHODS}
+    if device.type == "cuda":
+        for method in (mi, mi_relevance):
+            found[f"{method.__name__}_graph"] = partial(recorded, method)
+    return found
+
+
+def recorded(method: Callable, visual: Tensor, text: Tensor, n_keep: int) -> Callable[[], Any]:
+    return partial(Graph(partial(method, n_keep=n_keep), visual, text), visual, text)
+
+
 def elapsed_ms(device: torch.device, function: Callable[[], Any]) -> float:
     """CPU time of the process on a CPU, wall time on a GPU."""
     watch = Stopwatch(device, time.process_time if device.type == "cpu" else time.perf_counter)
@@ -120,25 +134,27 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "git_commit": results.git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    slow = set()
+    slow, memory = set(), Memory(device)
     for n_visual in sorted(options["n_visual"]):
         visual = tokens(n_visual, options["width"], device, seed=2)
         for n_keep in sorted({budget(keep, n_visual) for keep in options["keep"]}):
             saved = decoder.prefill_flops(n_visual + 60) - decoder.prefill_flops(n_keep + 60)
-            for method in METHODS:
-                if method in slow:
+            for name, method in methods(device).items():
+                if name in slow:
                     continue
-                call = partial(method, visual, text, n_keep)
-                first = elapsed_ms(device, call)
+                call = method(visual, text, n_keep)
+                memory.reset_peak()
+                before, first = memory.now(), elapsed_ms(device, call)
+                peak_gib = max(0.0, memory.peak() - before)
                 ms = [first]  # of a slow method; else it was the warm-up
                 if first < 1000:
                     ms = [elapsed_ms(device, call) for _ in range(options["repetitions"])]
                 if median(ms) > 1000 * options["most_s"]:
-                    slow.add(method)
-                found = {f"{name}_ms": value for name, value in spread(ms).items()}
+                    slow.add(name)
                 sizes = {"n_visual": n_visual, "n_keep": n_keep, "n_text": len(text), "width": options["width"]}
-                saved_ms = {"prefill_saved_ms": round(saved / tflop_per_s / 1e9, 3)}
-                yield {"method": method.__name__} | sizes | found | {"repetitions": len(ms)} | saved_ms | conditions
+                found = {f"{word}_ms": value for word, value in spread(ms).items()} | {"repetitions": len(ms)}
+                found |= {"peak_gib": round(peak_gib, 4), "prefill_saved_ms": round(saved / tflop_per_s / 1e9, 3)}
+                yield {"method": name} | sizes | found | conditions
 
 
 def main(arguments: list[str]) -> None:

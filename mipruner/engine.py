@@ -162,7 +162,7 @@ class Engine:
         self.picture = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
         self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else budget(keep, self.n_visual)
         self.ends = torch.tensor(generation.eos_token_id, device=adapter.device).reshape(-1)
-        length = self._padded(longest + self.n_keep) + decoding.max_new_tokens
+        length = self._padded(longest + self.n_keep + decoding.max_new_tokens)
         self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
         self.graphs: dict[tuple, Graph] = {}
         self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()

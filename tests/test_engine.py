@@ -102,6 +102,15 @@ def test_the_demo_answers_alike_in_bfloat16():
         assert engine(prompt).tokens == plain([prompt])[0].tokens
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_compiled_and_recorded_the_demo_answers_alike(demo):
+    decoding = Decoding(max_new_tokens=4)
+    plain, engine = Pipeline(demo, MIPruner(), 16, decoding), Engine(demo, MIPruner(), 16, decoding, compiled=True)
+    for prompt in prompts(3) * 2:
+        assert engine(prompt).tokens == plain([prompt])[0].tokens
+
+
 def test_prompts_of_one_bucket_share_a_graph():
     engine = Engine(tiny(), MIPruner(), 5, Decoding(max_new_tokens=2), bucket=32, longest=64)
     several = prompts(8)

@@ -31,6 +31,7 @@ def test_every_method_at_every_size(path):
     assert len(rows) == len(sizes) * len(scaling.METHODS)
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert float(row["peak_gib"]) >= 0
         assert row["device"] and row["torch"] == torch.__version__ and row["dtype"] == "float32"
     one = next(row for row in rows if row["n_visual"] == "64" and row["n_keep"] == "8")
     other = next(row for row in rows if row["n_visual"] == "64" and row["n_keep"] == "32")
@@ -38,6 +39,15 @@ def test_every_method_at_every_size(path):
     flops = [decoder.prefill_flops(64 + 60) - decoder.prefill_flops(k + 60) for k in (8, 32)]
     ratio = float(one["prefill_saved_ms"]) / float(other["prefill_saved_ms"])
     assert ratio == pytest.approx(flops[0] / flops[1], rel=1e-3)
+
+
+def test_a_recorded_method_chooses_the_same():
+    visual, text = (scaling.tokens(n, 48, torch.device("cpu"), seed) for n, seed in ((60, 1), (5, 2)))
+    assert scaling.recorded(scaling.mi, visual, text, 20)().tolist() == scaling.mi(visual, text, 20).tolist()
+    assert scaling.methods(torch.device("cuda")).keys() - scaling.methods(torch.device("cpu")).keys() == {
+        "mi_graph",
+        "mi_relevance_graph",
+    }
 
 
 @pytest.mark.parametrize("method", [m for m in scaling.METHODS if m is not scaling.product], ids=lambda m: m.__name__)
@@ -63,7 +73,7 @@ def test_the_figure_draws_the_newest_rows_of_one_device(path, tmp_path):
     (line,) = [line for line in left.lines if line.get_label() == "MI, λ = 0.5"]
     expected = rows[rows.method.eq("mi") & rows.n_keep.isin([16, 32])].median_ms
     assert line.get_ydata().tolist() == expected.tolist()
-    assert len(right.lines) == len(figure.LINES) + 1
+    assert len(right.lines) == len(scaling.METHODS) + 1
 
     pd.concat([rows, rows.assign(device="another")]).to_csv(tmp_path / "mixed.csv", index=False)
     with pytest.raises(ValueError, match="one at a time"):
