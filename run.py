@@ -53,7 +53,7 @@ def run_cell(config: dict[str, Any], name: str = "", ranks: Ranks = ALONE) -> di
     benchmark = build.benchmark(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     decoding = instantiate(config["decoding"])
-    pipeline = Pipeline(build.model(config), build.pruner(config), config["keep"], decoding)
+    pipeline = Pipeline(build.model(config), build.pruner(config), build.budget(config), decoding)
     command = shlex.join(["python", *sys.argv])
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command, ranks)
@@ -77,7 +77,7 @@ def show(record: dict[str, Any], path: str) -> str:
         lines.append(f"  {name:<28}{value:8.2f}" + (f" ± {errors[name]:.2f}" if name in errors else ""))
     if tokens:
         lines.append(
-            f"  tokens kept {tokens['kept']:.0f} of {tokens['visual']:.0f}, {tokens['layer_mean']:.1f} a layer"
+            f"  tokens kept {tokens['kept']:.4g} of {tokens['visual']:.0f}, {tokens['layer_mean']:.1f} a layer"
         )
         stages = "  ".join(f"{stage} {value:.1f}" for stage, value in ms.items())
         lines.append(f"  ms a sample in batches of {record['batch_size']}: {stages}")

@@ -20,7 +20,7 @@ CONF = HERE.parent / "conf"
 EFFICIENCY = "efficiency"
 """Folder and dataset of what experiments/efficiency.py measures."""
 
-COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope")
+COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope", "quality", "keep_max")
 """The parts of a config in which two cells of the same name can differ."""
 
 WHERE = ("path", "hub", "revision")

@@ -1,4 +1,4 @@
-"""From a config to the objects it names: a model on its device, a benchmark, a pruner."""
+"""From a config to the objects it names: a model on its device, a benchmark, a pruner, a budget."""
 
 import json
 from functools import lru_cache
@@ -13,19 +13,27 @@ from experiments.benchmarks.base import Benchmark, BenchmarkError
 from experiments.results import ROOT
 from mipruner.models import Adapter, load
 from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.selection import Auto
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
 
-    These are the budget of a pruner that keeps everything, and the seed where nothing is drawn.
+    These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
+    reads.
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
         config["seed"] = config["decoding"]["seed"] = 0
     if config["pruner"]["name"] == "none":
         config["keep"] = 1.0
+    if config["keep"] != "auto":
+        del config["quality"], config["keep_max"]
     return config
+
+
+def budget(config: dict[str, Any]) -> int | float | Auto:
+    return Auto(config["quality"], config["keep_max"]) if config["keep"] == "auto" else config["keep"]
 
 
 def device(config: dict[str, Any]) -> str:

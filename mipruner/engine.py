@@ -32,7 +32,7 @@ from mipruner.pruners import (
     Pruner,
     SimilarityPruner,
 )
-from mipruner.selection import Selection, budget
+from mipruner.selection import Auto, Selection, budget
 
 LOOK = 16
 """Tokens between two looks at whether the answer has ended."""
@@ -156,6 +156,8 @@ class Engine:
             raise InputError("the engine runs LLaVA-1.5 with attn_implementation=sdpa: use the pipeline")
         if isinstance(pruner, DecoderPruner):
             raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
+        if isinstance(keep, Auto):
+            raise InputError("the engine's shapes are fixed, and keep=auto is not: use the pipeline")
         self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
         self.bucket, self.longest, self.compiled = bucket, longest, compiled
         self.n_visual = adapter.side**2

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mipruner.decoder import Run, shorten
 from mipruner.decoding import Decoding, decode, prefill
+from mipruner.features import Features
 from mipruner.models.base import Adapter, Batch, Encoded, Picture, Prompt, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
-from mipruner.selection import Selection, budget, split_budget
+from mipruner.selection import Auto, Selection, budget, split_budget
 from mipruner.timing import Stopwatch
 
 
@@ -80,13 +81,18 @@ class Pipeline:
     adapter : Adapter
         From `mipruner.models.load`.
     pruner : Pruner or DecoderPruner
-    keep : int or float
+    keep : int, float or Auto
         Budget per prompt, see `mipruner.selection.budget`; several pictures share it in proportion to their tokens.
+        With `Auto`, each of them keeps as much of its share as it has use for.
     decoding : Decoding
     """
 
     def __init__(
-        self, adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float, decoding: Decoding | None = None
+        self,
+        adapter: Adapter,
+        pruner: Pruner | DecoderPruner,
+        keep: int | float | Auto,
+        decoding: Decoding | None = None,
     ):
         self.adapter, self.pruner, self.keep = adapter, pruner, keep
         self.decoding = decoding or Decoding()
@@ -170,11 +176,18 @@ class Pipeline:
         counts = [visual.n_visual for visual in encoded.visuals]
         shares = split_budget(budget(self.keep, sum(counts)), counts)
         pairs = list(zip(encoded.features(), shares, strict=True))
+        if isinstance(self.keep, Auto):
+            pairs = [(features, self.enough(features, n)) for features, n in pairs]
         if isinstance(self.pruner, Pruner):
             return [self.pruner(features, n) for features, n in pairs]
         for features, n in pairs:
             self.pruner.check(features, n)
         return [Selection(torch.arange(n, device=self.adapter.device)) for n in counts]
+
+    def enough(self, features: Features, n_max: int) -> int:
+        """What keep=auto makes of a budget for one picture."""
+        self.pruner.check(features, n_max)
+        return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
     def inside(self, encoded: Sequence[Encoded], batch: Batch) -> AbstractContextManager[Run | None]:
         """The context in which a method prunes inside the decoder; of other methods, an empty one."""

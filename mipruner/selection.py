@@ -1,5 +1,6 @@
 """How many tokens stay, and which: the budget, top-k, and the greedy search of eq. 22-24."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +32,49 @@ class Selection:
         return (self.indices if self.embeds is None else self.embeds[..., 0]).shape[-1]
 
 
-def budget(keep: int | float, n_visual: int) -> int:
+@dataclass(frozen=True)
+class Auto:
+    """A budget that each sample sets itself (the paper's future work, C.5).
+
+    Attributes
+    ----------
+    quality : float in (0, 1]
+        The share of all positive PMI with the text that the kept tokens must be able to hold.
+    keep_max : int or float
+        Never more than this, see `budget`.
+    """
+
+    quality: float
+    keep_max: int | float
+
+    def __post_init__(self):
+        if not 0 < self.quality <= 1:
+            raise InputError(f"quality={self.quality} is not in (0, 1]")
+
+    def enough(self, relevance: Tensor) -> int:
+        """The fewest tokens that could hold the share ``quality`` of the positive part of relevance [n_visual]."""
+        positive = relevance.clamp_min(0).sort(descending=True).values
+        if not positive[0] > 0:  # no token says anything: one is as good as another
+            return math.ceil(self.quality * len(relevance))
+        curve = positive.cumsum(0) / positive.sum()
+        return min(1 + int((curve < self.quality).sum()), len(relevance))
+
+
+def budget(keep: int | float | Auto, n_visual: int) -> int:
     """Number of tokens to keep: a whole number as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
 
-    ``1`` is one token, ``1.0`` is everything. At least one token stays.
+    ``1`` is one token, ``1.0`` is everything. At least one token stays. Of an `Auto`, the most that it can be.
 
     Raises
     ------
     InputError
         If keep is not positive, a fraction above 1, or a whole number above ``n_visual``.
     """
+    if isinstance(keep, Auto):
+        most = keep.keep_max
+        return budget(min(most, n_visual) if isinstance(most, int) else most, n_visual)
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep > 0:
-        raise InputError(f"keep={keep!r} is not a budget: give a fraction in (0, 1] or a whole number of tokens")
+        raise InputError(f"keep={keep!r} is not a budget: give a fraction in (0, 1], a whole number or auto")
     if isinstance(keep, float):
         if keep > 1:
             raise InputError(f"keep={keep} is neither a fraction in (0, 1] nor a whole number of tokens")

@@ -178,6 +178,19 @@ def test_a_seed_makes_a_cell_only_where_something_is_drawn(tmp_path):
     assert first == second
 
 
+def test_auto_is_recorded_as_its_mean_and_its_options_make_no_other_cell(tmp_path):
+    auto = ["keep=auto", "quality=0.3", "keep_max=0.5"]
+    record = run.run_cell(config(tmp_path, *auto))
+    rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    counts = [len(row["kept"][0]) for row in rows]
+    assert max(counts) <= N_VISUAL // 2
+    assert record["cell"]["keep"] == "auto"
+    assert record["tokens"]["kept"] == record["tokens"]["layer_mean"] == pytest.approx(sum(counts) / len(counts))
+    assert "kept" in run.show(record, "here")
+    assert cell_id(config(tmp_path, "keep=auto", "quality=0.4")) != cell_id(config(tmp_path, *auto))
+    assert cell_id(config(tmp_path, "keep=4", "quality=0.4")) == cell_id(config(tmp_path, "keep=4"))
+
+
 def test_folder_names_show_what_differs():
     overrides = [
         "model=x",

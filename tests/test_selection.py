@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipruner import pmi
-from mipruner.selection import Selection, budget, greedy, split_budget, take_rows, top_k
+from mipruner.selection import Auto, Selection, budget, greedy, split_budget, take_rows, top_k
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -184,6 +184,40 @@ def test_budget(keep, n_visual, n_keep):
 def test_budgets_that_are_none(keep):
     with pytest.raises(ValueError, match="keep="):
         budget(keep, 576)
+
+
+def fewest(relevance, quality):
+    positive = sorted((max(0.0, x) for x in relevance), reverse=True)
+    return next(n for n in range(1, len(positive) + 1) if sum(positive[:n]) >= quality * sum(positive) - 1e-6)
+
+
+@fast
+@given(st.lists(st.integers(-16, 64), min_size=1, max_size=40), st.sampled_from([0.01, 0.05, 0.3, 0.77, 1.0]))
+def test_auto_keeps_the_fewest_that_hold_the_share(relevance, quality):
+    auto = Auto(quality, 1.0)
+    if max(relevance) <= 0:
+        assert auto.enough(torch.tensor(relevance).float()) == math.ceil(quality * len(relevance))
+    else:
+        assert auto.enough(torch.tensor(relevance) / 16) == fewest([x / 16 for x in relevance], quality)
+
+
+def test_auto_by_hand():
+    """One token with half of the information, two with a quarter each: and one that misinforms counts for nothing."""
+    relevance = torch.tensor([1.0, -3.0, 2.0, 1.0])
+    expected = {0.01: 1, 0.5: 1, 0.51: 2, 0.75: 2, 0.76: 3, 1.0: 3}
+    assert {q: Auto(q, 64).enough(relevance) for q in expected} == expected
+
+
+def test_the_budget_of_auto_is_its_maximum():
+    assert budget(Auto(0.5, 64), 576) == 64
+    assert budget(Auto(0.5, 64), 54) == 54
+    assert budget(Auto(0.5, 0.25), 576) == 144
+    for quality in (0, 1.1, -1, math.nan):
+        with pytest.raises(ValueError, match="quality="):
+            Auto(quality, 64)
+    for keep_max in (0, True, 1.5, None):
+        with pytest.raises(ValueError, match="keep="):
+            budget(Auto(0.5, keep_max), 576)
 
 
 @fast

@@ -55,6 +55,16 @@ class Method:
         if missing := sorted(name for name in self.needs if getattr(features, name) is None):
             raise InputError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
 
+    def s_cross(self, features: Features) -> Tensor:
+        """PMI of every visual token with the text, eq. 19 or 21, from which keep=auto sets the budget. [.., n_visual]
+
+        Raises
+        ------
+        InputError
+            If the method knows no PMI.
+        """
+        raise InputError(f"keep=auto reads the PMI with the text, which {type(self).__name__} does not know: use mi")
+
 
 class Pruner(Method, ABC):
     """Chooses visual tokens before the language model runs. A method overrides `select`."""

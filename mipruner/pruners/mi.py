@@ -69,17 +69,16 @@ class MIPruner(Pruner):
     def picks(self, features: Features, n_keep: int, given: Tensor | None = None) -> Tensor:
         """Indices [.., n_keep] in the order of the greedy search, after the tokens ``given``."""
         if (self.aggregation, self.normalization, self.prior) == ("max", "softmax", "uniform"):
-            relevance = None if self.support == "prompt" else self.relevance(features)
+            relevance = None if self.support == "prompt" else self.s_cross(features)
             return mi_picks(
                 features.visual, features.text, n_keep, self.lam, self.tau, given=given, relevance=relevance
             )
         options = (self.tau, self.aggregation, self.normalization)
         redundancy = None if self.lam == 1 else pmi.redundancy(features.visual, *options, prior=self.p_visual(features))
-        relevance = self.relevance(features)
+        relevance = self.s_cross(features)
         return greedy(relevance, redundancy, n_keep, self.lam, aggregation=self.aggregation, given=given)
 
-    def relevance(self, features: Features) -> Tensor:
-        """S_cross [.., n_visual]."""
+    def s_cross(self, features: Features) -> Tensor:
         log_partition = None
         if self.support == "vocabulary":
             log_partition = pmi.log_partition(features.visual, features.vocabulary, self.tau, self.vocabulary_rows)
