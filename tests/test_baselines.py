@@ -526,6 +526,9 @@ def test_sparsevlm_has_the_published_schedule():
     for n_keep, counts in published.items():
         assert SparseVLMPruner.schedule(576, n_keep, 32) == dict(zip((3, 7, 16), counts, strict=True))
         assert SparseVLMPruner().stages(576, n_keep, 32) == dict(zip((3, 7, 16), entering[n_keep], strict=True))
+    means = {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2}
+    for n_keep, mean in means.items():
+        assert sum(SparseVLMPruner().entering(576, n_keep, 32)) / 32 == pytest.approx(mean, abs=0.06)
     assert SparseVLMPruner.schedule(576, 80, 32) == {3: 152, 7: 39, 16: 22}  # half way from 64 to 96, half to even
     assert SparseVLMPruner.schedule(144, 16, 36) == {3: 16, 8: 8, 18: 4}
 
@@ -575,6 +578,14 @@ def test_autoprune_falls_faster_where_the_words_say_less():
     low, high = (AutoPruner().curve(bits, 576, 64, 32) for bits in (0.0, 1.5))
     assert low[3] > high[3] and low[-1] < high[-1]
     assert sorted(low, reverse=True) == low
+
+
+@pytest.mark.parametrize(
+    ("n_keep", "fastv", "fastv_3", "dart"), [(192, 216, 228, 219.8), (64, 96, 112, 99.8), (32, 66, 83, 69.8)]
+)
+def test_what_a_nominal_budget_costs_in_the_mean(n_keep, fastv, fastv_3, dart):
+    for pruner, mean in ((FastVPruner(), fastv), (FastVPruner(layer=3), fastv_3), (DARTPruner(), dart)):
+        assert sum(pruner.entering(576, n_keep, 32)) / 32 == pytest.approx(mean, abs=0.06)
 
 
 @pytest.mark.parametrize(("nominal", "matched"), [(192, 166), (128, 98), (64, 30)])

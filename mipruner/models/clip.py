@@ -23,8 +23,15 @@ class ClipSpace:
 
     @classmethod
     def load(cls, path: str, like: Tensor) -> "ClipSpace":
-        """From a folder or the hub, to the device and dtype of ``like``. Raises `ModelError`."""
-        folder = locate(path)
+        """From a folder or the hub (``id`` or ``id@revision``), to the device and dtype of ``like``.
+
+        Raises
+        ------
+        ModelError
+            If it is not there, or there only as a pickle.
+        """
+        name, _, revision = path.partition("@")
+        folder = locate(name, revision or None)
         try:
             clip = CLIPModel.from_pretrained(folder, dtype=like.dtype, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(folder)
