@@ -129,7 +129,7 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
                 "n_kept": keep if isinstance(keep, int) else round(keep * row["visual_tokens"]),
                 "layer_mean": row["visual_tokens_layer_mean"],
                 "batch_size": 1,
-                "device": record["machine"]["device"],
+                "device": record["machine"]["device"] + (", CPU time" if record["clock"] == "cpu" else ""),
                 "git_commit": record["git_commit"],
                 "command": record["command"],
                 "finished": record["date"],

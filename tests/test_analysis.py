@@ -348,6 +348,7 @@ def write_costs(results, model, rows, date="2026-11-24T10:00:00", device="NVIDIA
         "git_commit": "0" * 40,
         "date": date,
         "machine": {"device": device},
+        "clock": "wall",
         "model": model,
         "repetitions": 30,
         "rows": [
