@@ -100,28 +100,33 @@ def relevance_kernel(
     N,
     M,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """S_cross of eq. 19. One program a sample: all visual tokens side by side, one text token after the other."""
+    """S_cross of eq. 19. One program a sample: all visual tokens side by side, a few text tokens at a time."""
     sample = tl.program_id(0).to(tl.int64)
     n, m = tl.load(n_visual + sample).to(tl.int32), tl.load(n_text + sample).to(tl.int32)
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)[None, :]
     inside = i < n
     rho += sample * M * N
-    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for j in range(m):
-        x = tl.load(rho + j * N + i, mask=inside, other=0.0)
-        top = tl.maximum(highest, x)
-        total = total * tl.exp(highest - top) + tl.exp(x - top)
+    highest = tl.full((1, BLOCK), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for start in range(0, m, CHUNK):
+        j = start + tl.arange(0, CHUNK)[:, None]
+        x = tl.load(rho + j * N + i, mask=(j < m) & inside, other=float("-inf"))
+        x = tl.where(inside, x, 0.0)
+        top = tl.maximum(highest, tl.max(x, 0, keep_dims=True))
+        total = total * tl.exp(highest - top) + tl.sum(tl.exp(x - top), 0, keep_dims=True)
         highest = top
     lse = highest + tl.log(total)
-    best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    for j in range(m):
-        x = tl.load(rho + j * N + i, mask=inside, other=0.0)
-        log_p = tl.where(inside, x - lse, float("-inf"))
-        top = tl.max(log_p, 0)
-        log_marginal = top + tl.log(tl.sum(tl.exp(log_p - top), 0)) - tl.log(n.to(tl.float32))
-        best = tl.maximum(best, log_p - log_marginal)
+    best = tl.full((1, BLOCK), float("-inf"), dtype=tl.float32)
+    for start in range(0, m, CHUNK):
+        j = start + tl.arange(0, CHUNK)[:, None]
+        log_p = tl.load(rho + j * N + i, mask=(j < m) & inside, other=float("-inf")) - lse
+        top = tl.max(log_p, 1, keep_dims=True)
+        top = tl.where(j < m, top, 0.0)
+        mass = tl.where(j < m, tl.sum(tl.exp(log_p - top), 1, keep_dims=True), 1.0)
+        pmi = log_p - (top + tl.log(mass) - tl.log(n.to(tl.float32)))
+        best = tl.maximum(best, tl.max(pmi, 0, keep_dims=True))
     tl.store(relevance + sample * N + i, best, mask=inside)
 
 
@@ -186,7 +191,7 @@ def _similarity(rows: Tensor, columns: Tensor, n_rows: Tensor, n_columns: Tensor
         tau,
         SYMMETRIC=rows is columns,
         BLOCK=block,
-        BLOCK_D=32 if rows.dtype == torch.float32 else 64,
+        BLOCK_D=16384 // (block * rows.element_size()),
         num_warps=block // 16,
     )
     return rho
@@ -240,9 +245,10 @@ def mi_picks(
     if relevance is None:
         n_text = lengths(M if n_text is None else n_text)
         relevance = torch.full((B, N), -torch.inf, device=device)
-        relevance_kernel[(B,)](
-            relevance, _similarity(text, visual, n_text, n_visual, tau), n_visual, n_text, N, M, **_one_program(N)
-        )
+        rho = _similarity(text, visual, n_text, n_visual, tau)
+        whole = _one_program(N)
+        chunk = max(1, 4096 // whole["BLOCK"])
+        relevance_kernel[(B,)](relevance, rho, n_visual, n_text, N, M, CHUNK=chunk, **whole)
     if lam == 1:
         picks = greedy(relevance, None, K, 1, given=given)
         return picks.masked_fill(torch.arange(K, device=device) >= n_keep[:, None], -1)
