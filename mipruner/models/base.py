@@ -7,7 +7,7 @@ sample and unpadded; padding happens once, in `collate`, on the shortened prompt
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
 from mipruner.features import Features
@@ -325,7 +326,8 @@ class Adapter(ABC):
     tokenizer : PreTrainedTokenizerBase
         A fast tokenizer.
     image_processor
-        A transformers image processor on the PIL backend.
+        A transformers image processor on the PIL backend. Both may be None where the model is called by code that has
+        rendered the prompt itself (`mipruner.prune`): only what makes a prompt from text and pictures needs them.
     positions : "repack" or "keep", optional
         Whether the short prompt is numbered 0, 1, 2, ... or its tokens stay at their original positions. By default
         what the family's public pruners do.
@@ -345,7 +347,7 @@ class Adapter(ABC):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         image_processor,
         positions: str | None = None,
         prompt: str | None = None,
@@ -355,13 +357,14 @@ class Adapter(ABC):
         self.positions = self.default_positions if positions is None else positions
         if self.positions not in ("repack", "keep"):
             raise InputError(f"unknown positions {positions!r}: choose repack or keep")
-        if prompt is None and tokenizer.chat_template is None:
+        if prompt is None and tokenizer is not None and tokenizer.chat_template is None:
             raise InputError("the tokenizer has no chat template: give prompt, a template with {image} and {text}")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.prompt, self.system, self.thinking = prompt, system, thinking
         ids = {"image": model.config.image_token_id, "video": getattr(model.config, "video_token_id", None)}
         self.placeholder_ids = {kind: k for kind, k in ids.items() if k is not None}
-        self.placeholders = {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
+        if tokenizer is not None:
+            self.placeholders = {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
 
     @property
     def device(self) -> torch.device:
@@ -392,9 +395,33 @@ class Adapter(ABC):
                     visuals[k] = visual
         return visuals
 
-    @abstractmethod
     def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
         """One pass of the vision encoder and the projector, over pictures or over videos."""
+        with self.watched("times" in pixels[0], signals) as calls:
+            features = self.features(pixels)
+        return self.visuals(features, calls, pixels, signals)
+
+    @abstractmethod
+    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+        """Capture in the vision encoder what the named fields of `Features` are made of."""
+
+    @abstractmethod
+    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+        """What the model's own ``get_image_features`` or ``get_video_features`` returns."""
+
+    @abstractmethod
+    def visuals(
+        self, features: ModelOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
+    ) -> list[Visual]:
+        """One `Visual` for each of ``pixels``, from what `features` returned and `watched` captured."""
+
+    @abstractmethod
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        """What `pixels` gives for each picture, back from the arguments of ``get_image_features``.
+
+        ``runs`` are the lengths of the runs of placeholders in the prompts, for the families whose arguments do not
+        tell where a picture ends.
+        """
 
     def layout(self, visual: Visual) -> tuple[str, list[int]]:
         """What stands for a picture in the rendered prompt, and how many rows each of its placeholders is."""

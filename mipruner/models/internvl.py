@@ -1,5 +1,6 @@
 """InternVL: a picture is up to twelve tiles and a thumbnail; four patches make a token, by pixel shuffle."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,9 +41,14 @@ class InternVLAdapter(LlavaAdapter):
         layer = self.tower(is_video).encoder.layer[self.model.config.vision_feature_layer]
         return layer.attention, layer, layer.attention.q_norm, layer.attention.k_norm
 
-    def project(self, values: Tensor, pixels) -> list[Tensor]:
-        tokens = self.model.model.get_image_features(pixel_values=values).pooler_output
-        return [rows.flatten(0, 1) for rows in tokens.split([len(one["pixel_values"]) for one in pixels])]
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        """A run is a picture. So is a frame: nothing in the model's arguments tells that it belongs to a video."""
+        n_tokens = int(self.side * self.model.config.downsample_ratio) ** 2
+        tiles = inputs["pixel_values"].split([n // n_tokens for n in runs])
+        return [{"pixel_values": one} for one in tiles]
+
+    def rows(self, pooled: Tensor, pixels: Sequence[dict[str, Any]]) -> list[Tensor]:
+        return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
         """The mean of the four patches of a token."""

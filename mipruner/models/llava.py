@@ -4,7 +4,7 @@ Its kin differ in how many tiles a picture is cut into and how their patches are
 """
 
 from collections.abc import Sequence, Set
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
+from transformers.utils import ModelOutput
 
 from mipruner.models.attention import cls_attention, received_attention
 from mipruner.models.base import Adapter, Call, Picture, Prompt, Tokens, Visual, captured
@@ -101,13 +102,24 @@ class LlavaAdapter(Adapter):
         layer = self.tower(is_video).encoder.layers[index if index < 0 else index - 1]
         return layer.self_attn, layer, layer.self_attn.q_proj, layer.self_attn.k_proj
 
-    def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
-        is_video = "times" in pixels[0]
-        names = signals & self.signals
-        values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device, self.model.dtype)
-        attn, *watched = self.inside(is_video)
-        with captured(*watched) if names else nullcontext() as calls:
-            rows = self.project(values, pixels)
+    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+        return captured(*self.inside(is_video)[1:]) if signals & self.signals else nullcontext([])
+
+    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+        return self.model.model.get_image_features(pixel_values=self.values(pixels))
+
+    def values(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
+        """All tiles [n_tiles, 3, height, width]."""
+        return torch.cat([one["pixel_values"] for one in pixels]).to(self.device, self.model.dtype)
+
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"pixel_values": one[None]} for one in inputs["pixel_values"]]
+
+    def visuals(
+        self, features: ModelOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
+    ) -> list[Visual]:
+        names, attn = signals & self.signals, self.inside("times" in pixels[0])[0]
+        rows = self.rows(features.pooler_output, pixels)
         found = self.vision_signals(calls, attn, pixels, names) if names else [{}] * len(pixels)
         return [
             Visual(
@@ -120,9 +132,9 @@ class LlavaAdapter(Adapter):
             for own, one, signals_of_one in zip(rows, pixels, found, strict=True)
         ]
 
-    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
-        """Rows [n_rows, d] of each picture, from all tiles [n_tiles, 3, height, width]."""
-        return self.model.model.get_image_features(pixel_values=values).pooler_output
+    def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        """Rows [n_rows, d] of each picture, from the ``pooler_output`` of `features`."""
+        return pooled
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
         """What belongs to patches [n_tiles, patches, c], in the order and number [n_visual, c] of the visual tokens."""

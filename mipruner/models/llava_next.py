@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlavaNextImageProcessorPil, LlavaOnevisionImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
 from mipruner.models.base import Picture, Video
@@ -29,9 +31,20 @@ class LlavaNextAdapter(LlavaAdapter):
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         return (0, 0, *size)
 
-    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         sizes = torch.cat([one["image_sizes"] for one in pixels]).to(self.device)
-        return self.model.model.get_image_features(pixel_values=values, image_sizes=sizes).pooler_output
+        return self.model.model.get_image_features(pixel_values=self.values(pixels), image_sizes=sizes)
+
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        pinpoints, edge = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
+        pairs = zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
+        return [
+            {
+                "pixel_values": tiles[: image_size_to_num_patches(size, pinpoints, edge)],
+                "image_sizes": size[None],
+            }
+            for tiles, size in pairs
+        ]
 
     def pack(self, tiles: Tensor, one: dict[str, Any], newline: Tensor | None = None) -> Tensor:
         """The model's own packing of crops [n_tiles, patches, c] into rows [n, c], with a newline [c] or none."""
@@ -72,12 +85,22 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         values = processor(images=[frames], return_tensors="pt")["pixel_values"]
         return {"pixel_values": values[:, 0], "times": image.times}  # tile 0 is the frame as a whole
 
-    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         if "times" not in pixels[0]:
-            return super().project(values, pixels)
-        frames = self.model.model.get_video_features(values[None]).pooler_output[0]
-        pooled = ((self.side + 1) // 2) ** 2
-        counts = [len(one["pixel_values"]) * pooled for one in pixels]
+            return super().features(pixels)
+        return self.model.model.get_video_features(self.values(pixels)[None])
+
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        if not is_video:
+            return super().unbatch(is_video, inputs, runs)
+        videos = inputs["pixel_values_videos"]
+        return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in videos]
+
+    def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        if "times" not in pixels[0]:
+            return pooled
+        frames = pooled.flatten(0, 1)
+        counts = [len(one["pixel_values"]) * ((self.side + 1) // 2) ** 2 for one in pixels]
         newline = self.model.model.image_newline[None].to(frames)
         return [torch.cat([rows, newline]) for rows in frames[: sum(counts)].split(counts)]
 

@@ -5,13 +5,14 @@ follows from the last of them, never from the length of the cache.
 """
 
 from collections.abc import Sequence, Set
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
 
 from mipruner.errors import InputError
@@ -32,6 +33,7 @@ class QwenVLAdapter(Adapter):
 
     image_processor_class = Qwen2VLImageProcessorPil
     default_positions = "keep"
+    signals: ClassVar[frozenset[str]] = frozenset({"attention", "attention_to_self", "hidden", "keys"})
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class QwenVLAdapter(Adapter):
         super().__init__(*args, **kwargs)
         if self.positions == "repack":
             raise InputError("positions=repack would tear the grid of a Qwen-VL picture apart: use keep")
-        size = self.image_processor.size
-        self.image_size = {
+        size = self.image_processor and self.image_processor.size
+        self.image_size = size and {
             "shortest_edge": min_pixels or size["shortest_edge"],
             "longest_edge": max_pixels or size["longest_edge"],
         }
@@ -82,20 +84,35 @@ class QwenVLAdapter(Adapter):
     def patch_area(self) -> int:
         return self.model.config.vision_config.patch_size**2
 
-    def look(self, pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
-        names = signals & {"attention", "attention_to_self", "hidden", "keys"}
+    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+        attn = self.vision.blocks[self.attention_block].attn
+        watched = (attn, attn.qkv, self.vision.blocks[-1])
+        return captured(*watched) if signals & self.signals else nullcontext([])
+
+    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device)
-        grids = torch.cat([one["grid_thw"] for one in pixels]).to(self.device)
-        blocks = self.vision.blocks
-        attn = blocks[self.attention_block].attn
-        with captured(attn, attn.qkv, blocks[-1]) if names else nullcontext() as calls:
-            out = self.model.model.get_image_features(values, grids)
+        return self.model.model.get_image_features(values, self.grids(pixels))
+
+    def grids(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
+        return torch.cat([one["grid_thw"] for one in pixels]).to(self.device)
+
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        grids = inputs["video_grid_thw" if is_video else "image_grid_thw"]
+        return [
+            {"grid_thw": grid[None]} | ({"times": tuple(range(int(grid[0])))} if is_video else {}) for grid in grids
+        ]
+
+    def visuals(
+        self, features: ModelOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
+    ) -> list[Visual]:
+        names, grids = signals & self.signals, self.grids(pixels)
         counts = (grids.prod(-1) // self.merge**2).tolist()
+        attn = self.vision.blocks[self.attention_block].attn
         found = self.vision_signals(calls, attn, grids, names) if names else {}
         found = {name: rows.split(counts) for name, rows in found.items()}
         deepstack = [
             torch.cat(list(layer)) if isinstance(layer, list | tuple) else layer
-            for layer in getattr(out, "deepstack_features", None) or []
+            for layer in getattr(features, "deepstack_features", None) or []
         ]
         deepstack = [layer.split(counts) for layer in deepstack]
         return [
@@ -106,7 +123,7 @@ class QwenVLAdapter(Adapter):
                 deepstack=tuple(layer[k] for layer in deepstack),
                 times=one.get("times", ()),
             )
-            for k, (rows, one, (t, h, w)) in enumerate(zip(out.pooler_output, pixels, grids.tolist(), strict=True))
+            for k, (rows, one, (t, h, w)) in enumerate(zip(features.pooler_output, pixels, grids.tolist(), strict=True))
         ]
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import VideoLlavaImageProcessor
+from transformers.utils import ModelOutput
 
 from mipruner.models.base import Picture, Video
 from mipruner.models.llava import LlavaAdapter
@@ -31,11 +32,22 @@ class VideoLlavaAdapter(LlavaAdapter):
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.video_tower if is_video else self.model.model.image_tower
 
-    def project(self, values: Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+        values = self.values(pixels)
+        if "times" in pixels[0]:
+            return self.model.model.get_video_features(values[None])
+        return self.model.model.get_image_features(values)
+
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        (values,) = (value for name, value in inputs.items() if name.startswith("pixel_values"))
+        if is_video:
+            return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in values]
+        return [{"pixel_values": one[None]} for one in values]
+
+    def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
         if "times" not in pixels[0]:
-            return self.model.model.get_image_features(values).pooler_output
-        frames = self.model.model.get_video_features(values[None]).pooler_output
-        return [rows.flatten(0, 1) for rows in frames.split([len(one["pixel_values"]) for one in pixels])]
+            return pooled
+        return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]
 
     def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
         if "times" not in one:
