@@ -66,7 +66,7 @@ def prefill(adapter: Adapter, batch: Batch) -> State:
     """Run the prompt through the language model and fill its cache."""
     out = adapter.language_model(**batch.language_model_inputs(), use_cache=True)
     return State(
-        logits=adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].float(),
+        logits=next_logits(adapter, out),
         cache=out.past_key_values,
         position_ids=batch.position_ids[..., -1:],
         attention_mask=batch.attention_mask,
@@ -85,8 +85,12 @@ def step(adapter: Adapter, state: State, token: Tensor) -> State:
         past_key_values=state.cache,
         use_cache=True,
     )
-    logits = adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].float()
-    return State(logits, out.past_key_values, position_ids, mask)
+    return State(next_logits(adapter, out), out.past_key_values, position_ids, mask)
+
+
+def next_logits(adapter: Adapter, out) -> Tensor:
+    """Logits [B, vocabulary] of the last position, back where the embeddings are if layers are spread over cards."""
+    return adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].to(adapter.device, torch.float32)
 
 
 def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> list[list[int]]:

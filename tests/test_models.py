@@ -4,6 +4,7 @@ What "the model" would do comes from `tiny.py` and from `generate`, never from a
 standard deviation 1.4; two ways of computing that differ in the order of their sums agree to 5e-5 in float32.
 """
 
+import json
 import re
 import time
 from dataclasses import replace
@@ -731,6 +732,12 @@ def test_load_from_a_folder(family, tmp_path):
     adapter = load(tmp_path, dtype="bfloat16", attn_implementation="eager")
     assert type(adapter) is type(plain)
     assert adapter.model.dtype == torch.bfloat16 and not adapter.model.training
+    assert adapter.render([picture(0, 56, 56)]) == plain.render([picture(0, 56, 56)])
+    (tmp_path / "chat_template.jinja").unlink()  # older repositories keep the processor's template in JSON
+    (tmp_path / "chat_template.json").write_text(
+        json.dumps({"chat_template": "{{ messages[0]['content'][1]['text'] }}!"})
+    )
+    assert load(tmp_path).render([picture(0, 56, 56)]) == ("", "!")
     with pytest.raises(InputError, match="no_such_option"):
         load(tmp_path, no_such_option=1)
     with pytest.raises(InputError, match="int3"):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 
 from mipruner.errors import InputError, ModelError
 from mipruner.models.base import Adapter, Prompt, Video
-from mipruner.models.hub import locate
+from mipruner.models.hub import chat_template, locate
 from mipruner.models.internvl import InternVLAdapter
 from mipruner.models.llava import VICUNA_V1, LlavaAdapter
 from mipruner.models.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
@@ -99,6 +99,7 @@ def load(
             raise ModelError(f"{path} is a {config.model_type!r}; there are adapters for {', '.join(sorted(FAMILIES))}")
         family = FAMILIES[config.model_type]
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = chat_template(folder) or tokenizer.chat_template
         image_processor = family.image_processor_class.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, **weights).eval()
     except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:

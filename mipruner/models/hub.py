@@ -58,6 +58,15 @@ def lacking(folder: Path) -> str | None:
     return next((name for name in names if not (folder / name).exists()), None)
 
 
+def chat_template(folder: Path) -> str | None:
+    """The processor's chat template, if it has one of its own: the tokenizer's may know nothing of pictures."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    if (folder / "chat_template.json").exists():
+        return json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    return None
+
+
 def ask(path: str, revision: str | None) -> None:
     """Ask the hub once, briefly, whether it has this model."""
     errors: list[Exception] = [TimeoutError()]

@@ -1,0 +1,68 @@
+"""Adapters on the two trained models of the repository, where what is wrong shows in the answers."""
+
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from experiments.benchmarks.demo import Demo
+from experiments.results import ROOT
+from mipruner import PRUNERS
+from mipruner.decoding import Decoding
+from mipruner.models import Prompt, load
+from mipruner.pipeline import Pipeline
+from mipruner.pruners import NoPruner
+
+DEMO = ROOT / "experiments/demo"
+
+
+def test_the_demo_llava_answers_as_its_own_processor_and_generate():
+    processor = AutoProcessor.from_pretrained(DEMO / "llava")
+    model = AutoModelForImageTextToText.from_pretrained(DEMO / "llava", dtype=torch.float32).eval()
+    benchmark = Demo(n_scenes=2)
+    samples = [s for task in ("pope", "gqa", "scienceqa") for s in benchmark.samples() if s.task == task][::5]
+    images = [benchmark.images(s.image_id)[0] for s in samples]
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": s.text}]}]
+        for s, image in zip(samples, images, strict=True)
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    expected = [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
+    pipeline = Pipeline(load(DEMO / "llava", dtype="float32"), NoPruner(), 1.0, Decoding(max_new_tokens=4))
+    prompts = [Prompt(s.text, [image]) for s, image in zip(samples, images, strict=True)]
+    assert [answer.text for answer in pipeline(prompts)] == expected
+    assert len(set(expected)) > 3
+
+
+def test_the_demo_qwen3vl_answers_and_needs_each_deepstack_row_at_its_token(monkeypatch):
+    """Accuracy in %: 96 with all tokens on canvases of four sizes; rows moved by 5 or 7 tokens cost colours most."""
+    adapter = load(DEMO / "qwen3vl", dtype="float32")
+    canvases = [(336, 336), (280, 280), (336, 252), (252, 336)]
+    benchmark = Demo(canvases=canvases, n_objects=(6, 10), n_scenes=6, seed=1)
+    samples = benchmark.samples()
+    colours = [s for s in samples if s.text.startswith("What color")]
+    images = {s.image_id: benchmark.images(s.image_id)[0] for s in samples}
+
+    def accuracy(pipeline, samples):
+        answers = pipeline([Prompt(s.text, [images[s.image_id]], sample=s.id) for s in samples])
+        right = [benchmark.correct(s, answer.text) for s, answer in zip(samples, answers, strict=True)]
+        return 100 * sum(right) / len(right)
+
+    plain = Pipeline(adapter, NoPruner(), 1.0, Decoding(max_new_tokens=3))
+    assert abs(accuracy(plain, samples) - 96) < 2
+    quarter = Pipeline(adapter, PRUNERS["mi"](lam=0.8), 0.25, Decoding(max_new_tokens=3))
+    assert abs(accuracy(quarter, samples) - 96.3) < 2
+
+    shorten = adapter.shorten
+    full = accuracy(plain, colours)
+    for places in (5, 7):
+
+        def rolled(encoded, selections, places=places):
+            short = shorten(encoded, selections)
+            return replace(short, deepstack=tuple(layer.roll(places, 0) for layer in short.deepstack))
+
+        monkeypatch.setattr(adapter, "shorten", rolled)
+        assert full - accuracy(plain, colours) >= 15
