@@ -325,6 +325,11 @@ def compare(
         subject.peak_gib.append(max(0.0, memory.peak() - before))
 
 
+def command(module: str, overrides: list[str]) -> str:
+    """What was typed, but for where the result went."""
+    return shlex.join(["python", "-m", module, *(word for word in overrides if not word.startswith("out="))])
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     found = {"device": results.device_name(device), "threads": torch.get_num_threads()}
@@ -368,7 +373,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
     found, left_out = subjects(config, overrides, adapter, prompt, limits)
     compare(found, config["repetitions"], config["seed"], device, clock)
     return {
-        "command": shlex.join(["python", "-m", "experiments.efficiency", *overrides]),
+        "command": command("experiments.efficiency", overrides),
         "git_commit": results.git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": results.versions(),

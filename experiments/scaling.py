@@ -41,6 +41,7 @@ from mipruner.timing import Stopwatch
 DEFAULTS = {
     "n_visual": [256, 576, 1024, 2304, 4096, 8192, 16384],
     "keep": [64, 0.25],
+    "methods": None,  # all of them
     "n_text": 20,
     "width": 4096,
     "repetitions": 10,
@@ -134,14 +135,17 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "git_commit": results.git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    slow, memory = set(), Memory(device)
+    memory, running = Memory(device), methods(device)
+    if options["methods"] is not None:
+        if unknown := set(options["methods"]) - running.keys():
+            raise InputError(f"unknown method {unknown.pop()!r}: choose {', '.join(running)}")
+        running = {name: running[name] for name in options["methods"]}
     for n_visual in sorted(options["n_visual"]):
+        slow = set()
         visual = tokens(n_visual, options["width"], device, seed=2)
         for n_keep in sorted({budget(keep, n_visual) for keep in options["keep"]}):
             saved = decoder.prefill_flops(n_visual + 60) - decoder.prefill_flops(n_keep + 60)
-            for name, method in methods(device).items():
-                if name in slow:
-                    continue
+            for name, method in running.items():
                 call = method(visual, text, n_keep)
                 memory.reset_peak()
                 before, first = memory.now(), elapsed_ms(device, call)
@@ -155,6 +159,7 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 found = {f"{word}_ms": value for word, value in spread(ms).items()} | {"repetitions": len(ms)}
                 found |= {"peak_gib": round(peak_gib, 4), "prefill_saved_ms": round(saved / tflop_per_s / 1e9, 3)}
                 yield {"method": name} | sizes | found | conditions
+        running = {name: method for name, method in running.items() if name not in slow}
 
 
 def main(arguments: list[str]) -> None:

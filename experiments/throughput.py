@@ -9,7 +9,6 @@ answers; the plain loop runs on `N_PLAIN` of them. The last line printed is the 
 """
 
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from hydra.errors import HydraException
 import run
 from experiments import build, results
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
-from experiments.efficiency import generate_engine, machine
+from experiments.efficiency import command, generate_engine, machine
 from experiments.evaluate import subset
 from experiments.results import ROOT, Cell
 from mipruner.decoding import Decoding
@@ -76,7 +75,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     batched, same = evaluation(config, config["batch_size"])
     is_table1 = config["model"]["name"] == "llava15_7b"
     return {
-        "command": shlex.join(["python", "-m", "experiments.throughput", *overrides]),
+        "command": command("experiments.throughput", overrides),
         "git_commit": results.git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": results.versions(),

@@ -60,7 +60,7 @@ def test_methods_choose_as_many_as_asked(method):
 def test_slow_methods_are_left_out_of_larger_pictures(tmp_path, capsys):
     scaling.main([*SMALL, f"out={tmp_path}/rows.csv", "most_s=0"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {(row["n_visual"], row["n_keep"]) for row in rows} == {(32, 8)}
+    assert {(row["n_visual"], row["n_keep"]) for row in rows} == {(32, 8), (32, 16)}
 
 
 def test_the_figure_draws_the_newest_rows_of_one_device(path, tmp_path):
@@ -80,6 +80,8 @@ def test_the_figure_draws_the_newest_rows_of_one_device(path, tmp_path):
         figure.read(tmp_path / "mixed.csv")
 
 
-def test_unknown_options_are_named():
+def test_unknown_options_are_named(tmp_path):
     with pytest.raises(InputError, match="unknown option 'widht'"):
         scaling.main(["widht=3"])
+    with pytest.raises(InputError, match="unknown method 'fastv'"):
+        scaling.main(["methods=[mi,fastv]", f"out={tmp_path}/rows.csv"])
