@@ -59,7 +59,7 @@ reproduce: setup
 OLDEST ?= .venv-oldest
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py
 
 $(OLDEST)/.installed: requirements.txt
 	$(PYTHON) -m venv $(OLDEST)

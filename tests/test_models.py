@@ -403,6 +403,16 @@ def test_newlines_are_no_candidates(family):
             assert torch.equal(visual.is_candidate, ~is_newline)
 
 
+def test_videos_of_one_call_of_llava_onevision_come_apart():
+    """As `generate` calls it with a batch of videos, each of which ends in a newline on some versions."""
+    adapter = tiny("llava_onevision")
+    pixels = [adapter.pixels(video(seed, 3)) for seed in (4, 5)]
+    alone = [adapter.encode([one])[0].rows for one in pixels]
+    batch = adapter.model.model.get_video_features(torch.stack([one["pixel_values"] for one in pixels]))
+    for ours, expected in zip(adapter.rows(batch.pooler_output, pixels), alone, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_several_pictures_share_the_budget_and_stay_apart():
     adapter = tiny("qwen3_vl")
     images = [picture(1, 140, 140), picture(2, 56, 56), picture(3, 84, 140)]

@@ -99,10 +99,10 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
         if "times" not in pixels[0]:
             return pooled
-        frames = pooled.flatten(0, 1)
         counts = [len(one["pixel_values"]) * ((self.side + 1) // 2) ** 2 for one in pixels]
+        frames = pooled[:, : sum(counts) // len(pooled)].flatten(0, 1)  # without the newlines, which 5.17 does not add
         newline = self.model.model.image_newline[None].to(frames)
-        return [torch.cat([rows, newline]) for rows in frames[: sum(counts)].split(counts)]
+        return [torch.cat([rows, newline]) for rows in frames.split(counts)]
 
     def pack(self, tiles: Tensor, one: dict[str, Any], newline: Tensor | None = None) -> Tensor:
         if "times" not in one:
