@@ -76,7 +76,12 @@ def table(cells: pd.DataFrame) -> str:
         lines.append(
             [link(method), acts(method), facts.needs, facts.cost, *(score(method, k) for k in BUDGETS), carried]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + ahead(scores, means)
+    errors = [error["accuracy"] for error in found.standard_errors]
+    source = (
+        f"{int(found.n_samples.max())} questions, standard errors {min(errors):.1f} to {max(errors):.1f}: "
+        "`python run.py -m experiment=demo_table1`."
+    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{ahead(scores, means)} {source}"
 
 
 def ahead(scores: pd.Series, means: pd.Series) -> str:

@@ -1,5 +1,7 @@
-"""Shortening inside the decoder equals a recomputation that never removes a row and never caches: every step runs the
-whole prompt again, rows that were dropped are masked out, merged rows overwrite a dropped one."""
+"""Shortening inside the decoder against a recomputation that removes no row and caches nothing.
+
+Every step runs the whole prompt again; rows that were dropped are masked out, and merged rows overwrite a dropped one.
+"""
 
 from dataclasses import dataclass, field
 

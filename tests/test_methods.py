@@ -12,7 +12,8 @@ def cells(**accuracies):
     for name, value in accuracies.items():
         method, _, keep = name.rpartition("_")
         accuracy, layer_mean = value if isinstance(value, tuple) else (value, float(keep))
-        rows.append({"method": method, "keep": keep, "layer_mean": layer_mean, "metrics": {"accuracy": accuracy}})
+        row = {"method": method, "keep": keep, "layer_mean": layer_mean, "n_samples": 627}
+        rows.append(row | {"metrics": {"accuracy": accuracy}, "standard_errors": {"accuracy": 0.7}})
     return pd.DataFrame(rows)
 
 
@@ -33,4 +34,5 @@ def test_the_best_is_bold_and_whoever_beats_mi_is_named():
     assert "At 64 tokens FastV 96.1 with 234 tokens a layer beats MI-Pruner's 95.7." in text
     assert "At 8 tokens MMTok 92.2 beats MI-Pruner's 91.5." in text
     assert "At 32" not in text
+    assert "627 questions, standard errors 0.7 to 0.7" in text
     assert "At 64 tokens none beats MI-Pruner's 95.7." in methods.table(cells(mi_64=95.7, mmtok_64=95.7))
