@@ -11,7 +11,7 @@ from the outputs of the query and key projections, so any attention implementati
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -42,14 +42,13 @@ class Run:
     kept: list[Tensor] = field(default_factory=list)
 
 
-@contextmanager
 def shorten(
     language_model: nn.Module,
     pruner: DecoderPruner,
     is_visual: Tensor,
     budgets: Sequence[int],
     encoder_attention: Sequence[Tensor] | None = None,
-) -> Iterator[Run]:
+) -> "Shortening":
     """Prune inside ``language_model`` for as long as the context lasts: one prefill, and any number of decoding steps.
 
     Parameters
@@ -69,11 +68,7 @@ def shorten(
         If the cache is not a `DynamicCache`, a stage lies beyond the last layer, or the attention implementation is not
         one of sdpa, eager and FlashAttention.
     """
-    shortening = _Shortening(language_model, pruner, is_visual, budgets, encoder_attention)
-    with ExitStack() as stack:
-        for handle in shortening.hooks():
-            stack.callback(handle.remove)
-        yield shortening.run
+    return Shortening(language_model, pruner, is_visual, budgets, encoder_attention)
 
 
 @dataclass
@@ -116,8 +111,11 @@ class _Plan:
         return rows[self.index]
 
 
-class _Shortening:
+class Shortening(ExitStack):
+    """The context of `shorten`: entered, it gives the `Run`."""
+
     def __init__(self, model, pruner, is_visual, budgets, encoder_attention):
+        super().__init__()
         self.model, self.pruner, self.layers = model, pruner, list(model.layers)
         self.is_visual, self.budgets, self.encoder_attention = is_visual, budgets, encoder_attention
         self.implementation = model.config._attn_implementation
@@ -137,6 +135,12 @@ class _Shortening:
         if wanted and (wanted[-1] >= len(self.layers) or not self.stages):
             raise InputError(f"cannot prune at layer {wanted[-1]} of a decoder of {len(self.layers)} layers")
         self.run = Run()
+
+    def __enter__(self) -> Run:
+        super().__enter__()
+        for handle in self.hooks():
+            self.callback(handle.remove)
+        return self.run
 
     def hooks(self) -> Iterator[RemovableHandle]:
         yield self.model.register_forward_pre_hook(self.before_model, with_kwargs=True)

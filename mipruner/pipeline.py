@@ -12,7 +12,7 @@ from torch import Tensor
 from mipruner.decoder import Run, shorten
 from mipruner.decoding import Decoding, decode, prefill
 from mipruner.features import Features
-from mipruner.models.base import Adapter, Batch, Encoded, Picture, Prompt, Visual, collate
+from mipruner.models.base import Adapter, Encoded, Picture, Prompt, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Auto, Selection, budget, split_budget
 from mipruner.timing import Stopwatch
@@ -117,7 +117,7 @@ class Pipeline:
             ]
             selections = [self.select(sample) for sample in encoded]
             batch = collate([self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)])
-        with self.inside(encoded, batch) as run:
+        with self.inside(encoded, batch.is_visual) as run:
             with self.watch("prefill"):
                 state = prefill(self.adapter, batch)
             with self.watch("decode"):
@@ -127,7 +127,7 @@ class Pipeline:
             per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
             budgets = [budget(self.keep, sample.n_visual) for sample in encoded]
-            per_layer, selections = run.per_layer, [_by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
+            per_layer, selections = run.per_layer, [by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
                 text=self.adapter.decode(new),
@@ -189,7 +189,7 @@ class Pipeline:
         self.pruner.check(features, n_max)
         return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
-    def inside(self, encoded: Sequence[Encoded], batch: Batch) -> AbstractContextManager[Run | None]:
+    def inside(self, encoded: Sequence[Encoded], is_visual: Tensor) -> AbstractContextManager[Run | None]:
         """The context in which a method prunes inside the decoder; of other methods, an empty one."""
         if isinstance(self.pruner, Pruner):
             return nullcontext()
@@ -200,10 +200,10 @@ class Pipeline:
         attention = None
         if "attention" in self.pruner.needs:
             attention = [torch.cat([visual.signals["attention"] for visual in sample.visuals]) for sample in encoded]
-        return shorten(self.adapter.language_model, self.pruner, batch.is_visual, budgets, attention)
+        return shorten(self.adapter.language_model, self.pruner, is_visual, budgets, attention)
 
 
-def _by_picture(kept: Tensor, encoded: Encoded) -> list[Selection]:
+def by_picture(kept: Tensor, encoded: Encoded) -> list[Selection]:
     """Indices over the visual tokens of a prompt as indices over those of each picture."""
     start, selections = 0, []
     for visual in encoded.visuals:

@@ -363,8 +363,9 @@ class Adapter(ABC):
         self.prompt, self.system, self.thinking = prompt, system, thinking
         ids = {"image": model.config.image_token_id, "video": getattr(model.config, "video_token_id", None)}
         self.placeholder_ids = {kind: k for kind, k in ids.items() if k is not None}
+        self.placeholders: dict[str, str] = {}
         if tokenizer is not None:
-            self.placeholders = {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
+            self.placeholders |= {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
 
     @property
     def device(self) -> torch.device:
