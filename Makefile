@@ -59,7 +59,7 @@ reproduce: setup
 OLDEST ?= .venv-oldest
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py tests/test_attach.py
 
 $(OLDEST)/.installed: requirements.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers import pipeline as transformers_pipeline
@@ -23,6 +24,7 @@ from mipruner.question import Reader, between_special
 from tiny import CLASSES, LLAVA_TEMPLATE, picture, processor_of, prompts_of, reference, tiny, tokenizer
 
 N = 5
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 DEMO = ROOT / "experiments" / "demo"
 
 
@@ -124,7 +126,8 @@ def short_prompts(pruning):
 )
 @pytest.mark.parametrize("name", ["mi", "visionzip"])
 def test_ways_of_drawing_are_those_of_the_short_prompt(options, name):
-    adapter, inputs = tiny("llava"), reference("llava", prompts_of("llava"))
+    prompts = prompts_of("llava")[:: 2 if OLD else 1]  # where an old transformers mixes up the pictures of copies
+    adapter, inputs = tiny("llava"), reference("llava", prompts)
     options = {"max_new_tokens": N, "min_new_tokens": N, **options}
     torch.manual_seed(0)
     with mipruner.prune(adapter.model, name, 0.4, tokenizer=adapter.tokenizer) as pruning:
@@ -275,6 +278,8 @@ def test_a_chat_goes_on_with_its_cache(family, positions):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_a_cached_beginning_is_left_alone(family):
     """A system prompt whose cache the caller keeps, and the same prompt without it."""
+    if OLD and family == "qwen3_vl":
+        pytest.skip("places a picture behind a cached beginning wrongly, pruned or not")
     adapter = tiny(family)
     inputs = chat(["What is it ?", "A cup .", "Which color ?"], family)
     cache, n = DynamicCache(config=adapter.model.config.text_config), 3

@@ -93,7 +93,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         if not is_video:
             return super().unbatch(is_video, inputs, runs)
-        videos = inputs["pixel_values_videos"]
+        (videos,) = (value for name, value in inputs.items() if name.startswith("pixel_values"))
         return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in videos]
 
     def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
