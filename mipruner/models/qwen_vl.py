@@ -186,8 +186,8 @@ class QwenVLAdapter(Adapter):
 class Qwen3VLAdapter(QwenVLAdapter):
     """Also takes pictures and videos; each step of a video is preceded by the time in words.
 
-    Those words are text of the prompt, not of the user: they are never pruned and never score a token. Each step has its
-    own start and end tokens, so the pair that the chat template puts around a video goes.
+    Those words are text of the prompt, not of the user: they are never pruned and never score a token. Each step has
+    its own start and end tokens, so the pair that the chat template puts around a video goes.
     """
 
     def render(self, images: Sequence[Picture]) -> tuple[str, str]:
