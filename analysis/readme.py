@@ -1,7 +1,7 @@
 """Fills the generated parts of README.md: two tables, from stored records, and the tree, from the files themselves.
 
     python -m analysis.readme              rewrite README.md
-    python -m analysis.readme --check      say whether the tree is up to date, change nothing
+    python -m analysis.readme --check      say whether tree and benchmarks are up to date, change nothing
 
 A generated part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The purpose beside a file in the tree
 is the first line of its docstring, or of the comment at its top.
@@ -74,6 +74,12 @@ def tree(files: list[str]) -> str:
     return "```\n" + "\n".join(f"{left:<{width}}{right}".rstrip() for left, right in lines) + "\n```"
 
 
+def benchmarks_table() -> str:
+    """The first table of docs/benchmarks.md, footnote included."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    return text[text.index("| `dataset=`") : text.index("\n\n", text.index("[1] "))]
+
+
 def tracked() -> list[str]:
     names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout
     return [name for name in names.splitlines() if name.split("/")[0] in SHOWN and not name.startswith("tests/data")]
@@ -121,9 +127,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
     text = README.read_text()
-    new = replace(text, "tree", tree(tracked()))
+    new = replace(replace(text, "tree", tree(tracked())), "benchmarks", benchmarks_table())
     if args.check:
-        sys.exit(None if new == text else "README.md's tree is out of date: python -m analysis.readme")
+        sys.exit(None if new == text else "README.md is out of date: python -m analysis.readme")
     cells = demo_cells(load.cells(args.results))
     README.write_text(replace(replace(new, "demo", demo_table(cells)), "methods", methods.table(cells)))
 
