@@ -4,6 +4,7 @@ python run.py                                              # MI-Pruner at 16 of 
 python run.py model=qwen3vl_8b dataset=pope keep=0.25
 python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep
 torchrun --nproc-per-node 4 run.py model=llava_7b          # on four GPUs
+python run.py image=photo.jpg question="What is this?"     # one picture of your own: see experiments/answer.py
 """
 
 import errno
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 
 from analysis.masks import draw_cell
 from experiments import build
+from experiments.answer import answer
 from experiments.benchmarks.base import BenchmarkError
 from experiments.evaluate import evaluate, subset
 from experiments.ranks import ALONE, Ranks
@@ -93,7 +95,13 @@ def show(record: dict[str, Any], path: str) -> str:
 def main(cfg: DictConfig) -> None:
     try:
         config = build.resolve(cfg)
-        name = differs(list(HydraConfig.get().overrides.task))
+        overrides = list(HydraConfig.get().overrides.task)
+        if cfg.image is not None or cfg.question is not None:
+            if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
+                config["decoding"]["max_new_tokens"] = 128  # not what some dataset's answers need
+            print(answer(config, cfg.image, cfg.question))
+            return
+        name = differs(overrides)
         record = run_cell(config, name, Ranks.join())
         if record is not None:
             print(show(record, str(Cell(config, name).path)))
@@ -108,7 +116,16 @@ def main(cfg: DictConfig) -> None:
         ) from error
 
 
+def quoted(argument: str) -> str:
+    """A question or a path as Hydra's grammar wants it, with any commas and apostrophes."""
+    key, _, value = argument.partition("=")
+    if key not in ("question", "image") or value[:1] in ("'", '"'):
+        return argument
+    return f"{key}='" + value.replace("'", "\\'") + "'"
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     try:
         main()
     except KeyboardInterrupt:

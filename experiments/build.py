@@ -20,7 +20,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
 
     These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
-    reads.
+    or a single picture reads.
     """
     config = OmegaConf.to_container(cfg, resolve=True)
     if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
@@ -29,6 +29,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         config["keep"] = 1.0
     if config["keep"] != "auto":
         del config["quality"], config["keep_max"]
+    del config["image"], config["question"]
     return config
 
 

@@ -1,0 +1,63 @@
+"""One question about one picture of the user's own: what the model says, and what it saw to say it.
+
+python run.py image=photo.jpg question="What is on the table?" model=llava_7b keep=64
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from PIL import Image, ImageOps
+
+from analysis.masks import draw_answer
+from experiments import build
+from mipruner.errors import InputError
+from mipruner.models import Prompt
+from mipruner.pipeline import Pipeline
+
+
+def open_picture(path: str) -> Image.Image:
+    """The picture in RGB, upright as the camera held it. Raises `InputError`."""
+    if not Path(path).is_file():
+        raise InputError(f"no picture {path}: give the path of a JPEG or PNG file")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def answer(config: dict[str, Any], image: str | None, question: str | None) -> str:
+    """Answer, draw what was kept into the results folder, and say both with tokens and times.
+
+    Raises
+    ------
+    InputError
+        If the picture cannot be read or the question is empty.
+    """
+    if image is None:
+        raise InputError("a question needs a picture: give image=photo.jpg, too")
+    if not str(question or "").strip():
+        raise InputError(f'the question about {image} is empty: give question="What is this?", too')
+    picture, question = open_picture(image), str(question)
+    decoding = instantiate(config["decoding"])
+    for _ in range(2):  # the first warms up
+        pipeline = Pipeline(build.model(config), build.pruner(config), build.budget(config), decoding)
+        (told,) = pipeline([Prompt(question, [picture])])
+    kept, ms = told.selections[0].indices.tolist(), pipeline.watch.ms
+    lines = [
+        told.text,
+        f"  {config['model']['name']}  {config['pruner']['name']}  tokens kept {len(kept)} of {told.n_visual[0]}",
+        "  ms, once warm: "
+        + "  ".join(f"{stage} {spent:.1f}" for stage, spent in (ms | {"total": sum(ms.values())}).items()),
+    ]
+    if told.grids[0] is None:
+        lines.append("  the tokens of this picture lie on no single grid: nothing was drawn")
+    else:
+        out = Path(config["results"]) / "answers"
+        out.mkdir(parents=True, exist_ok=True)
+        out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.png"
+        title = f"{config['pruner']['name']}, {len(kept)} of {told.n_visual[0]}\n{told.text}"
+        draw_answer(picture, question, title, told.boxes[0], told.grids[0], kept, out)
+        lines.append(f"  {out}")
+    return "\n".join(lines)

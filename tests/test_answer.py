@@ -1,0 +1,100 @@
+"""run.py with one picture of the user's own."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from experiments import build
+from experiments.answer import answer, open_picture
+from experiments.results import ROOT
+from mipruner.errors import InputError
+from mipruner.models import Prompt
+from mipruner.pipeline import Pipeline
+from run import quoted
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Left half red, right half blue, and lying on its side as cameras store them."""
+    pixels = np.zeros((280, 420, 3), dtype=np.uint8)
+    pixels[:, :210, 0] = pixels[:, 210:, 2] = 255
+    path = tmp_path / "my photo.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+def config(tmp_path, *overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return build.resolve(compose("config", [f"results={tmp_path}", "device=cpu", *overrides]))
+
+
+def test_the_answer_is_the_pipelines_and_the_picture_shows_what_was_kept(tmp_path, photo):
+    settings = config(tmp_path, "keep=30")
+    question = "What color is the sun ?"
+    text = answer(settings, str(photo), question)
+    (told,) = Pipeline(build.model(settings), build.pruner(settings), 30)([Prompt(question, [open_picture(photo)])])
+    assert text.splitlines()[0] == told.text
+    assert "demo_llava  mi  tokens kept 30 of 576" in text and "ms, once warm: vision" in text
+    out = tmp_path / "answers" / "my photo,demo_llava,mi,keep=30.png"
+    assert text.endswith(str(out))
+    shown = np.asarray(Image.open(out).convert("RGB"), dtype=int)
+    half = shown.shape[1] // 2
+    pure = (np.abs(shown - [255, 0, 0]).sum(-1) < 30) | (np.abs(shown - [0, 0, 255]).sum(-1) < 30)
+    share = pure[:, half:].sum() / pure[:, :half].sum()  # of the square in the middle, 30 of 576 patches are not faded
+    assert share == pytest.approx(30 / 576 * 280 / 420, rel=0.3)
+
+
+def test_a_picture_stands_as_the_camera_held_it(photo):
+    image = open_picture(str(photo))
+    assert image.size == (280, 420) and image.mode == "RGB"
+    assert image.getpixel((140, 10)) == (255, 0, 0) and image.getpixel((140, 410)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "message"),
+    [
+        ("nowhere.jpg", "What?", "no picture nowhere.jpg: give the path"),
+        (".", "What?", "no picture .: give the path"),
+        (None, "What?", "a question needs a picture"),
+        ("photo", "", "is empty: give question="),
+        ("photo", None, "is empty: give question="),
+        ("photo", "  ", "is empty: give question="),
+        ("text", "What?", "notes.jpg cannot be read as a picture"),
+        ("torn", "What?", "torn.png cannot be read as a picture"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_clear_message(tmp_path, photo, image, question, message):
+    (tmp_path / "notes.jpg").write_text("milk, bread")
+    (tmp_path / "torn.png").write_bytes(photo.read_bytes()[:600])
+    image = {"photo": photo, "text": tmp_path / "notes.jpg", "torn": tmp_path / "torn.png"}.get(image, image)
+    with pytest.raises(InputError, match=message):
+        answer(config(tmp_path), image and str(image), question)
+    assert not (tmp_path / "answers").exists()
+
+
+def test_the_command_line_takes_any_question(tmp_path, photo):
+    command = [sys.executable, "run.py", f"image={photo}", "question=What's this, a cup or a king ?", "keep=0.5"]
+    done = subprocess.run([*command, f"results={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tokens kept 288 of 576" in done.stdout and not list(tmp_path.rglob("record.json"))
+    failed = subprocess.run([*command[:2], "question=Why ?"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and "needs a picture" in failed.stderr and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("question=Who's that, a=b?", r"question='Who\'s that, a=b?'"),
+        ("question='a','b'", "question='a','b'"),
+        ("keep=16", "keep=16"),
+        ("-m", "-m"),
+    ],
+)
+def test_questions_are_quoted_for_hydra(argument, expected):
+    assert quoted(argument) == expected
