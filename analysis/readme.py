@@ -36,7 +36,7 @@ def replace(text: str, name: str, part: str) -> str:
     """
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
     if begin not in text or end not in text:
-        raise ValueError(f"README.md has no part {name!r}: put {begin.strip()} and {end} where it should stand")
+        raise ValueError(f"the page has no part {name!r}: put {begin.strip()} and {end} where it should stand")
     return re.sub(
         f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: begin + part.strip() + "\n" + end, text, flags=re.S
     )

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from analysis import figures, load, tables
-from experiments.build import resolve
+from experiments import build
 from experiments.efficiency import read_config
 from mipruner.selection import budget
 
@@ -53,9 +53,9 @@ def test_dry_run_of_a_sweep(path):
         for words in jobs(path):
             composed = compose("config", [f"experiment={path.stem}", *words], return_hydra_config=True)
             assert composed.hydra.mode is None, "started by -m, not by the file"
-            config = resolve(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+            config = build.resolve(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
             instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
-            assert 1 <= budget(config["keep"], 2048) <= 2048
+            assert 1 <= budget(build.budget(config), 2048) <= 2048
             assert config["dataset"]["lam"] == (0.5 if config["dataset"]["name"] in OPEN_ENDED else 1)
 
 

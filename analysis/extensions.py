@@ -1,0 +1,157 @@
+"""The measured tables of docs/extensions.md: what goes beyond the paper, on the embedded models.
+
+    python -m analysis.extensions                      from results/
+
+Accuracy is a mean over draws of the scenes (the dataset's seed), and the number behind ± its standard deviation over
+them. The commands that make the records stand in the page.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import pandas as pd
+
+from analysis import load
+from analysis.readme import replace
+from analysis.tables import DATASETS, MODELS, budget_name
+
+PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
+DEMOS = {"demo_llava": "demo", "demo_qwen3vl": "demo_canvases"}
+OPTIONS = {"support", "lam", "prior", "prior_table", "seed", "quality", "keep_max"}
+"""Settings in which the cells of these tables may differ from the defaults."""
+
+
+def select(cells: pd.DataFrame, model: str, method: str = "mi", **settings) -> dict[str, list]:
+    """The cells of a demo model with these settings and otherwise the defaults: by budget, one a draw of the scenes."""
+    found: dict[str, dict] = {}
+    for cell in cells[(cells.model == model) & (cells.dataset == DEMOS[model]) & (cells.method == method)].itertuples():
+        wanted = {key: value for key, value in settings.items() if cell.settings.get(key) != value}
+        if not wanted and cell.differs <= OPTIONS:
+            found.setdefault(cell.keep, {})[cell.settings["seed"]] = cell
+    return {keep: [draws[seed] for seed in sorted(draws)] for keep, draws in found.items()}
+
+
+def number(cells: list) -> str:
+    """Mean and deviation of the accuracy over draws."""
+    values = [cell.metrics["accuracy"] for cell in cells]
+    if not values:
+        return ""
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def markdown(header: list[str], rows: list[list[str]], compare: slice = slice(0)) -> str:
+    """A table; the best of the columns ``compare`` is bold in each row."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " :--- |" + " ---: |" * (len(header) - 1)]
+    for row in rows:
+        means = [float(text.split()[0]) if text else -math.inf for text in row[compare]]
+        best = max(means, default=None)
+        shown = [f"**{t}**" if t and m == best else t for t, m in zip(row[compare], means, strict=True)]
+        lines.append("| " + " | ".join([*row[: compare.start or 0], *shown, *row[compare.stop :]]) + " |")
+    return "\n".join(lines)
+
+
+def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dict]) -> str:
+    """Accuracy by model and budget, in the columns of these settings; budgets are those of the first column."""
+    parts = []
+    for model, dataset in DEMOS.items():
+        found = {name: select(cells, model, **settings) for name, settings in columns.items()}
+        budgets = sorted(next(iter(found.values())), key=float, reverse=True)
+        budgets = [keep for keep in budgets if all(keep in column for column in found.values())]
+        if not budgets:
+            continue
+        found = {name: select(cells, model, **settings) for name, settings in reference.items()} | found
+        rows = [[budget_name(keep), *(number(column.get(keep, [])) for column in found.values())] for keep in budgets]
+        measured = found[list(columns)[-1]][budgets[0]]
+        title = f"{MODELS[model]}, {DATASETS[dataset]}: {sum(c.n_samples for c in measured):,} questions in "
+        title += f"{len(measured)} draws, {measured[0].n_visual:.0f} tokens a picture on average"
+        parts.append(f"{title}\n\n" + markdown(["kept", *found], rows, slice(1, len(found) + 1)))
+    return "\n\n".join(parts)
+
+
+def support(cells: pd.DataFrame) -> str:
+    columns = {
+        f"{word}, lam {lam:g}": {"support": word, "lam": lam, "prior": "uniform"}
+        for lam in (0.5, 0.8, 1)
+        for word in ("prompt", "vocabulary")
+    }
+    return grid(cells, columns, {"similarity": {"method": "similarity"}})
+
+
+def prior(cells: pd.DataFrame) -> str:
+    columns = {
+        f"{name}, lam {lam:g}": {"prior": name, "lam": lam, "support": "prompt"}
+        for lam in (0.5, 0.8)
+        for name in ("uniform", "center", "thirds", "estimated")
+    }
+    return grid(cells, columns, {})
+
+
+def answers(cell) -> pd.DataFrame:
+    """Per sample: id, image_id, correct, kept (number of tokens)."""
+    lines = (json.loads(line) for line in (cell.path / "samples.jsonl").read_text().splitlines())
+    rows = [(row["id"], row["image_id"], row["correct"], sum(map(len, row["kept"]))) for row in lines]
+    return pd.DataFrame(rows, columns=["id", "image_id", "correct", "kept"]).set_index("id")
+
+
+def beside_fixed(auto: pd.DataFrame, fixed: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    """``auto`` and what the fixed budget of its mean gets for each sample, between two measured budgets on a line in
+    log tokens."""
+    mean, budgets = auto.kept.mean(), sorted(fixed)
+    low = max((b for b in budgets if b <= mean), default=budgets[0])
+    high = min((b for b in budgets if b > low), default=low)
+    share = 0 if high == low else (math.log(mean) - math.log(low)) / (math.log(high) - math.log(low))
+    return auto.assign(fixed=(1 - share) * fixed[low].correct + share * fixed[high].correct)
+
+
+def automatic(cells: pd.DataFrame) -> str:
+    rows = []
+    for model in DEMOS:
+        for word in ("prompt", "vocabulary"):
+            found = select(cells, model, support=word, lam=0.5, prior="uniform")
+            whole = {
+                int(keep): {c.settings["seed"]: c for c in draws} for keep, draws in found.items() if keep.isdigit()
+            }
+            auto = cells[(cells.model == model) & (cells.method == "mi") & (cells.keep == "auto")]
+            for quality in sorted({cell.settings["quality"] for cell in auto.itertuples()}):
+                draws = select(cells, model, support=word, lam=0.5, prior="uniform", quality=quality).get("auto", [])
+                tables = []
+                for cell in draws:
+                    seed = cell.settings["seed"]
+                    fixed = {keep: answers(by_seed[seed]) for keep, by_seed in whole.items() if seed in by_seed}
+                    if fixed:
+                        tables.append(beside_fixed(answers(cell), fixed).assign(seed=seed))
+                if not tables:
+                    continue
+                both = pd.concat(tables)
+                gain = 100 * (both.correct - both.fixed)
+                by_picture = gain.groupby([both.seed, both.image_id]).mean()
+                error = by_picture.std() / math.sqrt(len(by_picture))
+                name = f"{MODELS[model]}, {word}, quality {quality:g}"
+                kept = (
+                    f"{both.kept.mean():.1f} ({np.percentile(both.kept, 10):.0f} to {np.percentile(both.kept, 90):.0f})"
+                )
+                accuracy = [f"{100 * both.correct.mean():.1f}", f"{100 * both.fixed.mean():.1f}"]
+                rows.append([name, kept, *accuracy, f"{gain.mean():+.1f} ± {error:.1f}"])
+    header = ["", "tokens: mean (10 to 90 %)", "auto", "fixed at that mean", "difference ± standard error"]
+    return markdown(header, rows) if rows else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    cells = load.cells(parser.parse_args().results)
+    text = PAGE.read_text()
+    for name, table in {"support": support, "prior": prior, "auto": automatic}.items():
+        if part := table(cells):
+            text = replace(text, name, part)
+        else:
+            print(f"nothing measured yet for {name}")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
