@@ -21,7 +21,7 @@ lint: setup
 demo: setup
 	$(BIN)/python run.py -m experiment=demo
 	$(BIN)/python -m analysis.tables --table demo
-	$(BIN)/python -m analysis.masks $(foreach p,attention similarity mi_attention mi,results/demo_llava/demo/$(p)/keep=16-*) --samples 6 --out docs/results/demo_masks.png
+	$(BIN)/python -m analysis.masks $(foreach p,attention similarity mi_attention mi,results/demo_llava/demo/$(p)/keep=16-*) --samples 6 --out docs/results/demo_masks.jpg
 	@cat docs/results/demo.md
 
 # Every table, figure and the report on the embedded models, in under 25 minutes on two cores. Started again it goes on
@@ -34,9 +34,9 @@ reproduce-demo: demo
 	for n in 3 9; do $(BIN)/python -m experiments.efficiency experiment=demo_table$$n || exit 1; done
 	$(BIN)/python -m analysis.tables --table demo_table3 demo_table9 $(DEMO_METHODS) $(DEMO_ABLATIONS)
 	$(BIN)/python -m analysis.figures
-	$(BIN)/python -m analysis.masks results/demo_llava/demo/mi/keep=16-* --heat --samples 3 --out docs/results/demo_heat.png
-	$(BIN)/python -m analysis.masks $(foreach p,random similarity mi,$(foreach k,64 16 8,results/demo_llava/demo/$(p)/keep=$(k)-*)) --dialogue --out docs/results/demo_dialogue.png
-	$(BIN)/python -m analysis.report --samples 3
+	$(BIN)/python -m analysis.masks results/demo_llava/demo/mi/keep=16-* --heat --samples 3 --out docs/results/demo_heat.jpg
+	$(BIN)/python -m analysis.masks $(foreach p,random similarity mi,$(foreach k,64 16 8,results/demo_llava/demo/$(p)/keep=$(k)-*)) --dialogue --out docs/results/demo_dialogue.jpg
+	$(BIN)/python -m analysis.report --samples 2
 
 demo-methods: setup
 	for e in $(DEMO_METHODS); do $(BIN)/python run.py -m experiment=$$e n_masks=0 || exit 1; done

@@ -15,6 +15,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import matplotlib
@@ -68,6 +69,14 @@ def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
     return [row["id"] for row in chosen]
 
 
+def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list[str]:
+    """Ids of the samples whose scores vary most between cells, each from another picture and task if possible."""
+    shared = [sample for sample in answered[0] if all(sample in rows for rows in answered)]
+    spread = {sample: pvariance([rows[sample]["correct"] or 0.0 for rows in answered]) for sample in shared}
+    ranked = sorted((sample for sample in shared if spread[sample] > 0), key=lambda sample: -spread[sample])
+    return choose([answered[0][sample] for sample in ranked[: 8 * n]], n)
+
+
 def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) -> None:
     """For each sample the whole picture, then one panel a cell; blue titles are right answers, orange ones wrong."""
     read = [read_cell(cell) for cell in cells]
@@ -95,8 +104,7 @@ def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) ->
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    save(figure, out, dpi=110)
 
 
 def draw_answer(
@@ -142,7 +150,12 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
         )
         caption(axis, row["prediction"], RIGHT if is_right(row) else WRONG)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    save(figure, out, dpi=130)
+
+
+def save(figure, out: Path, **options) -> None:
+    """Write a figure and close it; as .jpg where size matters, as the grain of a picture makes a PNG large."""
+    figure.savefig(out, **options, **({"pil_kwargs": {"quality": 90}} if out.suffix == ".jpg" else {}))
     plt.close(figure)
 
 
@@ -206,7 +219,7 @@ def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str
                 image if axis is line[0] else image.convert("L"), cmap="gray", vmin=-400 * (axis is last), vmax=255
             )
             axis.set(xlim=(0, image.width), ylim=(image.height, 0))
-        line[0].set_title("\n".join(textwrap.wrap(row["question"], 24)), fontsize=8, loc="left")
+        line[0].set_title("\n".join(textwrap.wrap(row["question"], 22)), fontsize=7, loc="left")
         for axis, j in zip(line[1:], chosen[sample], strict=False):
             heat = axis.imshow(**patch_image(pmi[:, j], **over), cmap="inferno", vmin=0, vmax=pmi.max(), alpha=0.7)
             axis.set_title(texts[j].strip(), fontsize=8, loc="left")
@@ -219,15 +232,14 @@ def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str
         others = [k for k in row["kept"][0] if pivot[k] not in chosen[sample]]
         colours[others] = matplotlib.colors.to_rgba("black")
         last.imshow(**patch_image(colours, **over))
-        last.set_title(f"kept {len(row['kept'][0])}, by pivot word\n{row['prediction']}", fontsize=8, loc="left")
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 3}
-        last.legend(**place, fontsize=6, frameon=False, handletextpad=0, columnspacing=0.6)
+        last.set_title(f"kept {len(row['kept'][0])}, by word\n{row['prediction']}", fontsize=8, loc="left")
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 2}
+        last.legend(**place, fontsize=6, frameon=False, handletextpad=0, columnspacing=0.4).set_in_layout(False)
         scale = figure.colorbar(heat, ax=line[0], location="bottom", fraction=0.05, pad=0.04)
         scale.ax.tick_params(labelsize=6)
         scale.set_label("PMI", fontsize=7)
     figure.get_layout_engine().set(h_pad=0.15)
-    figure.savefig(out, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, out, dpi=130, bbox_inches="tight")
 
 
 def shown_words(texts: Sequence[str], pmi: np.ndarray, kept: Sequence[int], words: Sequence[str]) -> list[int]:
@@ -275,6 +287,8 @@ def main() -> None:
     record, rows = read_cell(args.cells[0])
     benchmark = build.benchmark(record["config"])
     samples = args.ids or choose(list(rows.values()), args.samples)
+    if args.dialogue and not args.ids:
+        samples = disagreements([read_cell(cell)[1] for cell in args.cells], 1) or samples
     if args.heat:
         draw_heat(args.cells[0], benchmark, samples, args.words, args.out)
     elif args.dialogue:

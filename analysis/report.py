@@ -8,9 +8,10 @@ The page needs no server and no network: pictures and plots are inside it, and a
 
 import argparse
 import base64
+import hashlib
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
             order = sorted(budget.itertuples(), key=lambda cell: (list(tables.METHODS).index(cell.method), -cell.seed))
             paths = every | {cell.method: cell.path for cell in order}
             answered = {method: masks.read_cell(path)[1] for method, path in paths.items()}
-            for sample in disagreements({m: rows for m, rows in answered.items() if m != "none"}, n_samples):
+            pruned = [rows for method, rows in answered.items() if method != "none"]
+            for sample in masks.disagreements(pruned, n_samples):
                 rows = {method: rows[sample] for method, rows in answered.items() if sample in rows}
                 try:
                     picture = build.benchmark(group.iloc[0].config).images(next(iter(rows.values()))["image_id"])[0]
@@ -146,47 +148,46 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
                 yield Case(model, dataset, keep, picture.convert("RGB"), rows)
 
 
-def disagreements(answered: dict[str, dict[str, dict[str, Any]]], n_samples: int) -> list[str]:
-    """Ids of the samples whose scores vary most between methods, each from another picture and task if possible."""
-    if len(answered) < 2:
-        return []
-    shared = set.intersection(*(set(rows) for rows in answered.values()))
-    first = next(iter(answered.values()))
-    spread = {}
-    for sample in (sample for sample in first if sample in shared):
-        scores = pd.Series([rows[sample]["correct"] for rows in answered.values()], dtype=float)
-        spread[sample] = scores.var(ddof=0)
-    ranked = sorted((sample for sample in spread if spread[sample] > 0), key=lambda sample: -spread[sample])
-    return masks.choose([first[sample] for sample in ranked[: 8 * n_samples]], n_samples)
-
-
 def mask_path(box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> str:
     """SVG path that covers ``box`` but for the kept patches, to be filled by the even-odd rule."""
     rows, columns = grid[-2:]
     left, top, right, bottom = box
     width, height = (right - left) / columns, (bottom - top) / rows
     path = [f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}z"]
-    for k in sorted({k % (rows * columns) for k in kept}):
-        row, column = divmod(k, columns)
-        path.append(f"M{left + column * width:.5g} {top + row * height:.5g}h{width:.5g}v{height:.5g}h{-width:.5g}z")
+    kept = {k % (rows * columns) for k in kept}
+    for row in range(rows):
+        line = [column for column in range(columns) if row * columns + column in kept]
+        starts = [column for column in line if column - 1 not in line]
+        ends = [column + 1 for column in line if column + 1 not in line]
+        for start, end in zip(starts, ends, strict=True):
+            run = (end - start) * width
+            path.append(f"M{left + start * width:.5g} {top + row * height:.5g}h{run:.5g}v{height:.5g}h{-run:.5g}z")
     return "".join(path)
 
 
-def picture_url(picture: Image.Image) -> str:
-    small = picture.copy()
-    small.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
-    jpeg = io.BytesIO()
-    small.save(jpeg, "JPEG", quality=85)
-    return data_url(jpeg.getvalue(), "image/jpeg")
+def picture_id(picture: Image.Image) -> str:
+    """The same for equal pictures, so that a page holds each once."""
+    return f"p{hashlib.sha256(picture.tobytes()).hexdigest()[:12]}"
 
 
-def case_html(case: Case, number: int) -> str:
+def pictures_html(pictures: Iterable[Image.Image]) -> str:
+    """Definitions of the pictures that the gallery refers to."""
+    images = []
+    for name, picture in {picture_id(picture): picture for picture in pictures}.items():
+        small, jpeg = picture.copy(), io.BytesIO()
+        small.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
+        small.save(jpeg, "JPEG", quality=80)
+        size = f"width={picture.width} height={picture.height}"
+        images.append(f"<image id={name} {size} href='{data_url(jpeg.getvalue(), 'image/jpeg')}'/>")
+    return f"<svg width=0 height=0 style='position:absolute'><defs>{''.join(images)}</defs></svg>"
+
+
+def case_html(case: Case) -> str:
     width, height = case.picture.size
     first = next(iter(case.rows.values()))
-    view = f"viewBox='0 0 {width} {height}'"
+    view, picture = f"viewBox='0 0 {width} {height}'", f"<use href='#{picture_id(case.picture)}'/>"
     tiles = [
-        f"<figure><svg {view} role=img aria-label='the picture'><defs><image id=p{number} width={width} "
-        f"height={height} href='{picture_url(case.picture)}'/></defs><use href='#p{number}'/></svg>"
+        f"<figure><svg {view} role=img aria-label='the picture'>{picture}</svg>"
         f"<figcaption>answer: <b>{html.escape(masks.answer_text(first['answer']))}</b></figcaption></figure>"
     ]
     for method, row in case.rows.items():
@@ -198,7 +199,7 @@ def case_html(case: Case, number: int) -> str:
         right = row["correct"] is not None and row["correct"] >= 0.5
         tiles.append(
             f"<figure class={'right' if right else 'wrong'}><svg {view} role=img aria-label='{label}: what was kept'>"
-            f"<use href='#p{number}'/><path class=dropped d='{path}'/></svg>"
+            f"{picture}<path class=dropped d='{path}'/></svg>"
             f"<figcaption><b>{label}</b> {sum(map(len, row['kept']))} of {row['n_visual']}<br>"
             f"{'✓' if right else '✗'} {html.escape(row['prediction']) or '<i>nothing</i>'}</figcaption></figure>"
         )
@@ -266,10 +267,11 @@ for (const select of filters) {
 
 def page(cells: pd.DataFrame, n_samples: int) -> str:
     """The whole page."""
-    gallery = "\n".join(case_html(case, number) for number, case in enumerate(cases(cells, n_samples)))
+    found = list(cases(cells, n_samples))
+    gallery = "\n".join(map(case_html, found))
     sources = "Nothing has been measured yet."
     if len(cells):
-        devices = ", ".join(sorted(set(cells.device)))
+        devices = "; ".join(sorted(set(cells.device)))
         commits = ", ".join(sorted({(commit or "no repository")[:9] for commit in cells.git_commit}))
         sources = f"{len(cells)} result records, {devices}; code {commits}."
     return f"""<!doctype html>
@@ -288,10 +290,12 @@ about photographs.</p></header>
 <h2 id=figures>Figures</h2>
 <div class=plots>{figures_html(cells)}</div>
 <h2 id=gallery>Where methods disagree</h2>
-<p>The questions of each budget on which the methods differ most. Faded patches were dropped. This is a selection of
+<p>The questions of each budget on which the methods differ most. Faded patches were dropped, in the language model too
+where a method prunes there: what is seen is what reached its last layer. This is a selection of
 hard cases, not a sample: the tables have the rates.</p>
 <div class=filters><label>Cells <select name=group><option value="">all</option></select></label>
 <label>Task <select name=task><option value="">all</option></select></label></div>
+{pictures_html(case.picture for case in found)}
 {gallery or "<p>No two methods have been run on the same questions.</p>"}
 </main>
 <script>{SCRIPT}</script>

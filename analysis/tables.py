@@ -82,6 +82,11 @@ DATASETS = {
     "demo": "Demo",
     "demo_sparse": "Demo, sparse",
     "demo_canvases": "Demo, canvases",
+    "demo_gqa": "Demo GQA",
+    "demo_scienceqa": "Demo SQA",
+    "demo_textvqa": "Demo TextVQA",
+    "demo_mme": "Demo MME",
+    "demo_pope": "Demo POPE",
 }
 MODELS = {
     "llava15_7b": "LLaVA-1.5-7B",
@@ -277,7 +282,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         rows.append(row)
     table = pd.concat([wanted, pd.DataFrame(rows, index=wanted.index)], axis=1)
     table["digits"] = [
-        2 if printed else DIGITS.get(m, 1) for printed, m in zip(table.printed, table.metric, strict=True)
+        2 if want.printed else DIGITS.get(plain(want.metric), 1) for want in wanted.itertuples(index=False)
     ]
     table["rank"], table["printed_rank"] = 0, 0
     pruned = table[table.method != "none"]
@@ -404,7 +409,7 @@ def place_footnotes(table: pd.DataFrame) -> tuple[dict, dict[str, str]]:
             texts.append(f"{number.n_failed:.0f} of {number.n_samples:.0f} samples failed and count as wrong.")
         if number.n_samples < expected:
             texts.append(f"Over {number.n_samples:,.0f} samples only.")
-        if is_drawn(number.method, number.setting) and number.n_seeds == 1:
+        if is_drawn(number.method, number.setting) and number.n_seeds == 1 and number.metric not in COSTS:
             texts.append("One seed only.")
         for text in texts:
             holders.setdefault(text, set()).add((number.row, number.column))
@@ -439,6 +444,8 @@ def entry(number, marks: str) -> Entry:
 
 def column_name(dataset: str, metric: str) -> str:
     """``POPE random F1``; a task of the demo goes by its own name, ``GQA``."""
+    if metric in COSTS:
+        return METRICS[metric]
     split = metric.removesuffix(plain(metric)).rstrip("_")
     if metric in DATASETS or split in DATASETS:
         return " ".join(filter(None, [DATASETS.get(split), DATASETS.get(metric) or METRICS[plain(metric)]]))
@@ -465,7 +472,7 @@ def remarks(table: pd.DataFrame) -> list[str]:
     if len(measured):
         lines.append(
             "Tokens: the nominal budget. Per layer: visual tokens that enter a layer of the language model, mean over"
-            " the layers; larger than the budget for methods that prune inside it."
+            " the layers; methods that prune inside it spend more than the budget: compare them by this number."
         )
     scores = measured[~measured.metric.isin(COSTS)]
     if len(scores):

@@ -267,6 +267,13 @@ def test_a_seed_of_the_dataset_makes_other_questions():
     assert load.settings(seeds) == {"dataset.benchmark.seed": 1}
 
 
+def test_shares_have_two_decimals_whatever_their_prefix(results):
+    metrics = {"accuracy": 95.123, "pope_f1": 0.956, "pope_yes_rate": 0.444}
+    write_record(results, "demo_llava", "demo_pope", "mi", "16", metrics)
+    markdown = tables.markdown(tables.grid(tables.compare(tables.wanted("demo_table10"), load.cells(results))))
+    assert "| 95.1 | 0.96 | 0.44 |" in markdown
+
+
 def test_one_token_and_all_tokens_are_different_budgets(results):
     write_record(results, "llava15_7b", "gqa", "mi", "1", {"accuracy": 40.0})
     cells = list(load.cells(results).itertuples())
@@ -513,23 +520,24 @@ def sample_row(sample, correct, prediction="yes", question="Is there a cup ?", t
 
 
 def test_mask_path_covers_what_was_dropped_and_nothing_else():
-    path = report.mask_path([0, -10, 60, 50], [2, 3], [5, 0, 5])
-    numbers = [[float(x) for x in re.findall(r"-?[\d.]+", part)] for part in path.split("z")[:-1]]
-    box, *holes = numbers
+    def parts(kept):
+        path = report.mask_path([0, -10, 60, 50], [2, 3], kept)
+        return [[float(x) for x in re.findall(r"-?[\d.]+", part)] for part in path.split("z")[:-1]]
+
+    box, *holes = parts([5, 0, 5])
     assert box == [0, -10, 60, 50, 0]
-    assert holes == [[0, -10, 20, 30, -20], [40, 20, 20, 30, -20]], (
-        "patch 0 is top left, patch 5 bottom right, once each"
-    )
+    assert holes == [[0, -10, 20, 30, -20], [40, 20, 20, 30, -20]], "patch 0 top left, patch 5 bottom right, once each"
+    assert parts([2, 3, 4])[1:] == [[40, -10, 20, 30, -20], [0, 20, 40, 30, -40]], "neighbours in a row are one hole"
 
 
 def test_disagreements_come_first_by_spread_and_never_without():
-    answered = {
-        "mi": {s: sample_row(s, c) for s, c in {"a": 1, "b": 1, "c": 1, "d": 0, "only": 1}.items()},
-        "random": {s: sample_row(s, c) for s, c in {"a": 1, "b": 0, "c": 0.6, "d": 0}.items()},
-    }
-    assert report.disagreements(answered, 5) == ["b", "c"]
-    assert report.disagreements(answered, 1) == ["b"]
-    assert report.disagreements({"mi": answered["mi"]}, 5) == []
+    answered = [
+        {s: sample_row(s, c) for s, c in {"a": 1, "b": 1, "c": 1, "d": 0, "only": 1}.items()},
+        {s: sample_row(s, c) for s, c in {"a": 1, "b": 0, "c": 0.6, "d": 0}.items()},
+    ]
+    assert masks.disagreements(answered, 5) == ["b", "c"]
+    assert masks.disagreements(answered, 1) == ["b"]
+    assert masks.disagreements(answered[:1], 5) == []
 
 
 def test_gallery_escapes_what_models_and_data_say():
@@ -540,7 +548,7 @@ def test_gallery_escapes_what_models_and_data_say():
         "random": sample_row("s", None) | {"prediction": None, "error": evil},
     }
     rows["none"] |= {"question": evil, "answer": evil, "task": evil, "id": evil}
-    text = report.case_html(report.Case("demo_llava", evil, "16", Image.new("RGB", (60, 40)), rows), 0)
+    text = report.case_html(report.Case("demo_llava", evil, "16", Image.new("RGB", (60, 40)), rows))
     assert "<script" not in text and "alert(&#x27;&amp;&#x27;)" in text
     assert text.count("<svg") == 3 and "class=right" in text and text.count("class=wrong") == 2
 
