@@ -29,4 +29,4 @@ def test_notebook_runs_and_is_stored_as_run(path):
 
 def printed(cell):
     """What a cell printed, progress bars left out."""
-    return [output.text for output in cell.outputs if output.get("name") == "stdout"]
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
