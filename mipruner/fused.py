@@ -83,6 +83,17 @@ def mi_picks(
     return torch.tensor(picks, dtype=torch.long)
 
 
+def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
+    """`pmi.log_partition`, by a Triton kernel on a GPU: on the tensor cores in 16 bit, and nothing of rho is stored."""
+    if not (visual.is_cuda and HAS_TRITON and visual.dtype == vocabulary.dtype):
+        return pmi.log_partition(visual, vocabulary, tau, n_rows)
+    from mipruner import kernels
+
+    vocabulary, scale = pmi.drawn(vocabulary, n_rows)
+    lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
+    return lse.view(*visual.shape[:-1], 1) + scale
+
+
 def similarities(visual: Tensor, text: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """rho of eq. 15, [n_visual, n_visual] and [n_visual, n_text], for one sample on a CPU."""
     n_visual, d = visual.shape

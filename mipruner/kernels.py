@@ -4,6 +4,7 @@
     log_sums     log-sum-exp of every row of rho over the picture: the denominators of eq. 16 for T = V
     relevance    softmax over the text, its marginal over the picture and the maximum of the PMI, eq. 16-19
     greedy       all picks of eq. 22-24 in one launch
+    partition    log-sum-exp of rho over a vocabulary that is never stored, for `pmi.log_partition`
 
 Only rho is as large as n_visual^2 (1 GiB at 16,384 tokens); p, PMI and redundancy are never stored. In a ragged batch a
 sample's tokens beyond ``n_visual`` and ``n_text`` are padding.
@@ -17,6 +18,9 @@ from torch import Tensor
 from mipruner.errors import InputError
 from mipruner.fused import MAX_VISUAL
 from mipruner.selection import greedy
+
+PROGRAMS = 1024
+"""About so many share the work of `log_partition`."""
 
 
 @triton.jit
@@ -89,6 +93,48 @@ def log_sums_kernel(
         highest = top
     top = tl.max(highest, 0)
     tl.store(lse + sample * N + row, top + tl.log(tl.sum(total * tl.exp(highest - top), 0)))
+
+
+@triton.jit
+def partition_kernel(
+    lse,  # [n_parts, R]
+    rows,  # [R, D]
+    columns,  # [N, D]
+    row_norm,  # [R]
+    R,
+    N,
+    D,
+    part,
+    tau,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """log sum_j exp(rho_ij) of BLOCK rows over ``part`` columns; a column's norm comes from the product's own loads."""
+    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    is_row = row < R
+    first = tl.program_id(1) * part
+    scale = 1 / (tau * tl.load(row_norm + row, mask=is_row, other=1.0))
+    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(first, min(first + part, N), BLOCK):
+        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        is_column = column < N
+        dot = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            d = start_d + tl.arange(0, BLOCK_D)
+            is_d = d < D
+            a = tl.load(rows + row[:, None] * D + d, mask=is_row[:, None] & is_d, other=0.0)
+            b = tl.load(columns + column[:, None] * D + d, mask=is_column[:, None] & is_d, other=0.0)
+            dot = tl.dot(a, tl.trans(b), dot, input_precision="ieee")
+            wide = b.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+        norm = tl.maximum(tl.sqrt(squares), 1e-12)
+        x = tl.where(is_column[None, :], dot / norm[None, :] * scale[:, None], float("-inf"))
+        top = tl.maximum(highest, tl.max(x, 1))
+        total = total * tl.exp(highest - top) + tl.sum(tl.exp(x - top[:, None]), 1)
+        highest = top
+    tl.store(lse + tl.program_id(1).to(tl.int64) * R + row, highest + tl.log(total), mask=is_row)
 
 
 @triton.jit
@@ -195,6 +241,31 @@ def _similarity(rows: Tensor, columns: Tensor, n_rows: Tensor, n_columns: Tensor
         num_warps=block // 16,
     )
     return rho
+
+
+def log_partition(visual: Tensor, vocabulary: Tensor, tau: float) -> Tensor:
+    """`pmi.log_partition` of visual tokens [R, d] over a vocabulary [N, d] of the same dtype. Shape [R]."""
+    (R, D), N = visual.shape, len(vocabulary)
+    block = 64 if visual.dtype == torch.float32 else 128
+    n_blocks = triton.cdiv(N, block)
+    part = triton.cdiv(n_blocks, max(1, PROGRAMS // triton.cdiv(R, block))) * block
+    lse = torch.empty(triton.cdiv(N, part), R, device=visual.device)
+    norm = torch.linalg.vector_norm(visual, dim=-1, dtype=torch.float32).clamp_min(1e-12)
+    partition_kernel[(triton.cdiv(R, block), len(lse))](
+        lse,
+        visual.contiguous(),
+        vocabulary.contiguous(),
+        norm,
+        R,
+        N,
+        D,
+        part,
+        tau,
+        BLOCK=block,
+        BLOCK_D=32 if visual.dtype == torch.float32 else 64,
+        num_warps=block // 16,
+    )
+    return lse.logsumexp(0)
 
 
 def mi_picks(

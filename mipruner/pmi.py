@@ -50,17 +50,21 @@ def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: 
         Estimate the sum from so many rows, always the same ones: unbiased, and its relative error falls with the root
         of n_rows.
     """
-    scale = 0.0
-    if n_rows is not None and n_rows < len(vocabulary):
-        scale = math.log(len(vocabulary) / n_rows)
-        vocabulary = vocabulary[_drawn(len(vocabulary), n_rows, vocabulary.device)]
+    vocabulary, scale = drawn(vocabulary, n_rows)
     blocks = (similarity(visual, rows).div_(tau).logsumexp(-1, keepdim=True) for rows in vocabulary.split(BLOCK))
     return reduce(torch.logaddexp, blocks) + scale
 
 
+def drawn(vocabulary: Tensor, n_rows: int | None) -> tuple[Tensor, float]:
+    """``n_rows`` rows of the vocabulary, drawn without replacement, and the log of how many each stands for."""
+    if n_rows is None or n_rows >= len(vocabulary):
+        return vocabulary, 0.0
+    index = _drawn(len(vocabulary), n_rows, vocabulary.device)
+    return vocabulary[index], math.log(len(vocabulary) / n_rows)
+
+
 @lru_cache
 def _drawn(n: int, n_rows: int, device: torch.device) -> Tensor:
-    """Rows drawn without replacement."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:n_rows].to(device)
 
 

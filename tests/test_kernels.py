@@ -71,6 +71,19 @@ def test_relevance_from_elsewhere(lam):
     assert torch.equal(picks(visual[None], text[None], 20, lam, relevance=relevance)[0], expected)
 
 
+@pytest.mark.parametrize("programs", [1, 1024])
+@pytest.mark.parametrize("dtype", half_types())
+@pytest.mark.parametrize("shape", [(3, 1, 5), (64, 128, 64), (70, 301, 41), (150, 64, 33)])
+def test_log_partition(shape, dtype, programs, monkeypatch):
+    """One program over all of the vocabulary, or one for each block of it."""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    visual, vocabulary = tokens(*shape, dtype=dtype)
+    visual[::7], vocabulary[::5] = 0, 0
+    for tau in (0.1, 0.01):
+        ours = kernels.log_partition(visual.to(DEVICE), vocabulary.to(DEVICE), tau).cpu()
+        torch.testing.assert_close(ours, pmi.log_partition(visual, vocabulary, tau)[:, 0], atol=1e-6 / tau, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(96, 1, 48), (129, 4, 41)])
 def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape):
     """Whole numbers, so that the interpreter's products are exact too, whatever the order of their sums."""
@@ -137,6 +150,8 @@ def compile(kernel, dtype, warps, **constants):
 
 for dtype in ("bf16", "fp16", "fp32"):
     compile(kernels.similarity_kernel, dtype, 4, SYMMETRIC=True, BLOCK=64, BLOCK_D=64 if dtype == "fp32" else 128)
+    wide = dtype != "fp32"
+    compile(kernels.partition_kernel, dtype, 8 if wide else 4, BLOCK=128 if wide else 64, BLOCK_D=64 if wide else 32)
 compile(kernels.log_sums_kernel, "", 4, BLOCK=1024)
 compile(kernels.relevance_kernel, "", 4, BLOCK=1024, CHUNK=4)
 compile(kernels.relevance_kernel, "", 32, BLOCK=16384, CHUNK=1)
@@ -151,8 +166,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
         "similarity_kernel bf16 True",
+        "partition_kernel bf16 True",
         "similarity_kernel fp16 True",
+        "partition_kernel fp16 True",
         "similarity_kernel fp32 False",
+        "partition_kernel fp32 False",
         "log_sums_kernel  False",
         "relevance_kernel  False",
         "relevance_kernel  False",

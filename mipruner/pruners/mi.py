@@ -7,7 +7,7 @@ from torch import Tensor
 from mipruner import pmi
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.fused import mi_picks
+from mipruner.fused import log_partition, mi_picks
 from mipruner.prior import Prior, visual_prior
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, greedy
@@ -79,16 +79,16 @@ class MIPruner(Pruner):
         return greedy(relevance, redundancy, n_keep, self.lam, aggregation=self.aggregation, given=given)
 
     def s_cross(self, features: Features) -> Tensor:
-        log_partition = None
+        partition = None
         if self.support == "vocabulary":
-            log_partition = pmi.log_partition(features.visual, features.vocabulary, self.tau, self.vocabulary_rows)
+            partition = log_partition(features.visual, features.vocabulary, self.tau, self.vocabulary_rows)
         return pmi.relevance(
             features.visual,
             features.text,
             self.tau,
             self.aggregation,
             self.normalization,
-            log_partition=log_partition,
+            log_partition=partition,
             prior=self.p_visual(features),
         )
 
