@@ -2,8 +2,8 @@
 
 python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo
 python run.py model=qwen3vl_8b dataset=pope keep=0.25
-python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep
-torchrun --nproc-per-node 4 run.py model=llava_7b          # on four GPUs
+python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep; a job a cell on Slurm: hydra/launcher=slurm
+torchrun --nproc-per-node 4 run.py model=llava15_7b          # on four GPUs
 python run.py image=photo.jpg question="What is this?"     # one picture of your own: see experiments/answer.py
 """
 
@@ -11,6 +11,7 @@ import errno
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import hydra
@@ -31,7 +32,7 @@ from mipruner.errors import InputError, ModelError
 from mipruner.pipeline import Pipeline
 
 
-def differs(overrides: list[str]) -> str:
+def differs(overrides: Sequence[str]) -> str:
     """The overrides that a folder's name should show, without groups and what names the folder already."""
     shown = []
     for override in overrides:
@@ -43,10 +44,10 @@ def differs(overrides: list[str]) -> str:
     return ",".join(shown)
 
 
-def run_cell(config: dict[str, Any], name: str = "", ranks: Ranks = ALONE) -> dict[str, Any] | None:
-    """Run or resume one cell; returns its record, None for ranks but the first."""
+def run_cell(config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> dict[str, Any] | None:
+    """Run or resume the cell of a config, which these overrides made; returns its record, None for later ranks."""
     ranks.wait()
-    cell = Cell(config, name)
+    cell = Cell(config, differs(overrides))
     if cell.is_done and not config["overwrite"]:
         if ranks.rank > 0:
             return None
@@ -56,7 +57,7 @@ def run_cell(config: dict[str, Any], name: str = "", ranks: Ranks = ALONE) -> di
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     decoding = instantiate(config["decoding"])
     pipeline = Pipeline(build.model(config), build.pruner(config), build.budget(config), decoding)
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", "run.py", *overrides])
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command, ranks)
     cell.open(config["overwrite"])
@@ -101,10 +102,9 @@ def main(cfg: DictConfig) -> None:
                 config["decoding"]["max_new_tokens"] = 128  # not what some dataset's answers need
             print(answer(config, cfg.image, cfg.question))
             return
-        name = differs(overrides)
-        record = run_cell(config, name, Ranks.join())
+        record = run_cell(config, overrides, Ranks.join())
         if record is not None:
-            print(show(record, str(Cell(config, name).path)))
+            print(show(record, str(Cell(config, differs(overrides)).path)))
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
     except OSError as error:

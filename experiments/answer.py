@@ -1,6 +1,6 @@
 """One question about one picture of the user's own: what the model says, and what it saw to say it.
 
-python run.py image=photo.jpg question="What is on the table?" model=llava_7b keep=64
+python run.py image=photo.jpg question="What is on the table?" model=llava15_7b keep=64
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The processes that share a run under torchrun or accelerate launch: who they are, and waiting for each other.
 
-    torchrun --nproc-per-node 4 run.py model=llava_7b dataset=gqa keep=64
+    torchrun --nproc-per-node 4 run.py model=llava15_7b dataset=gqa keep=64
 
 Only scores and files pass between them, so the group is gloo's on CPUs and GPUs alike.
 """

@@ -15,7 +15,7 @@ schema            int, 1
 id                str, the cell's id
 cell              {model, dataset, pruner, keep, seed}: the words of the command line
 config            the resolved config
-command           str, the command that made it
+command           str, the command that makes it
 git_commit        str, with "+" appended when the tree had changes; null outside a repository
 versions          {python, torch, transformers, ...}
 device            str, "4 x ..." if that many processes shared the samples
