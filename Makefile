@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test test-oldest lint demo reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test test-oldest test-lmms-eval lint demo reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -65,4 +65,15 @@ $(OLDEST)/.installed: requirements.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -E '^(torch|accelerate|pillow|pytest|pytest-timeout)==' requirements.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/pip install -q -r $(OLDEST)/requirements.txt transformers==5.17.0
+	touch $@
+
+# The plug-in of lmms-eval, inside lmms-eval.
+LMMS_EVAL ?= .venv-lmms-eval
+
+test-lmms-eval: $(LMMS_EVAL)/.installed
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(LMMS_EVAL)/bin/python -m pytest tests/test_lmms_eval.py
+
+$(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
+	$(PYTHON) -m venv $(LMMS_EVAL)
+	$(LMMS_EVAL)/bin/pip install -q -e . -e plugins/lmms_eval pytest pytest-timeout matplotlib
 	touch $@
