@@ -21,7 +21,7 @@ from analysis.tables import DATASETS, MODELS, budget_name
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
 DEMOS = {"demo_llava": "demo", "demo_qwen3vl": "demo_canvases"}
-OPTIONS = {"support", "lam", "prior", "prior_table", "seed", "quality", "keep_max"}
+OPTIONS = {"support", "lam", "prior", "prior_table", "seed", "quality", "keep_max", "vocabulary_rows"}
 """Settings in which the cells of these tables may differ from the defaults."""
 
 
@@ -74,11 +74,23 @@ def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dic
 
 def support(cells: pd.DataFrame) -> str:
     columns = {
-        f"{word}, lam {lam:g}": {"support": word, "lam": lam, "prior": "uniform"}
+        f"{word}, lam {lam:g}": {"support": word, "lam": lam, "prior": "uniform", "vocabulary_rows": None}
         for lam in (0.5, 0.8, 1)
         for word in ("prompt", "vocabulary")
     }
     return grid(cells, columns, {"similarity": {"method": "similarity"}})
+
+
+def sample(cells: pd.DataFrame) -> str:
+    """What a sum over a part of the vocabulary costs."""
+    found = [
+        select(cells, "demo_llava", support="vocabulary", lam=0.8, prior="uniform", vocabulary_rows=rows)
+        for rows in (None, 84, 52, 26)
+    ]
+    if not found[-1]:
+        return ""
+    rows = [[keep, *(number(column.get(keep, [])) for column in found)] for keep in ("16", "8")]
+    return markdown(["kept of 576", "all 105 rows", "84", "52", "26"], rows)
 
 
 def prior(cells: pd.DataFrame) -> str:
@@ -111,13 +123,14 @@ def automatic(cells: pd.DataFrame) -> str:
     rows = []
     for model in DEMOS:
         for word in ("prompt", "vocabulary"):
-            found = select(cells, model, support=word, lam=0.5, prior="uniform")
+            options = {"support": word, "lam": 0.5, "prior": "uniform", "vocabulary_rows": None}
+            found = select(cells, model, **options)
             whole = {
                 int(keep): {c.settings["seed"]: c for c in draws} for keep, draws in found.items() if keep.isdigit()
             }
             auto = cells[(cells.model == model) & (cells.method == "mi") & (cells.keep == "auto")]
             for quality in sorted({cell.settings["quality"] for cell in auto.itertuples()}):
-                draws = select(cells, model, support=word, lam=0.5, prior="uniform", quality=quality).get("auto", [])
+                draws = select(cells, model, **options, quality=quality).get("auto", [])
                 tables = []
                 for cell in draws:
                     seed = cell.settings["seed"]
@@ -145,7 +158,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     cells = load.cells(parser.parse_args().results)
     text = PAGE.read_text()
-    for name, table in {"support": support, "prior": prior, "auto": automatic}.items():
+    for name, table in {"support": support, "sample": sample, "prior": prior, "auto": automatic}.items():
         if part := table(cells):
             text = replace(text, name, part)
         else:

@@ -60,7 +60,7 @@ def test_the_written_estimate_is_a_prior(tmp_path, monkeypatch):
 
 
 def cell(keep, seed, accuracy, n_visual=576.0, **settings):
-    used = {"support": "prompt", "lam": 0.5, "prior": "uniform", "seed": seed} | settings
+    used = {"support": "prompt", "lam": 0.5, "prior": "uniform", "vocabulary_rows": None, "seed": seed} | settings
     differs = {key for key, value in used.items() if value != {"support": "prompt", "lam": 0.5, "seed": 0}.get(key)}
     return {
         "model": "demo_llava",
@@ -68,7 +68,7 @@ def cell(keep, seed, accuracy, n_visual=576.0, **settings):
         "method": "mi",
         "keep": keep,
         "settings": used,
-        "differs": differs - {"prior"},
+        "differs": differs - {"prior", "vocabulary_rows"},
         "metrics": {"accuracy": accuracy},
         "n_samples": 600,
         "n_visual": n_visual,
@@ -127,5 +127,5 @@ def test_auto_stands_beside_the_fixed_budget_of_its_mean(tmp_path):
 
 def test_the_page_has_a_place_for_each_table():
     text = extensions.PAGE.read_text()
-    for name in ("support", "prior", "auto"):
+    for name in ("support", "sample", "prior", "auto"):
         assert f"<!-- begin {name} -->" in text and f"<!-- end {name} -->" in text
