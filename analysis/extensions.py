@@ -55,12 +55,11 @@ def markdown(header: list[str], rows: list[list[str]], compare: slice = slice(0)
 
 
 def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dict]) -> str:
-    """Accuracy by model and budget, in the columns of these settings; budgets are those of the first column."""
+    """Accuracy by model and budget, in the columns of these settings; budgets are those that all columns have."""
     parts = []
     for model, dataset in DEMOS.items():
         found = {name: select(cells, model, **settings) for name, settings in columns.items()}
-        budgets = sorted(next(iter(found.values())), key=float, reverse=True)
-        budgets = [keep for keep in budgets if all(keep in column for column in found.values())]
+        budgets = sorted(set.intersection(*map(set, found.values())) - {"auto"}, key=float, reverse=True)
         if not budgets:
             continue
         found = {name: select(cells, model, **settings) for name, settings in reference.items()} | found

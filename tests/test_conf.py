@@ -54,6 +54,20 @@ def test_loggers(word):
     assert resolved(f"logger={word}")["logger"]["name"] == word
 
 
+@pytest.mark.parametrize("word", words("prior"))
+def test_priors(word):
+    assert build.pruner(resolved(f"prior={word}")).prior == "estimated"
+
+
+@pytest.mark.parametrize("word", words("ablation"))
+def test_ablations(word):
+    with initialize_config_dir(str(CONF), version_base=None):
+        swept = compose("config", [f"ablation={word}"], return_hydra_config=True).hydra.sweeper.params
+    for key, values in swept.items():
+        for value in str(values).split(","):
+            build.pruner(resolved(f"ablation={word}", "prior=demo", f"{key}={value}"))
+
+
 def test_lam_comes_from_the_dataset_and_can_be_overridden():
     assert resolved("dataset=gqa")["pruner"]["lam"] == 0.5
     assert resolved("dataset=pope")["pruner"]["lam"] == 1
