@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test test-oldest test-lmms-eval lint demo reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test test-oldest test-lmms-eval robustness lint demo reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -77,3 +77,7 @@ $(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
 	$(PYTHON) -m venv $(LMMS_EVAL)
 	$(LMMS_EVAL)/bin/pip install -q -e . -e plugins/lmms_eval pytest pytest-timeout matplotlib
 	touch $@
+
+# docs/robustness.md, from the tests that provoke accidents and errors.
+robustness: setup
+	$(BIN)/python -m pytest -p tests.robustness

@@ -69,7 +69,7 @@ def test_a_rerun_asks_nothing_and_says_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_tried_again(tmp_path, status):
+def test_what_may_pass_is_tried_again(tmp_path, status, record_property):
     def stumble(request, number):
         return (status, "try later") if number % 3 != 2 else (200, content(request))
 
@@ -77,9 +77,10 @@ def test_what_may_pass_is_tried_again(tmp_path, status):
         judge = Judge("m", url, cache=str(tmp_path), concurrency=1)
         assert judge.grade(requests("1", "2"), float) == [1, 2]
         assert len(asked) == 6
+    record_property("survives", (f"a judge that answers {status} twice", "is asked again, with growing pauses"))
 
 
-def test_a_judge_that_stays_down_is_one_line_and_loses_nothing(tmp_path):
+def test_a_judge_that_stays_down_is_one_line_and_loses_nothing(tmp_path, record_property):
     down = threading.Event()
 
     def reply(request, number):
@@ -98,6 +99,7 @@ def test_a_judge_that_stays_down_is_one_line_and_loses_nothing(tmp_path):
         before = len(asked)
         assert judge.grade(requests(*"abcdefgh"), float) == [1] * 8
         assert {content(request) for request in asked[before:]} == set("defgh")
+    record_property("survives", ("a judge that stays down", "its replies are kept; a rerun asks for the others alone"))
     with pytest.raises(BenchmarkError, match=r"gave up: Connection error"):
         Judge("m", url, cache=str(tmp_path), max_retries=0).grade(requests("x"), float)
 
@@ -117,7 +119,7 @@ def test_a_key_is_needed_for_openai_alone(tmp_path, monkeypatch):
         assert Judge("local", url, cache=str(tmp_path)).grade(requests("x"), float) == [1]
 
 
-def test_garbage_is_asked_again_five_times_at_most(tmp_path):
+def test_garbage_is_asked_again_five_times_at_most(tmp_path, record_property):
     replies = {"good": ["0.5"], "never": ["I would say so"] * 9, "late": ["", None, "{0.7}", "0.7"]}
 
     with server(lambda request, number: (200, replies[content(request)].pop(0))) as (url, asked):
@@ -128,6 +130,8 @@ def test_garbage_is_asked_again_five_times_at_most(tmp_path):
         fresh = Judge("m", url, cache=str(tmp_path))
         assert fresh.grade(requests("good", "never", "late"), float) == [0.5, None, 0.7]
         assert len(asked) == 10  # the unreadable replies are kept too
+    outcome = "is asked five times at most; what stays unreadable is counted in the record"
+    record_property("survives", ("a judge that talks instead of grading", outcome))
 
 
 @pytest.mark.parametrize("body", [b"<html>hello</html>", b"{}", b""])
@@ -158,7 +162,7 @@ print(sum(Judge("m", sys.argv[1], cache=sys.argv[2], concurrency=4).grade(reques
 """
 
 
-def test_a_kill_in_the_middle(tmp_path):
+def test_a_kill_in_the_middle(tmp_path, record_property):
     """After SIGKILL a rerun asks only for what had not come back: what is on disk is not asked again."""
 
     def slow(request, number):
@@ -182,6 +186,7 @@ def test_a_kill_in_the_middle(tmp_path):
         assert float(done.stdout) == sum(range(40))
         rerun = [content(request) for request in asked[before:]]
         assert sorted(rerun) == sorted({str(i) for i in range(40)} - kept)
+    record_property("survives", ("SIGKILL while a judge is asked", "a rerun asks nothing that was answered"))
 
 
 # -------------------------------------------------------------------------------------------------------------- MM-Vet

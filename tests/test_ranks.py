@@ -44,7 +44,7 @@ def wait_for_rows(folder, launched):
     pytest.fail(launched.stderr.read())
 
 
-def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path):
+def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path, record_property):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
     launched = subprocess.Popen(
         [*command, "run.py", f"results={tmp_path / 'two'}", *OVERRIDES],
@@ -77,6 +77,8 @@ def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path):
     rows = [[{k: v for k, v in row.items() if k != "latency_ms"} for row in cell.rows()] for cell in cells]
     assert rows[0] == rows[1] and len(rows[0]) == alone["n_samples"]
     assert sorted(file.name for file in cells[1].path.iterdir()) == ["config.yaml", "record.json", "samples.jsonl"]
+    outcome = "with --max-restarts all start again and share the rest; the record is that of one process"
+    record_property("survives", ("SIGKILL of one of two processes under torchrun", outcome))
 
 
 def test_other_processes_rows_are_read_and_merged(tmp_path):

@@ -100,7 +100,7 @@ def test_a_record_says_everything_and_a_finished_cell_is_skipped(tmp_path, capsy
     assert again["finished"] >= record["finished"] and untimed(again)["metrics"] == record["metrics"]
 
 
-def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path):
+def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path, record_property):
     whole = start(tmp_path / "whole", "+dataset.benchmark.n=20")
     assert whole.wait() == 0, whole.stderr.read()
 
@@ -131,16 +131,19 @@ def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path):
         return untimed(record), [{k: v for k, v in row.items() if k != "latency_ms"} for row in rows]
 
     assert read(tmp_path / "killed") == read(tmp_path / "whole")
+    accident = "SIGKILL of run.py while it answers, a line half written"
+    record_property("survives", (accident, "the same command goes on, and ends in the record of a run never killed"))
     assert settings["batch_size"] == 2
 
 
-def test_an_interrupted_run_keeps_what_it_answered(tmp_path):
+def test_an_interrupted_run_keeps_what_it_answered(tmp_path, record_property):
     process = start(tmp_path, "+dataset.benchmark.n=200")
     while process.poll() is None and not any(line for f in tmp_path.rglob("samples.jsonl") for line in f.open()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode != 0 and "run the same command again" in err and "Traceback" not in err
+    record_property("survives", ("Ctrl-C", err.strip().splitlines()[-1]))
     assert any(line for f in tmp_path.rglob("samples.jsonl") for line in f.open())
 
 
@@ -217,7 +220,7 @@ def test_limit_keeps_pictures_whole_and_shards_share_nothing():
         subset(samples, None, "10/11", seed=0)
 
 
-def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path):
+def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path, record_property):
     settings = config(tmp_path, corrupt=[2])
     record = run.run_cell(settings)
     errors = {failed["id"]: failed["error"] for failed in record["failed"]}
@@ -226,6 +229,10 @@ def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path):
     rows = {row["id"]: row for row in Cell(settings).rows()}
     assert rows["2-0"]["prediction"] is None and rows["2-0"]["correct"] == 0
     assert "2 samples failed" in run.show(record, "x")
+    outcome = (
+        f"the run goes on; its questions count as wrong, and the record lists them: {record['failed'][0]['error']}"
+    )
+    record_property("survives", ("a corrupt picture in a data set", outcome))
 
 
 def recorded(monkeypatch, cls, name):
@@ -288,7 +295,7 @@ def test_nan_features(tmp_path):
         bias.data.copy_(kept)
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, record_property):
     settings = config(tmp_path)
     append, calls = Cell.append, []
 
@@ -305,6 +312,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert len(Cell(settings).rows()) == 4
     assert untimed(run.run_cell(settings))["n_samples"] == 12
+    record_property("survives", ("a full disk", "nothing is lost; with room again, the same command goes on"))
 
 
 @pytest.mark.parametrize(
@@ -318,14 +326,21 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         (["+dataset.benchmark.n=0"], "no samples are left"),
     ],
 )
-def test_a_wrong_word_on_the_command_line_is_one_clear_message(monkeypatch, capfd, tmp_path, overrides, message):
+def test_a_wrong_word_on_the_command_line_is_one_clear_message(
+    monkeypatch, capfd, tmp_path, record_property, overrides, message
+):
     status, err = cli(monkeypatch, capfd, tmp_path, *overrides)
     assert status != 0 and message in err and "Traceback" not in err
+    said = [
+        line for line in err.strip().splitlines() if not line.startswith(("Error executing", "Set the env", "Load"))
+    ]
+    record_property("says", f"`{' '.join(overrides)}`: {' '.join(said)}")
 
 
-def test_a_place_that_cannot_be_written_is_one_clear_message(monkeypatch, capfd):
+def test_a_place_that_cannot_be_written_is_one_clear_message(monkeypatch, capfd, record_property):
     status, err = cli(monkeypatch, capfd, "/dev/full/results")
     assert status != 0 and "cannot write /dev/full/results" in err and "Traceback" not in err
+    record_property("says", next(line for line in err.splitlines() if "cannot write" in line))
 
 
 def test_no_network_is_one_clear_message(tmp_path):
@@ -345,7 +360,8 @@ def test_wandb_offline_is_a_run_of_its_own_and_is_closed(tmp_path):
         assert b"accuracy" in file.read_bytes() and b"predictions" in file.read_bytes()
 
 
-def test_one_bad_job_of_a_sweep_does_not_swallow_its_neighbours(monkeypatch, capfd, tmp_path):
+def test_one_bad_job_of_a_sweep_does_not_swallow_its_neighbours(monkeypatch, capfd, tmp_path, record_property):
     status, err = cli(monkeypatch, capfd, tmp_path, "-m", "keep=4,600,2")
     assert status != 0 and "keep=600 asks for more tokens" in err and "Traceback" not in err
     assert len(list(tmp_path.rglob("record.json"))) == 2
+    record_property("survives", ("a job of a sweep that cannot run", "its neighbours have run"))
