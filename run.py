@@ -32,12 +32,15 @@ from mipruner.errors import InputError, ModelError
 from mipruner.pipeline import Pipeline
 
 
-def differs(overrides: Sequence[str]) -> str:
-    """The overrides that a folder's name should show, without groups and what names the folder already."""
-    shown = []
+def differs(overrides: Sequence[str], seed: int = 0) -> str:
+    """The overrides that a folder's name should show, without groups and what names the folder already.
+
+    ``seed`` is that of the resolved config, which is 0 where nothing is drawn, whatever the command line said.
+    """
+    shown = [f"seed={seed}"] if seed else []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.strip("+~") in ("model", "dataset", "pruner", "ablation", "experiment", "keep", *NOT_IDENTITY):
+        if key.strip("+~") in ("model", "dataset", "pruner", "ablation", "experiment", "keep", "seed", *NOT_IDENTITY):
             continue
         if key.split(".")[0] not in NOT_IDENTITY:
             shown.append(f"{key.split('.')[-1]}={value}")
@@ -47,7 +50,7 @@ def differs(overrides: Sequence[str]) -> str:
 def run_cell(config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> dict[str, Any] | None:
     """Run or resume the cell of a config, which these overrides made; returns its record, None for later ranks."""
     ranks.wait()
-    cell = Cell(config, differs(overrides))
+    cell = Cell(config, differs(overrides, config["seed"]))
     if cell.is_done and not config["overwrite"]:
         if ranks.rank > 0:
             return None
@@ -104,7 +107,7 @@ def main(cfg: DictConfig) -> None:
             return
         record = run_cell(config, overrides, Ranks.join())
         if record is not None:
-            print(show(record, str(Cell(config, differs(overrides)).path)))
+            print(show(record, str(Cell(config, differs(overrides, config["seed"])).path)))
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
     except OSError as error:

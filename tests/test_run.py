@@ -204,6 +204,8 @@ def test_folder_names_show_what_differs():
         "logger.mode=offline",
     ]
     assert run.differs(overrides) == "lam=0.8,seed=3"
+    assert run.differs(["keep=16", "seed=2"], seed=2) == "seed=2"
+    assert run.differs(["keep=16", "seed=2"], seed=0) == ""
 
 
 def test_limit_keeps_pictures_whole_and_shards_share_nothing():
