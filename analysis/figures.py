@@ -149,9 +149,9 @@ def over_setting(table: pd.DataFrame) -> Figure:
             draw(ax, x, line, f"keep {tables.budget_name(keep)}", *style)
             if line.ours.notna().any():
                 best = line.loc[line.ours.idxmax()]
-                ax.annotate(
-                    f"{best.ours:.1f}", (x[best.name], best.ours), (0, 6), textcoords="offset points", ha="center"
-                )
+                on_top = best.ours == rows.ours[rows.setting == best.setting].max()
+                place = {"xytext": (0, 6 if on_top else -16), "textcoords": "offset points", "ha": "center"}
+                ax.annotate(f"{best.ours:.1f}", (x[best.name], best.ours), **place)
         ax.margins(y=0.15)
         ax.set(xlabel={"lam": "\u03bb", "tau": "\u03c4"}.get(name, name), ylabel=y_label(rows))
         ax.set_title(tables.MODELS.get(model, model))
