@@ -46,8 +46,8 @@ from mipruner.decoding import Decoding
 from mipruner.engine import Engine
 from mipruner.errors import InputError, ModelError
 from mipruner.models import FAMILIES, Adapter, Prompt
-from mipruner.models.base import Visual, collate
 from mipruner.pipeline import Pipeline, VisionCache
+from mipruner.prompt import Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.timing import Stopwatch
 

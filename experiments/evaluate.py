@@ -24,8 +24,8 @@ from experiments.ranks import Ranks
 from experiments.results import Cell
 from mipruner.errors import InputError
 from mipruner.models import Prompt, Video
-from mipruner.models.base import Picture
 from mipruner.pipeline import Answer, Pipeline
+from mipruner.prompt import Picture
 
 WINDOW = 256
 """Samples that are sorted by length among themselves. No larger, so that those sharing a picture stay close."""

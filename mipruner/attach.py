@@ -31,8 +31,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mipruner.errors import InputError
 from mipruner.models import FAMILIES
-from mipruner.models.base import Call, Encoded, Prompt, Tokens, Visual, collate
+from mipruner.models.base import Call
 from mipruner.pipeline import Pipeline, by_picture
+from mipruner.prompt import Encoded, Prompt, Tokens, Visual, collate
 from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
 from mipruner.question import Reader, between_special
 from mipruner.selection import Auto, Selection, budget

@@ -16,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mipruner.models.base import Adapter, Batch
+from mipruner.models.base import Adapter
+from mipruner.prompt import Batch
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from transformers import PreTrainedConfig
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.models.base import Adapter, Prompt, Tokens, Visual
+from mipruner.models.base import Adapter
 from mipruner.pipeline import Answer
+from mipruner.prompt import Prompt, Tokens, Visual
 from mipruner.pruners import (
     AttentionPruner,
     DecoderPruner,

@@ -12,7 +12,8 @@ from torch import Tensor
 from mipruner.decoder import Run, shorten
 from mipruner.decoding import Decoding, decode, prefill
 from mipruner.features import Features
-from mipruner.models.base import Adapter, Encoded, Picture, Prompt, Visual, collate
+from mipruner.models.base import Adapter
+from mipruner.prompt import Encoded, Picture, Prompt, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Auto, Selection, budget, split_budget
 from mipruner.timing import Stopwatch

@@ -17,8 +17,8 @@ from mipruner import PRUNERS
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import Prompt, load
-from mipruner.models.base import collate
 from mipruner.pipeline import Pipeline
+from mipruner.prompt import collate
 from mipruner.pruners import MIPruner
 from mipruner.question import Reader, between_special
 from tiny import CLASSES, LLAVA_TEMPLATE, picture, processor_of, prompts_of, reference, tiny, tokenizer

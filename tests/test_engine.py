@@ -11,9 +11,9 @@ from mipruner.decoding import Decoding
 from mipruner.engine import LOOK, Engine
 from mipruner.errors import InputError
 from mipruner.models import load
-from mipruner.models.base import Prompt
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
+from mipruner.prompt import Prompt
 from mipruner.pruners import PRUNERS, FastVPruner, MIPruner, NoPruner, Pruner, VisionZipPruner
 
 DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"

@@ -23,9 +23,9 @@ from mipruner import PRUNERS
 from mipruner.decoding import Decoding, prefill, step
 from mipruner.errors import InputError, ModelError
 from mipruner.models import PROMPTS, Prompt, Video, load
-from mipruner.models.base import Batch, collate
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
+from mipruner.prompt import Batch, collate
 from mipruner.pruners import NoPruner, Pruner, RandomPruner
 from mipruner.selection import Selection
 from tiny import (

@@ -26,7 +26,7 @@ from experiments.demo.families import Llava, Qwen3VL, Visual, patchify
 from experiments.demo.scenes import COLORS, NOUNS, glyph_mask, make_scene, render, scene_generators
 from experiments.train_demo import Learner, learning_rate, load_examples, take_step, train
 from mipruner.models import Prompt, load
-from mipruner.models.base import collate
+from mipruner.prompt import collate
 from mipruner.selection import Selection
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,13 +8,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from mipruner.errors import InputError, ModelError
-from mipruner.models.base import Adapter, Prompt, Video
+from mipruner.models.base import Adapter
 from mipruner.models.hub import chat_template, locate
 from mipruner.models.internvl import InternVLAdapter
 from mipruner.models.llava import VICUNA_V1, LlavaAdapter
 from mipruner.models.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from mipruner.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from mipruner.models.video_llava import LLAVA_V1, VideoLlavaAdapter
+from mipruner.prompt import Prompt, Video
 
 FAMILIES: dict[str, type[Adapter]] = {
     "llava": LlavaAdapter,

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GotOcr2ImageProcessorPil
 
-from mipruner.models.base import Picture, Video, Visual
 from mipruner.models.llava import LlavaAdapter
+from mipruner.prompt import Picture, Video, Visual
 
 
 class InternVLAdapter(LlavaAdapter):

@@ -15,8 +15,9 @@ from transformers import CLIPImageProcessorPil
 from transformers.utils import ModelOutput
 
 from mipruner.models.attention import cls_attention, received_attention
-from mipruner.models.base import Adapter, Call, Picture, Prompt, Tokens, Visual, captured
+from mipruner.models.base import Adapter, Call, captured
 from mipruner.models.clip import ClipSpace
+from mipruner.prompt import Picture, Prompt, Tokens, Visual
 
 VICUNA_V1 = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

@@ -14,8 +14,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
-from mipruner.models.base import Picture, Video
 from mipruner.models.llava import LlavaAdapter
+from mipruner.prompt import Picture, Video
 
 
 class LlavaNextAdapter(LlavaAdapter):

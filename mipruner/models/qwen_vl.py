@@ -17,7 +17,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from mipruner.errors import InputError
 from mipruner.models.attention import received_attention
-from mipruner.models.base import Adapter, Call, Picture, Video, Visual, captured
+from mipruner.models.base import Adapter, Call, captured
+from mipruner.prompt import Picture, Video, Visual
 
 
 class QwenVLAdapter(Adapter):

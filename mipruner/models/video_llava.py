@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import VideoLlavaImageProcessor
 from transformers.utils import ModelOutput
 
-from mipruner.models.base import Picture, Video
 from mipruner.models.llava import LlavaAdapter
+from mipruner.prompt import Picture, Video
 
 LLAVA_V1 = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "

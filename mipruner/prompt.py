@@ -1,0 +1,276 @@
+"""The way of one prompt, as data: pictures -> Visual, + question -> Encoded, + selection -> Short, -> Batch.
+
+Everything here is per sample and unpadded; padding happens once, in `collate`, on the shortened prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mipruner.errors import InputError
+from mipruner.features import Features
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A clip, as frames sampled in time.
+
+    Attributes
+    ----------
+    frames : sequence of PIL images
+        Oldest first, all of one size. They share one budget.
+    fps : float
+        How many of these frames make a second. Read by the families that tell the model the time of a frame (Qwen-VL).
+    """
+
+    frames: Sequence[Image.Image]
+    fps: float = 2.0
+
+    def __post_init__(self):
+        if not self.frames:
+            raise InputError("a video needs at least one frame")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of a frame."""
+        return self.frames[0].size
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When each frame was, in seconds."""
+        return tuple(k / self.fps for k in range(len(self.frames)))
+
+
+Picture = Image.Image | Video
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question about one or several pictures or videos.
+
+    Attributes
+    ----------
+    text : str
+        The user's text as sent to the model.
+    images : sequence of PIL images and `Video`
+        They stand in front of the text, in this order. The same object in two prompts shares one vision pass.
+    query : str, optional
+        The part of ``text`` that is T of eq. 2 and may score tokens; all of it by default.
+    question : str, optional
+        The part of ``text`` that is the question itself, without the answer-format sentence, for the methods that
+        read only that; all of it by default.
+    sample : str
+        Name of the sample, see `Features.sample`.
+    """
+
+    text: str
+    images: Sequence[Picture]
+    query: str | None = None
+    question: str | None = None
+    sample: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A rendered prompt, with a placeholder for each row of each picture.
+
+    Attributes
+    ----------
+    ids : Tensor [S]
+    is_text : Tensor [S] bool
+        The tokens of T, eq. 2.
+    is_question : Tensor [n_text] bool
+        Those of T that belong to the question itself.
+    words : list of str
+        The tokens of T as strings, see `Features.words`.
+    """
+
+    ids: Tensor
+    is_text: Tensor
+    is_question: Tensor
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture or video after vision encoder and projector.
+
+    Attributes
+    ----------
+    rows : Tensor [n_rows, d]
+        What the language model reads of it, in the order of the prompt.
+    grid : (rows, columns) or (frames, rows, columns), optional
+        Of the visual tokens. None where they do not lie on one grid (several crops of a picture).
+    signals : dict
+        The optional fields of `Features` that a pruner asked for and this picture has.
+    deepstack : tuple of Tensor [n_visual, d]
+        Rows added to the hidden states of the first decoder layers (Qwen3-VL).
+    is_candidate : Tensor [n_rows] bool, optional
+        False for rows that are no patch, such as the CLS of a frame or the end of a line: they are never scored and
+        always kept, like text. None if every row is a candidate.
+    times : tuple of float
+        When each frame was, in seconds; empty for a picture.
+    """
+
+    rows: Tensor
+    grid: tuple[int, ...] | None
+    signals: dict[str, Any] = field(default_factory=dict)
+    deepstack: tuple[Tensor, ...] = ()
+    is_candidate: Tensor | None = None
+    times: tuple[float, ...] = ()
+
+    @property
+    def is_video(self) -> bool:
+        return bool(self.times)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The candidates [n_visual, d], V of eq. 1."""
+        return self.rows if self.is_candidate is None else self.rows[self.is_candidate]
+
+    @property
+    def n_visual(self) -> int:
+        return len(self.rows) if self.is_candidate is None else int(self.is_candidate.sum())
+
+    @property
+    def n_bytes(self) -> int:
+        held = (self.rows, *self.signals.values(), *self.deepstack)
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One full-length prompt, embedded: S tokens of which n_visual are visual.
+
+    Attributes
+    ----------
+    ids : Tensor [S]
+    embeds : Tensor [S, d]
+    position_ids : Tensor [P, S]
+        P is 1, or 4 with M-RoPE (text position, then time, height, width).
+    slots : tuple of Tensor [n_visual]
+        Where in the prompt each picture's candidates stand.
+    is_text : Tensor [S] bool
+        The tokens of T, eq. 2.
+    visuals : tuple of Visual
+    signals : dict
+        The optional fields of `Features` that come from the language model's side.
+    sample : str
+    """
+
+    ids: Tensor
+    embeds: Tensor
+    position_ids: Tensor
+    slots: tuple[Tensor, ...]
+    is_text: Tensor
+    visuals: tuple[Visual, ...]
+    signals: dict[str, Any] = field(default_factory=dict)
+    sample: str = ""
+
+    @property
+    def n_visual(self) -> int:
+        """Visual tokens of all pictures."""
+        return sum(visual.n_visual for visual in self.visuals)
+
+    @property
+    def n_fixed(self) -> int:
+        """Visual rows that are no candidates."""
+        return sum(len(visual.rows) - visual.n_visual for visual in self.visuals)
+
+    def features(self) -> list[Features]:
+        """What a pruner sees, one entry a picture."""
+        text = self.embeds[self.is_text]
+        return [
+            Features(
+                visual=visual.tokens,
+                text=text,
+                grid=visual.grid,
+                **visual.signals,
+                **self.signals,
+                sample=self.sample if len(self.visuals) == 1 else f"{self.sample}/{k}",
+            )
+            for k, visual in enumerate(self.visuals)
+        ]
+
+
+@dataclass(frozen=True)
+class Short:
+    """One prompt after pruning: S' tokens.
+
+    Attributes
+    ----------
+    ids : Tensor [S]
+        The ids of the full prompt, for what counts words (a repetition penalty).
+    embeds : Tensor [S', d]
+    position_ids : Tensor [P, S']
+    is_visual : Tensor [S'] bool
+    deepstack : tuple of Tensor [n_rows, d]
+    """
+
+    ids: Tensor
+    embeds: Tensor
+    position_ids: Tensor
+    is_visual: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded short prompts, ready for the language model.
+
+    Attributes
+    ----------
+    embeds : Tensor [B, S', d]
+    position_ids : Tensor [B, S'] or [4, B, S']
+    attention_mask : Tensor [B, S'] of 0 and 1, or None when nothing is padded
+    is_visual : Tensor [B, S'] bool
+    deepstack : list of Tensor [rows of all samples, d]
+    ids : list of Tensor [S]
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    is_visual: Tensor
+    deepstack: list[Tensor] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+
+    def language_model_inputs(self) -> dict:
+        """Keyword arguments of the prefill call."""
+        inputs = {
+            "inputs_embeds": self.embeds,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+        if self.deepstack:
+            inputs |= {"visual_pos_masks": self.is_visual, "deepstack_visual_embeds": self.deepstack}
+        return inputs
+
+
+def collate(shorts: Sequence[Short]) -> Batch:
+    """Pad on the left to the longest."""
+    length = max(len(short.embeds) for short in shorts)
+    first = shorts[0]
+    embeds = first.embeds.new_zeros(len(shorts), length, first.embeds.shape[-1])
+    position_ids = first.position_ids.new_zeros(len(first.position_ids), len(shorts), length)
+    attention_mask = first.ids.new_zeros(len(shorts), length)
+    is_visual = first.is_visual.new_zeros(len(shorts), length)
+    for row, short in enumerate(shorts):
+        start = length - len(short.embeds)
+        embeds[row, start:] = short.embeds
+        position_ids[:, row, start:] = short.position_ids
+        attention_mask[row, start:] = 1
+        is_visual[row, start:] = short.is_visual
+    padded = any(len(short.embeds) < length for short in shorts)
+    return Batch(
+        embeds=embeds,
+        position_ids=position_ids[0] if len(position_ids) == 1 else position_ids,
+        attention_mask=attention_mask if padded else None,
+        is_visual=is_visual,
+        deepstack=[torch.cat(layer) for layer in zip(*(short.deepstack for short in shorts), strict=True)],
+        ids=[short.ids for short in shorts],
+    )
