@@ -67,7 +67,8 @@ def mi_picks(
         flat = [visual.flatten(0, -3), text.flatten(0, -3)] if visual.dim() > 2 else [visual[None], text[None]]
         given = None if given is None else given.reshape(-1, n_given)
         relevance = None if relevance is None else relevance.reshape(-1, visual.shape[-2])
-        picks = kernels.mi_picks(*flat, n_keep, lam, tau, given=given, relevance=relevance)
+        with torch.cuda.device_of(visual):  # Triton launches on the current device
+            picks = kernels.mi_picks(*flat, n_keep, lam, tau, given=given, relevance=relevance)
         return picks.view(*visual.shape[:-2], n_keep)
     if lam == 1 or visual.device.type != "cpu":
         redundancy = None if lam == 1 else pmi.redundancy(visual, tau)
@@ -90,7 +91,8 @@ def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: 
     from mipruner import kernels
 
     vocabulary, scale = pmi.drawn(vocabulary, n_rows)
-    lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
+    with torch.cuda.device_of(visual):
+        lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
     return lse.view(*visual.shape[:-1], 1) + scale
 
 

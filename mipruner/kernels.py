@@ -202,7 +202,7 @@ def greedy_kernel(
     gain = score + (1 - lam) * offset
     running = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     for k in range(G + tl.load(n_keep + sample).to(tl.int32)):
-        pick = tl.argmax(score, 0).to(tl.int64)
+        pick = tl.minimum(tl.argmax(score, 0), n - 1).to(tl.int64)  # NaN loses to padding
         if k < G:
             pick = tl.load(given + sample * G + k)
         tl.store(picks + sample * (G + K) + k, pick)
@@ -217,18 +217,37 @@ def _one_program(n: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(32, max(4, block // 512))}
 
 
-def _similarity(rows: Tensor, columns: Tensor, n_rows: Tensor, n_columns: Tensor, tau: float) -> Tensor:
+def _norm(tokens: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).clamp_min(1e-12)
+
+
+def _operands(*tokens: Tensor) -> list[Tensor]:
+    """As `tl.dot` takes them: of one dtype, of at most 32 bits."""
+    dtypes = {x.dtype for x in tokens}
+    as_is = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float16, torch.bfloat16}
+    return [(x if as_is else x.float()).contiguous() for x in tokens]
+
+
+def _similarity(
+    rows: Tensor,
+    columns: Tensor,
+    row_norm: Tensor,
+    column_norm: Tensor,
+    n_rows: Tensor,
+    n_columns: Tensor,
+    tau: float,
+) -> Tensor:
     """rho [B, R, N] of the tokens [B, R, d] and [B, N, d]."""
     (B, R, D), N = rows.shape, columns.shape[1]
-    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min(1e-12) for x in (rows, columns)]
     rho = torch.empty(B, R, N, device=rows.device)
     block = 128 if min(R, N) >= 2048 else 64
     grid = (triton.cdiv(R, block), triton.cdiv(N, block), B)
     similarity_kernel[grid](
         rho,
-        rows.contiguous(),
-        columns.contiguous(),
-        *norms,
+        rows,
+        columns,
+        row_norm,
+        column_norm,
         n_rows,
         n_columns,
         R,
@@ -244,18 +263,18 @@ def _similarity(rows: Tensor, columns: Tensor, n_rows: Tensor, n_columns: Tensor
 
 
 def log_partition(visual: Tensor, vocabulary: Tensor, tau: float) -> Tensor:
-    """`pmi.log_partition` of visual tokens [R, d] over a vocabulary [N, d] of the same dtype. Shape [R]."""
+    """`pmi.log_partition` of visual tokens [R, d] over a vocabulary [N, d]. Shape [R]."""
     (R, D), N = visual.shape, len(vocabulary)
+    visual, vocabulary = _operands(visual, vocabulary)
     block = 64 if visual.dtype == torch.float32 else 128
     n_blocks = triton.cdiv(N, block)
     part = triton.cdiv(n_blocks, max(1, PROGRAMS // triton.cdiv(R, block))) * block
     lse = torch.empty(triton.cdiv(N, part), R, device=visual.device)
-    norm = torch.linalg.vector_norm(visual, dim=-1, dtype=torch.float32).clamp_min(1e-12)
     partition_kernel[(triton.cdiv(R, block), len(lse))](
         lse,
-        visual.contiguous(),
-        vocabulary.contiguous(),
-        norm,
+        visual,
+        vocabulary,
+        _norm(visual),
         R,
         N,
         D,
@@ -313,17 +332,20 @@ def mi_picks(
         return torch.full((B,), n, device=device) if isinstance(n, int) else n.to(device, torch.long).contiguous()
 
     n_keep, n_visual = lengths(n_keep), lengths(N if n_visual is None else n_visual)
+    visual, text = _operands(visual, text)
+    norm = _norm(visual)
     if relevance is None:
         n_text = lengths(M if n_text is None else n_text)
         relevance = torch.full((B, N), -torch.inf, device=device)
-        rho = _similarity(text, visual, n_text, n_visual, tau)
+        rho = _similarity(text, visual, _norm(text), norm, n_text, n_visual, tau)
         whole = _one_program(N)
         chunk = max(1, 4096 // whole["BLOCK"])
         relevance_kernel[(B,)](relevance, rho, n_visual, n_text, N, M, CHUNK=chunk, **whole)
     if lam == 1:
         picks = greedy(relevance, None, K, 1, given=given)
         return picks.masked_fill(torch.arange(K, device=device) >= n_keep[:, None], -1)
-    rho, lse = _similarity(visual, visual, n_visual, n_visual, tau), torch.empty_like(relevance)
+    relevance = relevance.float().contiguous()
+    rho, lse = _similarity(visual, visual, norm, norm, n_visual, n_visual, tau), torch.empty_like(relevance)
     log_sums_kernel[(N, B)](lse, rho, n_visual, N, BLOCK=min(1024, triton.next_power_of_2(N)))
     given = torch.empty(B, 0, dtype=torch.long, device=device) if given is None else given.contiguous()
     G = given.shape[1]
