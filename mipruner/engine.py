@@ -12,6 +12,7 @@ answer has ended. On a CPU the same functions are called as they are.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,16 +53,19 @@ class Graph:
     def __init__(self, function: Callable, *inputs: Tensor):
         self.function, self.graph = function, None
         if inputs[0].is_cuda:
-            self.inputs = [x.clone() for x in inputs]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # compiles kernels and fills caches, which a recording must not do
-                    function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = function(*self.inputs)
+            with torch.cuda.device_of(inputs[0]):
+                self._record([x.clone() for x in inputs])
+
+    def _record(self, inputs: list[Tensor]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles kernels and fills caches, which a recording must not do
+                self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(*inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.graph is None:
@@ -77,8 +81,9 @@ class KeyValues:
 
     def __init__(self, config: PreTrainedConfig, length: int, like: Tensor):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (2, config.num_hidden_layers, 1, config.num_key_value_heads, length, width)
-        self.keys, self.values = like.new_zeros(shape)
+        shape = (1, config.num_key_value_heads, length, width)
+        # A tensor each: compiled code writes to these in place, but copies all of one whose parts it writes to.
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
         self.length = length
 
     def at(self, slots: Tensor, n_read: int) -> "KeyValues":
@@ -87,9 +92,15 @@ class KeyValues:
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys[layer].index_copy_(2, self.slots, keys)
-        self.values[layer].index_copy_(2, self.slots, values)
-        return self.keys[layer][:, :, : self.n_read], self.values[layer][:, :, : self.n_read]
+        held_keys, held_values = self.layers[layer]
+        held_keys.index_copy_(2, self.slots, keys)
+        held_values.index_copy_(2, self.slots, values)
+        return held_keys[:, :, : self.n_read], held_values[:, :, : self.n_read]
+
+    def clear(self) -> None:
+        """Forget NaN, which reaches every later answer even from slots that none of its tokens sees: 0 x NaN is NaN."""
+        for buffer in chain.from_iterable(self.layers):
+            buffer.zero_()
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Engine:
     longest : int
         Tokens beside the picture that a prompt may have.
     compiled : bool
-        Whether torch.compile fuses see, prefill and step before they are recorded.
+        Whether torch.compile fuses prefill and step before they are recorded.
 
     Raises
     ------
@@ -208,6 +219,7 @@ class Engine:
             drawn = self.decode(token, layout)
         *new, finite = torch.cat([drawn, finite]).tolist()
         if not finite:
+            self.cache.clear()
             raise InputError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
         ends = self.ends.tolist()
         new = new[: next((k for k, token in enumerate(new) if token in ends), None)]
@@ -230,7 +242,8 @@ class Engine:
         """Replay the graph of this function for these shapes; record it if there is none yet."""
         key = (function.__name__, *(x.shape for x in inputs))
         if key not in self.graphs:
-            fused = self.compiled and function != self.score  # its kernels are fused by hand
+            # Not score, whose kernels are fused by hand, nor see, whose hooks Dynamo cannot trace.
+            fused = self.compiled and function in (self.prefill, self.step)
             self.graphs[key] = Graph(torch.compile(function) if fused else function, *inputs)
         return self.graphs[key](*inputs)
 

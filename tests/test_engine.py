@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
 from experiments.benchmarks.demo import Demo
 from mipruner.decoding import Decoding
-from mipruner.engine import LOOK, Engine
+from mipruner.engine import LOOK, Engine, Graph
 from mipruner.errors import InputError
 from mipruner.models import load
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import Prompt
-from mipruner.pruners import PRUNERS, FastVPruner, MIPruner, NoPruner, Pruner, VisionZipPruner
+from mipruner.pruners import PRUNERS, FastVPruner, MIAttentionPruner, MIPruner, NoPruner, Pruner, VisionZipPruner
 
 DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +110,80 @@ def test_compiled_and_recorded_the_demo_answers_alike(demo):
     plain, engine = Pipeline(demo, MIPruner(), 16, decoding), Engine(demo, MIPruner(), 16, decoding, compiled=True)
     for prompt in prompts(3) * 2:
         assert engine(prompt).tokens == plain([prompt])[0].tokens
+
+
+@pytest.mark.parametrize("pruner", [NoPruner(), MIPruner(), MIAttentionPruner()])
+def test_what_is_compiled_compiles_whole(pruner, monkeypatch):
+    """And each layer's cache lies in memory of its own, or compiled steps would copy all of it."""
+    compiled = []
+
+    def whole(function):
+        compiled.append(function.__name__)
+        return torch_compile(function, backend="eager", fullgraph=True)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", whole)
+    adapter, decoding = tiny(), Decoding(max_new_tokens=4)
+    engine = Engine(adapter, pruner, 5, decoding, bucket=8, compiled=True)
+    assert len({x.untyped_storage().data_ptr() for pair in engine.cache.layers for x in pair}) == 2 * len(
+        engine.cache.layers
+    )
+    for prompt in prompts(3):
+        assert engine(prompt).tokens == Pipeline(adapter, pruner, 5, decoding)([prompt])[0].tokens
+    assert set(compiled) == {"prefill", "step"}
+
+
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_unique2", "lift_fresh")
+"""Operations at which the host waits for a GPU, whose shape depends on a value, or that begin on the host."""
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation._schema.name.removeprefix("aten::"))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [NoPruner(), MIPruner(lam=1), MIPruner(aggregation="global"), MIAttentionPruner(lam=1), PRUNERS["similarity"](),
+     PRUNERS["attention"]()],
+    ids=lambda pruner: type(pruner).__name__,
+)  # fmt: skip
+def test_nothing_that_is_recorded_waits_for_the_device(pruner, monkeypatch):
+    """With lam below 1 a GPU takes the kernels instead, and test_kernels looks at those."""
+    seen = []
+
+    def watched(graph, *inputs):
+        with Operations() as operations:
+            out = graph.function(*inputs)
+        seen.append(graph.function.__name__)
+        assert not operations.names.intersection(WAITS)
+        return out
+
+    monkeypatch.setattr(Graph, "__call__", watched)
+    Engine(tiny(), pruner, 5, Decoding(max_new_tokens=3), bucket=8)(prompts(1)[0])
+    assert set(seen) == {"see", "score", "prefill", "step"}
+
+
+def test_after_features_that_are_not_finite_answers_are_as_before():
+    adapter, prompt = tiny(), prompts(1)[0]
+    engine = Engine(adapter, MIPruner(), 5, Decoding(max_new_tokens=6), bucket=8)
+    expected = engine(prompt).tokens
+    bias = adapter.model.model.multi_modal_projector.linear_2.bias
+    sound = bias.detach().clone()
+    with torch.no_grad():
+        bias[3] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        engine(prompt)
+    with torch.no_grad():
+        bias.copy_(sound)
+    assert engine(prompt).tokens == expected
 
 
 def test_prompts_of_one_bucket_share_a_graph():
