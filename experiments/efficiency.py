@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -335,9 +336,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     found = {"device": results.device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         fields = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-        values = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
-        found |= dict(zip(fields.split(","), values, strict=False)) | {"cuda": torch.version.cuda}
+        found["cuda"] = torch.version.cuda
+        if shutil.which("nvidia-smi"):  # many containers are without it
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={uuid}"]
+            values = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
+            found |= dict(zip(fields.split(","), values, strict=False))
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         found["cpu"] = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")

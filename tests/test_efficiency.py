@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from experiments.efficiency import main, shortest_ms, spread
+from experiments import results
+from experiments.efficiency import machine, main, shortest_ms, spread
 from mipruner.errors import InputError
 from mipruner.models import load
 
@@ -83,6 +84,13 @@ def test_the_floor_is_bytes_over_bandwidth_and_flops_over_speed():
     quadratic = 4 * text.num_hidden_layers * text.hidden_size * (200**2 - 100**2)
     linear = 2 * 100 * (layer - 2 * text.hidden_size) * text.num_hidden_layers
     assert two[1] - two[0] == pytest.approx((linear + quadratic) / 1e12 * 1e3, rel=1e-6)
+
+
+def test_a_gpu_without_nvidia_smi_is_still_named(monkeypatch):
+    """Found out after everything is measured, it would lose all of it."""
+    monkeypatch.setattr(results, "device_name", lambda device: "some GPU")
+    monkeypatch.setenv("PATH", "")
+    assert machine(torch.device("cuda"))["device"] == "some GPU"
 
 
 def test_spread_is_median_and_the_middle_three_fifths():
