@@ -14,6 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
+from experiments.results import NOT_IDENTITY
+
 HERE = Path(__file__).parent
 CONF = HERE.parent / "conf"
 
@@ -23,8 +25,8 @@ EFFICIENCY = "efficiency"
 COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope", "quality", "keep_max")
 """The parts of a config in which two cells of the same name can differ."""
 
-WHERE = ("path", "hub", "revision")
-"""Keys that say where something comes from."""
+WHERE = ("path", "hub", "revision", "device_map")
+"""Keys that say where something comes from, or where it lies."""
 
 SEEDS = ("pruner.seed", "decoding.seed")
 """Keys that repeat the cell's seed, which has a column of its own; a dataset's seed makes other questions."""
@@ -56,7 +58,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in compared.items()
-        if key.split(".")[-1] not in WHERE and ".hub." not in key and key not in SEEDS
+        if key.split(".")[-1] not in (*WHERE, *NOT_IDENTITY) and ".hub." not in key and key not in SEEDS
     }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from analysis import figures, load, masks, report, tables
@@ -265,6 +266,14 @@ def test_a_record_older_than_an_option_was_made_with_its_default(results, monkey
 def test_a_seed_of_the_dataset_makes_other_questions():
     seeds = {"dataset": {"benchmark": {"seed": 1}}, "pruner": {"seed": 2}, "decoding": {"seed": 2}}
     assert load.settings(seeds) == {"dataset.benchmark.seed": 1}
+
+
+@pytest.mark.parametrize("option", ["results=elsewhere", "judge.concurrency=2", "model.device_map=auto"])
+def test_what_changes_no_number_hides_no_cell_from_the_tables(option, real_defaults):
+    words = ["model=llava15_7b", "dataset=mmvet", "pruner=mi"]
+    with initialize_config_dir(str(load.CONF), version_base=None):
+        config = OmegaConf.to_container(compose("config", [*words, option]), resolve=True)
+    assert load.settings(config) == load.default_settings("llava15_7b", "mmvet", "mi")
 
 
 def test_shares_have_two_decimals_whatever_their_prefix(results):
