@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 
 from experiments import build
-from experiments.results import ROOT
+from experiments.results import ROOT, cell_id
 from mipruner.models import load
 from mipruner.pruners import PRUNERS
 
@@ -80,3 +80,10 @@ def test_keep_tells_one_token_from_everything():
         (float, 1.0),
         (float, 0.25),
     ]
+
+
+def test_another_judge_makes_another_cell_however_it_is_named(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    openai, own = resolved("dataset=mmvet"), resolved("dataset=mmvet", "judge.base_url=http://localhost:8000/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
+    assert cell_id(openai) != cell_id(own) == cell_id(resolved("dataset=mmvet"))
