@@ -56,6 +56,11 @@ def read_cell(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return record, {row["id"]: row for row in rows}
 
 
+def in_lines(text: str, width: int) -> str:
+    """At most eight lines: a question with its context and choices can be long."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=8, placeholder=" …"))
+
+
 def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
     """Ids of ``n`` samples whose tokens lie on a grid, each from another picture and task as far as possible."""
     usable = [row for row in rows if "error" not in row and None not in row["grids"]]
@@ -90,7 +95,7 @@ def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) ->
         first = read[0][1][sample]
         image = benchmark.images(first["image_id"])[0]
         line[0].imshow(image)
-        question = "\n".join(textwrap.wrap(first["question"], 36))
+        question = in_lines(first["question"], 36)
         line[0].set_title(f"{question}\nanswer: {answer_text(first['answer'])}", fontsize=8, loc="left")
         for axis, (record, rows) in zip(line[1:], read, strict=False):
             row = rows[sample]
@@ -139,7 +144,7 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
     for axis in axes.flat:
         axis.axis("off")
     axes[0, 0].imshow(image)
-    axes[0, 0].set_title("\n".join(textwrap.wrap(first["question"], 30)), fontsize=9, loc="left")
+    axes[0, 0].set_title(in_lines(first["question"], 30), fontsize=9, loc="left")
     caption(axes[0, 0], f"answer: {answer_text(first['answer'])}")
     for record, rows in read:
         row = rows[sample]
@@ -219,7 +224,7 @@ def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str
                 image if axis is line[0] else image.convert("L"), cmap="gray", vmin=-400 * (axis is last), vmax=255
             )
             axis.set(xlim=(0, image.width), ylim=(image.height, 0))
-        line[0].set_title("\n".join(textwrap.wrap(row["question"], 22)), fontsize=7, loc="left")
+        line[0].set_title(in_lines(row["question"], 22), fontsize=7, loc="left")
         for axis, j in zip(line[1:], chosen[sample], strict=False):
             heat = axis.imshow(**patch_image(pmi[:, j], **over), cmap="inferno", vmin=0, vmax=pmi.max(), alpha=0.7)
             axis.set_title(texts[j].strip(), fontsize=8, loc="left")

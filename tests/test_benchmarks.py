@@ -109,6 +109,7 @@ def test_scienceqa():
         f"Context: Figure: a made-up square.\nWhich one is number 0?\nA. solid\nB. liquid\n{option_letter}"
     )
     assert without.text == f"Which one is number 1?\nA. solid\nB. liquid\nC. gas\n{option_letter}"
+    assert [f"{sample.question}\n{option_letter}" for sample in bench.samples()] == [s.text for s in bench.samples()]
     assert [sample.answer for sample in bench.samples()] == ["A", "B", "A", "B", "A"]
     assert bench.correct(with_context, "C") == 0
 

@@ -29,7 +29,7 @@ class Sample:
     text : str
         The user's text as sent to the model, answer-format sentence included.
     question : str
-        The part of ``text`` that is the question itself; a substring of ``text``.
+        The part of ``text`` that is the question itself, its choices included; a substring of ``text``.
     answer : Any
         The reference in the form that the metric takes (a string, ten strings, a letter).
     image_id : str

@@ -25,11 +25,12 @@ class ScienceQA(TableBenchmark):
         for i, (row, image_id) in enumerate(self.rows()):
             context = [f"Context: {row['hint']}"] if row["hint"] else []
             choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
+            question = "\n".join([*context, row["question"], *choices])
             samples.append(
                 Sample(
                     id=str(i),
-                    text="\n".join([*context, row["question"], *choices, OPTION_LETTER]),
-                    question=row["question"],
+                    text=f"{question}\n{OPTION_LETTER}",
+                    question=question,
                     answer=LETTERS[row["answer"]],
                     image_id=image_id,
                     task=row["subject"],
