@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from experiments.benchmarks import table
-from experiments.benchmarks.base import BenchmarkError, SampleError
+from experiments.benchmarks.base import BenchmarkError, Sample, SampleError
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "tests/data/schemas"
@@ -174,6 +175,21 @@ def test_pope():
     two_each = samples[:2] + samples[3:]
     errors = bench.standard_errors(two_each, [1, 0, 0, 1])
     assert errors == pytest.approx({"accuracy": 50 / 2**0.5, "random_accuracy": 50, "adversarial_accuracy": 50})
+
+
+def test_pope_questions_that_all_categories_share_count_once():
+    """Against the spread of many draws: 200 questions are asked in all three categories, 200 in each alone."""
+    rng = np.random.default_rng(0)
+    of = [(c, str(k) if k < 200 else f"{c}{k}") for c in ("random", "popular", "adversarial") for k in range(400)]
+    samples = [Sample(id=f"{c}/{q}", text=q, question=q, answer="yes", image_id="0", task=c) for c, q in of]
+    bench = benchmark("pope")
+    means, errors = [], []
+    for _ in range(400):
+        right = {question: float(rng.random() < 0.8) for _, question in of}
+        scores = [right[question] for _, question in of]
+        means.append(100 * np.mean(scores))
+        errors.append(bench.standard_errors(samples, scores)["accuracy"])
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
 
 
 def test_pope_keys_on_category_and_number(tmp_path):

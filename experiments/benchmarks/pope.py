@@ -4,7 +4,9 @@ https://arxiv.org/abs/2305.10355
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 
 from experiments.benchmarks.base import Sample
 from experiments.benchmarks.prompts import check_prompt, with_format
@@ -58,8 +60,19 @@ class POPE(TableBenchmark):
         return pope_scores([POPERow(s.task, s.answer, prediction) for s, prediction in answered], self.scoring)
 
     def standard_errors(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
-        """Of the categories, and of their mean if each of them has one."""
-        errors = super().standard_errors(samples, scores)
-        if len(errors) < len({sample.task for sample in samples}):
+        """Of the categories, and of their mean if each of them has one.
+
+        All three ask the same questions whose answer is yes, and the same answer is no new evidence: what a question
+        adds to the mean is summed over the categories first.
+        """
+        errors, groups = super().standard_errors(samples, scores), defaultdict(list)
+        for sample, score in zip(samples, scores, strict=True):
+            groups[sample.task].append(score)
+        if len(errors) < len(groups):
             return errors
-        return {"accuracy": math.hypot(*errors.values()) / len(errors)} | errors
+        means = {task: fmean(group) for task, group in groups.items()}
+        weights = {t: 100 / len(groups) / math.sqrt(len(group) * (len(group) - 1)) for t, group in groups.items()}
+        added: dict[tuple[str, str], float] = defaultdict(float)
+        for sample, score in zip(samples, scores, strict=True):
+            added[sample.image_id, sample.question] += weights[sample.task] * (score - means[sample.task])
+        return {"accuracy": math.hypot(*added.values())} | errors
