@@ -184,4 +184,5 @@ class Cell:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    """In ASCII, so that a line can be cut short nowhere inside a character, and nothing but its end ends it."""
+    return json.dumps(row) + "\n"

@@ -136,6 +136,19 @@ def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path, record_prope
     assert settings["batch_size"] == 2
 
 
+def test_a_line_may_be_cut_short_anywhere_and_hold_any_character(tmp_path):
+    cell = Cell(config(tmp_path))
+    cell.open()
+    rows = [{"id": str(k), "prediction": "雪\u2028\x85é"} for k in range(2)]
+    cell.append(rows)
+    path = cell.path / "samples.jsonl"
+    whole = path.read_bytes()
+    assert [json.loads(line) for line in whole.decode().splitlines()] == cell.rows() == rows
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert cell.rows() == rows[: length >= len(whole) // 2]
+
+
 def test_an_interrupted_run_keeps_what_it_answered(tmp_path, record_property):
     process = start(tmp_path, "+dataset.benchmark.n=200")
     while process.poll() is None and not any(line for f in tmp_path.rglob("samples.jsonl") for line in f.open()):
