@@ -18,6 +18,7 @@ import sys
 import threading
 import warnings
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -471,6 +472,7 @@ class Pruning:
             is_text=is_text,
             visuals=tuple(visual for visual, _ in pictures),
             signals=self.adapter.text_signals(prompt, tokens, self.pipeline.pruner.signals),
+            sample=f"{zlib.crc32(repr(ids.tolist()).encode()):08x}",  # a random choice: one for each prompt
         )
 
     def _texts(self, n_prompts: int) -> list[str | None]:

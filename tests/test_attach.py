@@ -83,6 +83,16 @@ def test_generate_gives_what_the_explicit_route_gives(family, name):
         assert tokens != generated(adapter.model, inputs), "pruning changed nothing: this tests nothing"
 
 
+def test_a_random_choice_is_one_for_each_prompt_in_any_batch():
+    adapter, prompts = tiny("llava"), [prompts_of("llava")[k] for k in (0, 2)]
+    with mipruner.prune(adapter.model, "random", 0.4, tokenizer=adapter.tokenizer) as pruning:
+        kept = []
+        for batch in (prompts, prompts[:1], prompts[1:]):
+            generated(adapter.model, reference("llava", batch), 1)
+            kept += indices(pruning.selections)
+    assert kept[0] == kept[2] != kept[1] == kept[3]
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize("name", ["mi", "none"])
 def test_keeping_everything_is_the_untouched_model(family, name):
