@@ -26,9 +26,13 @@ OPTIONS = {"support", "lam", "prior", "prior_table", "seed", "quality", "keep_ma
 
 
 def select(cells: pd.DataFrame, model: str, method: str = "mi", **settings) -> dict[str, list]:
-    """The cells of a demo model with these settings and otherwise the defaults: by budget, one a draw of the scenes."""
+    """The cells of a demo model with these settings and otherwise the defaults: by budget, one a draw of the scenes.
+
+    Of several that have the same settings (with a limit, say) the one with the most samples.
+    """
     found: dict[str, dict] = {}
-    for cell in cells[(cells.model == model) & (cells.dataset == DEMOS[model]) & (cells.method == method)].itertuples():
+    named = cells[(cells.model == model) & (cells.dataset == DEMOS[model]) & (cells.method == method)]
+    for cell in sorted(named.itertuples(), key=lambda cell: cell.n_samples):
         wanted = {key: value for key, value in settings.items() if cell.settings.get(key) != value}
         if not wanted and cell.differs <= OPTIONS:
             found.setdefault(cell.keep, {})[cell.settings["seed"]] = cell

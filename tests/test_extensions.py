@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from analysis import extensions, prior
+from analysis import extensions, prior, readme
 from mipruner.prior import visual_prior
 
 
@@ -84,6 +84,16 @@ def test_draws_are_one_number_and_the_best_is_bold():
     (line,) = (line for line in table.splitlines() if line.startswith("| 8 "))
     assert line.count("91.0 ± 1.0") == 3 and line.count("**94.0 ± 1.0**") == 3
     assert "| 16 " not in table
+
+
+def test_a_run_over_part_of_the_samples_is_never_shown():
+    whole, part = cell("8", 0, 90.0), cell("8", 0, 10.0) | {"n_samples": 20}
+    for rows in ([whole, part], [part, whole]):
+        frame = pd.DataFrame(rows)
+        (shown,) = extensions.select(frame, "demo_llava")["8"]
+        assert shown.n_samples == 600
+        default = frame.assign(differs=[set()] * 2)
+        assert readme.demo_cells(default).n_samples.tolist() == [600]
 
 
 def test_nothing_measured_is_no_table():
