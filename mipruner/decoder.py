@@ -244,7 +244,8 @@ class Shortening(ExitStack):
         """Let the method choose for each prompt, and build the next segment and its input."""
         old, plans, n_visual = self.segments[-1].to(hidden.device), [], []
         for b, (budget, pruned) in enumerate(zip(self.budgets, self.pruned, strict=True)):
-            reduction = self.pruner.reduce(self.view(k, b, hidden, old), budget) if pruned else None
+            with torch.no_grad():
+                reduction = self.pruner.reduce(self.view(k, b, hidden, old), budget) if pruned else None
             n_visual.append(old.n_visual[b] if reduction is None else reduction.n_rows)
             plans.append(_plan(old.valid[b], old.visual[b], reduction))
         self.captured.clear()
@@ -338,8 +339,8 @@ def _left_pad(rows: Sequence[Tensor]) -> Tensor:
     """Stack tensors [n_b, ..] of different lengths into [B, max n_b, ..], zeros first."""
     length = max(len(x) for x in rows)
     stacked = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
-    for row, x in zip(stacked, rows, strict=True):
-        row[length - len(x) :] = x
+    for b, x in enumerate(rows):
+        stacked[b, length - len(x) :] = x
     return stacked
 
 

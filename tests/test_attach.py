@@ -3,6 +3,7 @@
 import threading
 import warnings
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
@@ -205,6 +206,20 @@ def test_forward_passes_by_hand(family, with_cache):
                 inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
                 out = adapter.model(input_ids=inputs["input_ids"], use_cache=False, **pictures)
     assert found == expected
+
+
+@pytest.mark.parametrize("name", ["mi", "fastv", "sparsevlm", "autoprune"])
+def test_a_forward_pass_that_records_gradients(name):
+    """The plain ``model(**inputs)`` of a script, without ``no_grad`` around it."""
+    adapter, inputs = tiny("llava"), reference("llava", prompts_of("llava"))
+    with mipruner.prune(adapter.model, name, 0.4, tokenizer=adapter.tokenizer):
+        expected = adapter.model(**inputs).logits
+    with torch.inference_mode(False), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("error")
+        model = deepcopy(adapter.model).requires_grad_()
+        with mipruner.prune(model, name, 0.4, tokenizer=adapter.tokenizer):
+            found = model(**{key: value.clone() for key, value in inputs.items()}).logits
+    assert found.requires_grad and torch.equal(found, expected)
 
 
 def test_generate_without_a_cache():
