@@ -6,7 +6,6 @@ python run.py image=photo.jpg question="What is on the table?" model=llava15_7b 
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from PIL import Image, ImageOps
 
 from analysis.masks import draw_answer
@@ -40,9 +39,9 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> s
     if not str(question or "").strip():
         raise InputError(f'the question about {image} is empty: give question="What is this?", too')
     picture, question = open_picture(image), str(question)
-    decoding = instantiate(config["decoding"])
+    choices = build.pruner(config), build.budget(config), build.decoding(config)
     for _ in range(2):  # the first warms up
-        pipeline = Pipeline(build.model(config), build.pruner(config), build.budget(config), decoding)
+        pipeline = Pipeline(build.model(config), *choices)
         (told,) = pipeline([Prompt(question, [picture])])
     kept, ms = told.selections[0].indices.tolist(), pipeline.watch.ms
     lines = [

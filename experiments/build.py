@@ -1,6 +1,7 @@
 """From a config to the objects it names: a model on its device, a benchmark, a pruner, a budget."""
 
 import json
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -11,9 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError
 from experiments.results import ROOT
+from mipruner.decoding import Decoding
+from mipruner.errors import InputError
 from mipruner.models import Adapter, load
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Auto
+from mipruner.selection import budget as n_tokens
+
+LEAST = {"batch_size": 1, "limit": 1, "n_masks": 0, "seed": 0}
+"""Keys that are whole numbers, and the smallest that each can be."""
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -21,8 +28,20 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
     These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
     or a single picture reads.
+
+    Raises
+    ------
+    InputError
+        If a number is none or too small, or there is no such ``text_scope``.
     """
     config = OmegaConf.to_container(cfg, resolve=True)
+    for key, least in LEAST.items():
+        value = config[key]
+        is_open = key == "limit" and value is None
+        if not is_open and (not isinstance(value, int) or value < least):
+            raise InputError(f"{key}={value} is not a whole number from {least} on")
+    if config["text_scope"] not in ("user", "question"):
+        raise InputError(f"unknown text_scope {config['text_scope']!r}: choose user or question")
     if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
         config["seed"] = config["decoding"]["seed"] = 0
     if config["pruner"]["name"] == "none":
@@ -34,7 +53,10 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 
 def budget(config: dict[str, Any]) -> int | float | Auto:
-    return Auto(config["quality"], config["keep_max"]) if config["keep"] == "auto" else config["keep"]
+    """The budget of a resolved config. Raises `InputError` if it fits no picture."""
+    keep = Auto(config["quality"], config["keep_max"]) if config["keep"] == "auto" else config["keep"]
+    n_tokens(keep, sys.maxsize)
+    return keep
 
 
 def device(config: dict[str, Any]) -> str:
@@ -70,11 +92,24 @@ def benchmark(config: dict[str, Any]) -> Benchmark:
 
 @lru_cache(maxsize=1)
 def _benchmark(options: str) -> Benchmark:
-    try:
-        return instantiate(json.loads(options))
-    except InstantiationException as error:
-        raise BenchmarkError(str(error.__cause__ or error)) from error
+    return _instantiate(json.loads(options), BenchmarkError)
 
 
 def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
-    return instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
+    return _instantiate({key: value for key, value in config["pruner"].items() if key != "name"}, InputError)
+
+
+def decoding(config: dict[str, Any]) -> Decoding:
+    return _instantiate(config["decoding"], InputError)
+
+
+def _instantiate(options: dict[str, Any], error_class: type[Exception]) -> Any:
+    """The object that options name; says what is wrong with them without Hydra's words around it."""
+    try:
+        return instantiate(options)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        words = str(cause)
+        if isinstance(cause, TypeError):
+            words = f"{options['_target_'].split('.')[-1]}: {words.split('() ')[-1]}"
+        raise error_class(words) from error

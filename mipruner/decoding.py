@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mipruner.errors import InputError
 from mipruner.models.base import Adapter
 from mipruner.prompt import Batch
 
@@ -41,6 +42,16 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} is not positive")
+        if not self.temperature >= 0:
+            raise InputError(f"temperature={self.temperature} is negative: 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} is not in (0, 1]")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k} is negative: 0 is off")
 
     def warpers(self) -> LogitsProcessorList:
         warpers = LogitsProcessorList()

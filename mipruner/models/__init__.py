@@ -103,10 +103,10 @@ def load(
         tokenizer.chat_template = chat_template(folder) or tokenizer.chat_template
         image_processor = family.image_processor_class.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, **weights).eval()
-    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+        if "device_map" not in weights:
+            model = model.to(device)
+    except (OSError, ImportError, RuntimeError, ValueError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
-    if "device_map" not in weights:
-        model = model.to(device)
     try:
         return family(model, tokenizer, image_processor, prompt=PROMPTS.get(prompt, prompt), **options)
     except TypeError as error:
