@@ -11,13 +11,12 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from analysis.masks import draw_cell
@@ -47,6 +46,14 @@ def differs(overrides: Sequence[str], seed: int = 0) -> str:
     return ",".join(shown)
 
 
+def check_swept(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> None:
+    """Raise `InputError` where a file of conf names values to sweep that Hydra did not take one by one."""
+    given = {override.partition("=")[0].strip("+~") for override in overrides}
+    if missing := [key for key in params or {} if key not in given]:
+        words = [word for word in overrides if word.startswith(("experiment=", "ablation="))]
+        raise InputError(f"{' '.join(words)} sweeps {', '.join(missing)}: start it with run.py -m, one at a time")
+
+
 def run_cell(config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> dict[str, Any] | None:
     """Run or resume the cell of a config, which these overrides made; returns its record, None for later ranks."""
     ranks.wait()
@@ -58,8 +65,8 @@ def run_cell(config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks
         return cell.record()
     benchmark = build.benchmark(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
-    decoding = instantiate(config["decoding"])
-    pipeline = Pipeline(build.model(config), build.pruner(config), build.budget(config), decoding)
+    choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
+    pipeline = Pipeline(build.model(config), *choices)
     command = shlex.join(["python", "run.py", *overrides])
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command, ranks)
@@ -100,6 +107,7 @@ def main(cfg: DictConfig) -> None:
     try:
         config = build.resolve(cfg)
         overrides = list(HydraConfig.get().overrides.task)
+        check_swept(HydraConfig.get().sweeper.params, overrides)
         if cfg.image is not None or cfg.question is not None:
             if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
                 config["decoding"]["max_new_tokens"] = 128  # not what some dataset's answers need
