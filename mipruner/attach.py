@@ -99,6 +99,11 @@ def prune(
         from the call that cannot be served: a static cache, ``inputs_embeds``, assisted decoding, a text that is not
         in the prompt.
     """
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "model"):
+        raise InputError(
+            f"{type(model).__name__} cannot be pruned: give the transformers model that has generate (of an adapter or "
+            "a pipeline, its .model)"
+        )
     if model.config.model_type not in FAMILIES:
         raise InputError(
             f"{model.config.model_type!r} has no adapter; there are those for {', '.join(sorted(FAMILIES))}"
@@ -119,6 +124,8 @@ def _pruner(pruner: str | Pruner | DecoderPruner, options: dict[str, Any]) -> Pr
     if not isinstance(pruner, str):
         if options:
             raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
+        if not isinstance(pruner, Pruner | DecoderPruner):
+            raise InputError(f"{pruner!r} is no pruner: give one of {', '.join(PRUNERS)}, or an instance")
         return pruner
     if pruner not in PRUNERS:
         raise InputError(f"unknown pruner {pruner!r}: choose one of {', '.join(PRUNERS)}")

@@ -459,6 +459,7 @@ def test_one_context_at_a_time():
         ({"pruner": "mmi"}, "unknown pruner 'mmi': choose one of none, random"),
         ({"pruner": "mi", "lamda": 1}, "mi: .*unexpected keyword argument 'lamda'"),
         ({"pruner": MIPruner(), "lam": 1}, "lam: hyperparameters belong to the pruner"),
+        ({"pruner": MIPruner}, "MIPruner'> is no pruner: give one of none, .* or an instance"),
         ({"pruner": "mi", "lam": 2}, "lam=2 is not in"),
         ({"keep": 0}, "keep=0 is not a budget"),
         ({"keep": 1.5}, "keep=1.5 is neither"),
@@ -477,6 +478,9 @@ def test_what_does_not_fit_is_refused_on_entering(arguments, message):
     llm = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(InputError, match="'llama' has no adapter"), mipruner.prune(llm):
         pass
+    for wrong in (tiny("llava"), model.model, "experiments/demo/llava"):
+        with pytest.raises(InputError, match="give the transformers model that has generate"), mipruner.prune(wrong):
+            pass
 
 
 @pytest.mark.parametrize(
