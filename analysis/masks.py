@@ -50,9 +50,12 @@ def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept:
 
 
 def read_cell(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The record of a finished cell and its rows by sample id."""
-    record = json.loads((path / "record.json").read_text())
-    rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    """The record of a finished cell and its rows by sample id. Raises ValueError, naming the folder, if it is none."""
+    try:
+        record = json.loads((path / "record.json").read_text())
+        rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no folder of a finished cell: {error}") from error
     return record, {row["id"]: row for row in rows}
 
 
@@ -289,8 +292,19 @@ def main() -> None:
     parser.add_argument("--words", nargs="*", default=[], help="the words of the heat map")
     parser.add_argument("--out", type=Path, default=Path("masks.png"))
     args = parser.parse_args()
+    try:
+        draw_asked(args)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    print(args.out)
+
+
+def draw_asked(args: argparse.Namespace) -> None:
+    """The picture that the command line asks for. Raises ValueError if it names no cell, sample or word."""
     record, rows = read_cell(args.cells[0])
     benchmark = build.benchmark(record["config"])
+    if unknown := set(args.ids or ()) - rows.keys():
+        raise ValueError(f"{args.cells[0]} has no sample {', '.join(sorted(unknown))}; the first is {next(iter(rows))}")
     samples = args.ids or choose(list(rows.values()), args.samples)
     if args.dialogue and not args.ids:
         samples = disagreements([read_cell(cell)[1] for cell in args.cells], 1) or samples
@@ -300,7 +314,6 @@ def main() -> None:
         draw_dialogue(args.cells, benchmark, samples[0], args.out)
     else:
         draw(args.cells, benchmark, samples, args.out)
-    print(args.out)
 
 
 if __name__ == "__main__":

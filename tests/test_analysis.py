@@ -647,6 +647,19 @@ def test_real_records_are_read_with_what_differs_from_conf(demo, real_defaults):
     assert all({"accuracy", "total_ms_in_batches"} <= set(metrics) for metrics in cells.metrics)
 
 
+def test_masks_of_what_is_not_there_is_one_clear_message(demo, tmp_path, monkeypatch, capsys):
+    cell = str(load.cells(demo).iloc[0].path)
+    for words, message in (
+        ([str(tmp_path)], f"{tmp_path} is no folder of a finished cell"),
+        ([cell, "--ids", "nope"], f"{cell} has no sample nope; the first is "),
+        ([cell, "--heat", "--words", "zebra"], "zebra is not among the text tokens"),
+    ):
+        monkeypatch.setattr("sys.argv", ["masks", *words, "--out", str(tmp_path / "masks.png")])
+        with pytest.raises(SystemExit) as end:
+            masks.main()
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_pictures_of_real_records(demo, real_defaults, tmp_path):
     cells = load.cells(demo)
     paths = list(cells[cells.method != "none"].path)
