@@ -4,6 +4,7 @@ The loop is `generate` without its set-up, and gives the same tokens and logits;
 they can be timed, and Qwen3-VL's deepstack rows are passed as what they are, arguments of the prefill.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ class Decoding:
     top_k : int
         0 is off.
     seed : int
-        Of the draws, per batch.
+        With the sample's name, of its draws: they depend on neither batch nor device. A sample without a name counts
+        as its place in the batch.
     """
 
     max_new_tokens: int = 128
@@ -105,6 +107,12 @@ def next_logits(adapter: Adapter, out) -> Tensor:
     return adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].to(adapter.device, torch.float32)
 
 
+def inverse(p: Tensor, uniform: Tensor) -> Tensor:
+    """The token [B, 1] at which the cumulated probability of p [B, vocabulary] exceeds uniform [B, 1] in [0, 1)."""
+    cumulated = p.double().cumsum(-1)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
+
+
 def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> list[list[int]]:
     """Draw tokens until every row has ended. Each row comes without its end-of-text token and what follows it."""
     config = adapter.model.generation_config
@@ -117,7 +125,10 @@ def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> 
         if config.repetition_penalty not in (None, 1.0)
     ]
     warpers = decoding.warpers()
-    generator = torch.Generator(adapter.device).manual_seed(decoding.seed)
+    generators = [
+        torch.Generator().manual_seed(zlib.crc32(f"{decoding.seed}/{sample or row}".encode()))
+        for row, sample in enumerate(batch.samples)
+    ]
     rows = len(batch.embeds)
     drawn = torch.empty(rows, 0, dtype=torch.long, device=adapter.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=adapter.device)
@@ -130,7 +141,8 @@ def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> 
             logits[row] = penalty(seen, logits[row : row + 1])[0]
         logits = warpers(drawn, logits)
         if decoding.temperature:
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
+            token = inverse(logits.softmax(-1), uniform.to(logits.device))
         else:
             token = logits.argmax(-1, keepdim=True)
         drawn = torch.cat([drawn, token], 1)

@@ -209,6 +209,7 @@ class Short:
     position_ids : Tensor [P, S']
     is_visual : Tensor [S'] bool
     deepstack : tuple of Tensor [n_rows, d]
+    sample : str
     """
 
     ids: Tensor
@@ -216,6 +217,7 @@ class Short:
     position_ids: Tensor
     is_visual: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    sample: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ class Batch:
     is_visual : Tensor [B, S'] bool
     deepstack : list of Tensor [rows of all samples, d]
     ids : list of Tensor [S]
+    samples : list of str
     """
 
     embeds: Tensor
@@ -238,6 +241,7 @@ class Batch:
     is_visual: Tensor
     deepstack: list[Tensor] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
 
     def language_model_inputs(self) -> dict:
         """Keyword arguments of the prefill call."""
@@ -273,4 +277,5 @@ def collate(shorts: Sequence[Short]) -> Batch:
         is_visual=is_visual,
         deepstack=[torch.cat(layer) for layer in zip(*(short.deepstack for short in shorts), strict=True)],
         ids=[short.ids for short in shorts],
+        samples=[short.sample for short in shorts],
     )

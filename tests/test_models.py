@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mipruner import PRUNERS
-from mipruner.decoding import Decoding, prefill, step
+from mipruner.decoding import Decoding, inverse, prefill, step
 from mipruner.errors import InputError, ModelError
 from mipruner.models import PROMPTS, Prompt, Video, load
 from mipruner.models.llava import LlavaAdapter
@@ -623,6 +623,22 @@ def test_sampling_is_seeded_and_within_top_k():
     assert draw(**hybrid, seed=3) == draw(**hybrid, seed=3)
     assert len({tuple(draw(**hybrid, seed=seed)) for seed in range(4)}) > 1
     assert draw(temperature=0.7, top_k=1) == draw(temperature=0.7, top_p=1e-6) == draw()
+
+
+def test_draws_of_a_sample_are_its_own():
+    adapter, prompts = tiny("qwen3_vl"), prompts_of("qwen3_vl")
+    hot = Decoding(max_new_tokens=6, temperature=2.0, seed=1)
+    together = Pipeline(adapter, NoPruner(), 1.0, hot)(prompts)
+    alone = [Pipeline(adapter, NoPruner(), 1.0, hot)([prompt])[0] for prompt in prompts]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    names = [replace(prompts[0], sample=name) for name in "defg"]
+    assert len({tuple(answer.tokens) for answer in Pipeline(adapter, NoPruner(), 1.0, hot)(names)}) > 1
+
+
+def test_draws_have_their_probabilities():
+    p = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0]).expand(100_000, -1)
+    drawn = inverse(p, torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(drawn[:, 0].bincount(minlength=6) / 100_000, p[0], atol=0.01, rtol=0)
 
 
 # Prompts.

@@ -322,6 +322,7 @@ class Adapter(ABC):
             else encoded.position_ids[:, index],
             is_visual=is_visual[index],
             deepstack=deepstack,
+            sample=encoded.sample,
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
