@@ -244,6 +244,11 @@ def find(cells: list, method: str, keep: str, setting: str = "") -> list:
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
+def measured_by(table: str, cells: list) -> list:
+    """The costs that the table's own experiment measured, if there are any: another run had other conditions."""
+    return [cell for cell in cells if f"experiment={table}" in cell.command.split()] or cells
+
+
 def is_drawn(method: str, setting: str) -> bool:
     """Whether a number depends on the seed, so that one seed is not enough."""
     return method == "random" or "decoding" in parse_setting(setting)
@@ -266,6 +271,8 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     for want in wanted.itertuples(index=False):
         source = load.EFFICIENCY if want.metric.endswith(COSTS) else want.dataset
         candidates = named.get((want.model, source, want.method), [])
+        if source == load.EFFICIENCY:
+            candidates = measured_by(want.table, candidates)
         found = find([cell for cell in candidates if want.metric in cell.metrics], want.method, want.keep, want.setting)
         values = [cell.metrics[want.metric] for cell in found]
         errors = [cell.standard_errors.get(want.metric, math.nan) for cell in found] or [math.nan]

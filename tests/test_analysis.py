@@ -355,12 +355,12 @@ def test_a_broken_record_is_named(results):
         load.cells(results)
 
 
-def write_costs(results, model, rows, date="2026-11-24T10:00:00", device="NVIDIA H100"):
+def write_costs(results, model, rows, date="2026-11-24T10:00:00", device="NVIDIA H100", words=""):
     """A file of experiments/efficiency.py: {(method, keep, engine): (median latency, memory)}."""
     folder = results / "efficiency"
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": "python -m experiments.efficiency",
+        "command": f"python -m experiments.efficiency {words}",
         "git_commit": "0" * 40,
         "date": date,
         "machine": {"device": device},
@@ -404,6 +404,15 @@ def test_costs_fill_the_efficiency_tables_and_the_newest_counts(results):
     assert layout.commands == ["python -m experiments.efficiency experiment=table3"]
     assert "Measured on NVIDIA H100, one prompt at a time, median of 30" in " ".join(layout.remarks)
     assert number(results, "demo_table3", keep="64", method="mi", setting="lam=1", metric="latency_ms").n_seeds == 0
+
+
+def test_costs_of_a_table_are_those_of_its_own_experiment(results):
+    """None of another run slips in, newer or longer as it may be: all methods of a table ran side by side."""
+    key = ("mi lam=1", 64, "pipeline")
+    write_costs(results, "llava15_7b", {key: (40.0, 14.0)}, words="experiment=table3")
+    write_costs(results, "llava15_7b", {key: (9.0, 9.0)}, date="2026-11-25T10:00:00", words="clock=cpu keeps=[64]")
+    row = {"method": "mi", "setting": "lam=1", "keep": "64", "metric": "latency_ms"}
+    assert number(results, "table3", **row).ours == 40.0
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
