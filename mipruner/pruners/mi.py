@@ -1,6 +1,7 @@
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from mipruner.fused import log_partition, mi_picks
 from mipruner.prior import Prior, visual_prior
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, greedy
+
+Support = Literal["prompt", "vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class MIPruner(Pruner):
     tau: float = 0.1
     aggregation: pmi.Aggregation = "max"
     normalization: pmi.Normalization = "softmax"
-    support: Literal["prompt", "vocabulary"] = "prompt"
+    support: Support = "prompt"
     vocabulary_rows: int | None = None
     prior: Prior = "uniform"
     prior_table: Sequence[Sequence[float]] | None = None
@@ -50,10 +53,15 @@ class MIPruner(Pruner):
     def __post_init__(self):
         if not 0 <= self.lam <= 1:
             raise InputError(f"lam={self.lam} is not in [0, 1]")
-        if not self.tau > 0:
-            raise InputError(f"tau={self.tau} is not positive")
-        if self.support not in ("prompt", "vocabulary"):
-            raise InputError(f"unknown support {self.support!r}: choose prompt or vocabulary")
+        if not 0 < self.tau < math.inf:
+            raise InputError(f"tau={self.tau} is not positive and finite")
+        for name, known in (
+            ("aggregation", pmi.Aggregation),
+            ("normalization", pmi.Normalization),
+            ("support", Support),
+        ):
+            if (word := getattr(self, name)) not in get_args(known):
+                raise InputError(f"unknown {name} {word!r}: choose {', '.join(get_args(known))}")
         if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
             raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
         visual_prior(self.prior, (1, 1), self.prior_table)  # says what is wrong with them
