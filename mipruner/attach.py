@@ -479,7 +479,7 @@ class Pruning:
             is_text=is_text,
             visuals=tuple(visual for visual, _ in pictures),
             signals=self.adapter.text_signals(prompt, tokens, self.pipeline.pruner.signals),
-            sample=f"{zlib.crc32(repr(ids.tolist()).encode()):08x}",  # a random choice: one for each prompt
+            sample=f"{zlib.crc32(ids.cpu().numpy().tobytes()):08x}",
         )
 
     def _texts(self, n_prompts: int) -> list[str | None]:

@@ -4,7 +4,6 @@ The loop is `generate` without its set-up, and gives the same tokens and logits;
 they can be timed, and Qwen3-VL's deepstack rows are passed as what they are, arguments of the prefill.
 """
 
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mipruner import draws
 from mipruner.errors import InputError
 from mipruner.models.base import Adapter
 from mipruner.prompt import Batch
@@ -125,10 +125,7 @@ def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> 
         if config.repetition_penalty not in (None, 1.0)
     ]
     warpers = decoding.warpers()
-    generators = [
-        torch.Generator().manual_seed(zlib.crc32(f"{decoding.seed}/{sample or row}".encode()))
-        for row, sample in enumerate(batch.samples)
-    ]
+    generators = [draws.generator(decoding.seed, sample or str(row)) for row, sample in enumerate(batch.samples)]
     rows = len(batch.embeds)
     drawn = torch.empty(rows, 0, dtype=torch.long, device=adapter.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=adapter.device)

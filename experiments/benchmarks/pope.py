@@ -65,14 +65,14 @@ class POPE(TableBenchmark):
         All three ask the same questions whose answer is yes, and the same answer is no new evidence: what a question
         adds to the mean is summed over the categories first.
         """
-        errors, groups = super().standard_errors(samples, scores), defaultdict(list)
-        for sample, score in zip(samples, scores, strict=True):
-            groups[sample.task].append(score)
+        errors = super().standard_errors(samples, scores)
+        groups = {name: group for name, group in self.groups(samples, scores).items() if group}
         if len(errors) < len(groups):
             return errors
-        means = {task: fmean(group) for task, group in groups.items()}
-        weights = {t: 100 / len(groups) / math.sqrt(len(group) * (len(group) - 1)) for t, group in groups.items()}
+        means = {name: fmean(group) for name, group in groups.items()}
+        weights = {name: 100 / len(groups) / math.sqrt(len(g) * (len(g) - 1)) for name, g in groups.items()}
         added: dict[tuple[str, str], float] = defaultdict(float)
         for sample, score in zip(samples, scores, strict=True):
-            added[sample.image_id, sample.question] += weights[sample.task] * (score - means[sample.task])
+            name = f"{sample.task}_accuracy"
+            added[sample.image_id, sample.question] += weights[name] * (score - means[name])
         return {"accuracy": math.hypot(*added.values())} | errors

@@ -1,9 +1,9 @@
-import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mipruner import draws
 from mipruner.features import Features
 from mipruner.pruners.base import ScorePruner
 
@@ -18,5 +18,5 @@ class RandomPruner(ScorePruner):
     seed: int = 0
 
     def score(self, features: Features) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{features.sample}".encode()))
+        generator = draws.generator(self.seed, features.sample)
         return torch.rand(features.visual.shape[:-1], generator=generator).to(features.visual.device)

@@ -1,8 +1,8 @@
 """Pruned models as one model of lmms-eval, so that its tasks, prompts and scores can be used as they are.
 
-    lmms_eval --model mipruner --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=mi,keep=64,lam=1 --tasks pope
+    lmms-eval --model mipruner --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=mi,keep=64,lam=1 --tasks pope
 
-lmms-eval finds `manifest` by its entry point; see docs/lmms_eval.md.
+lmms-eval finds `manifest` by its entry point; see docs/anywhere.md.
 """
 
 
