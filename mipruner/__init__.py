@@ -1,8 +1,8 @@
 """MI-Pruner: keep the visual tokens that have the most mutual information with the question."""
 
-from mipruner.attach import prune
 from mipruner.features import Features
 from mipruner.pruners import PRUNERS
+from mipruner.pruning import prune
 from mipruner.selection import Selection, budget
 
 __all__ = ["PRUNERS", "Features", "Selection", "budget", "prune"]

@@ -2,20 +2,19 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mipruner.decoder import Run, shorten
 from mipruner.decoding import Decoding, decode, prefill
 from mipruner.features import Features
 from mipruner.models.base import Adapter
-from mipruner.prompt import Encoded, Picture, Prompt, Visual, collate
+from mipruner.prompt import Encoded, Picture, Prompt, Short, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Auto, Selection, budget, split_budget
+from mipruner.shortening import Prompts, Shortening, length
 from mipruner.timing import Stopwatch
 
 
@@ -116,14 +115,17 @@ class Pipeline:
                 self.adapter.read(prompt, [seen[id(image)] for image in prompt.images], self.pruner.signals)
                 for prompt in prompts
             ]
-            selections = [self.select(sample) for sample in encoded]
-            batch = collate([self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)])
-        with self.inside(encoded, batch.is_visual) as run:
+            batch = collate([whole(sample) for sample in encoded])
+            valid = torch.ones_like(batch.is_visual) if batch.attention_mask is None else batch.attention_mask.bool()
+            chosen, selections = self.choose(encoded, valid)
+        choose = lambda kwargs, course: None if length(kwargs.get("past_key_values")) else chosen  # noqa: E731
+        repack = self.adapter.positions == "repack"
+        with Shortening(self.adapter.language_model, self.pruner, choose, repack) as run:
             with self.watch("prefill"):
                 state = prefill(self.adapter, batch)
             with self.watch("decode"):
                 tokens = decode(self.adapter, batch, state, self.decoding)
-        if run is None:
+        if isinstance(self.pruner, Pruner):
             budgets = [sum(selection.n_rows for selection in chosen) for chosen in selections]
             per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
@@ -190,10 +192,15 @@ class Pipeline:
         self.pruner.check(features, n_max)
         return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
-    def inside(self, encoded: Sequence[Encoded], is_visual: Tensor) -> AbstractContextManager[Run | None]:
-        """The context in which a method prunes inside the decoder; of other methods, an empty one."""
+    def choose(self, encoded: Sequence[Encoded], valid: Tensor) -> tuple[Prompts, list[list[Selection]]]:
+        """What is kept of left-padded prompts, whose tokens ``valid`` [B, S] are."""
+        with torch.no_grad():
+            selections = [self.select(sample) for sample in encoded]
+        is_visual = torch.zeros_like(valid)
+        for row, real, sample in zip(is_visual, valid, encoded, strict=True):
+            row[real.nonzero()[:, 0][torch.cat(sample.slots)]] = True
         if isinstance(self.pruner, Pruner):
-            return nullcontext()
+            return Prompts(is_visual, encoded=encoded, selections=selections), selections
         budgets = [
             self.pruner.nominal(sample.n_visual, budget(self.keep, sample.n_visual), self.adapter.n_layers)
             for sample in encoded
@@ -201,7 +208,16 @@ class Pipeline:
         attention = None
         if "attention" in self.pruner.needs:
             attention = [torch.cat([visual.signals["attention"] for visual in sample.visuals]) for sample in encoded]
-        return shorten(self.adapter.language_model, self.pruner, is_visual, budgets, attention)
+        return Prompts(is_visual, budgets, attention), selections
+
+
+def whole(sample: Encoded) -> Short:
+    """A prompt of which everything is kept."""
+    is_visual = torch.zeros_like(sample.is_text)
+    is_visual[torch.cat(sample.slots)] = True
+    layers = zip(*(visual.deepstack for visual in sample.visuals), strict=True)
+    deepstack = tuple(torch.cat(layer) for layer in layers)
+    return Short(sample.ids, sample.embeds, sample.position_ids, is_visual, deepstack, sample.sample)
 
 
 def by_picture(kept: Tensor, encoded: Encoded) -> list[Selection]:

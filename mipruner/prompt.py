@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mipruner.errors import InputError
 from mipruner.features import Features
+from mipruner.selection import Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +254,37 @@ class Batch:
         if self.deepstack:
             inputs |= {"visual_pos_masks": self.is_visual, "deepstack_visual_embeds": self.deepstack}
         return inputs
+
+
+def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Short:
+    """Drop the visual tokens that were not selected, with their positions and deepstack rows."""
+    embeds = encoded.embeds
+    is_visual = torch.zeros_like(encoded.is_text)
+    kept = torch.ones_like(encoded.is_text)
+    for slot, selection in zip(encoded.slots, selections, strict=True):
+        place = slot[selection.indices]
+        if selection.n_rows != len(place):
+            if not repack:
+                raise InputError("rows that belong to no patch have no position to keep: use positions=repack")
+            place = slot[: selection.n_rows]
+        kept[slot] = False
+        kept[place] = True
+        is_visual[slot] = True
+        if selection.embeds is not None:
+            embeds = embeds.index_copy(0, place, selection.embeds.to(embeds))
+    deepstack = tuple(
+        torch.cat([layer[selection.indices] for layer, selection in zip(layers, selections, strict=True)])
+        for layers in zip(*(visual.deepstack for visual in encoded.visuals), strict=True)
+    )
+    index = kept.nonzero()[:, 0]
+    return Short(
+        ids=encoded.ids,
+        embeds=embeds[index],
+        position_ids=torch.arange(len(index), device=index.device)[None] if repack else encoded.position_ids[:, index],
+        is_visual=is_visual[index],
+        deepstack=deepstack,
+        sample=encoded.sample,
+    )
 
 
 def collate(shorts: Sequence[Short]) -> Batch:

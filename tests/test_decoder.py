@@ -12,10 +12,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextConfig, Qwen2VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextModel
 
-from mipruner.decoder import shorten
 from mipruner.errors import InputError
 from mipruner.pruners import AutoPruner, DARTPruner, FastVPruner, SparseVLMPruner
 from mipruner.pruners.base import DecoderPruner, Reduction
+from mipruner.shortening import shorten
 
 D, N_LAYERS, N_NEW = 32, 5, 2
 SIZES = dict(

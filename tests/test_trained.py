@@ -10,7 +10,7 @@ from experiments.results import ROOT
 from mipruner import PRUNERS
 from mipruner.decoding import Decoding
 from mipruner.models import Prompt, load
-from mipruner.pipeline import Pipeline
+from mipruner.pipeline import Pipeline, VisionCache
 from mipruner.pruners import NoPruner
 
 DEMO = ROOT / "experiments/demo"
@@ -56,13 +56,14 @@ def test_the_demo_qwen3vl_answers_and_needs_each_deepstack_row_at_its_token(monk
     quarter = Pipeline(adapter, PRUNERS["mi"](lam=0.8), 0.25, Decoding(max_new_tokens=3))
     assert abs(accuracy(quarter, samples) - 96.3) < 2
 
-    shorten = adapter.shorten
+    encode = adapter.encode
     full = accuracy(plain, colours)
     for places in (5, 7):
 
-        def rolled(encoded, selections, places=places):
-            short = shorten(encoded, selections)
-            return replace(short, deepstack=tuple(layer.roll(places, 0) for layer in short.deepstack))
+        def rolled(pixels, signals, places=places):
+            visuals = encode(pixels, signals)
+            return [replace(v, deepstack=tuple(layer.roll(places, 0) for layer in v.deepstack)) for v in visuals]
 
-        monkeypatch.setattr(adapter, "shorten", rolled)
+        plain.cache = VisionCache()
+        monkeypatch.setattr(adapter, "encode", rolled)
         assert full - accuracy(plain, colours) >= 15

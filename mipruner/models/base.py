@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
-from mipruner.prompt import Encoded, Picture, Prompt, Short, Tokens, Video, Visual
+from mipruner.prompt import Encoded, Picture, Prompt, Short, Tokens, Video, Visual, cut
 from mipruner.selection import Selection
 
 
@@ -293,37 +293,7 @@ class Adapter(ABC):
         )
 
     def shorten(self, encoded: Encoded, selections: Sequence[Selection]) -> Short:
-        """Drop the visual tokens that were not selected, with their positions and deepstack rows."""
-        embeds = encoded.embeds
-        is_visual = torch.zeros_like(encoded.is_text)
-        kept = torch.ones_like(encoded.is_text)
-        for slot, selection in zip(encoded.slots, selections, strict=True):
-            place = slot[selection.indices]
-            if selection.n_rows != len(place):
-                if self.positions == "keep":
-                    raise InputError("rows that belong to no patch have no position to keep: use positions=repack")
-                place = slot[: selection.n_rows]
-            kept[slot] = False
-            kept[place] = True
-            is_visual[slot] = True
-            if selection.embeds is not None:
-                embeds = embeds.index_copy(0, place, selection.embeds.to(embeds))
-        deepstack = tuple(
-            torch.cat([layer[selection.indices] for layer, selection in zip(layers, selections, strict=True)])
-            for layers in zip(*(visual.deepstack for visual in encoded.visuals), strict=True)
-        )
-        index = kept.nonzero()[:, 0]
-        repack = self.positions == "repack"
-        return Short(
-            ids=encoded.ids,
-            embeds=embeds[index],
-            position_ids=torch.arange(len(index), device=index.device)[None]
-            if repack
-            else encoded.position_ids[:, index],
-            is_visual=is_visual[index],
-            deepstack=deepstack,
-            sample=encoded.sample,
-        )
+        return cut(encoded, selections, self.positions == "repack")
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The answer's text, stripped once, here and nowhere else. Thinking that does not end has no answer."""

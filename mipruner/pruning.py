@@ -34,13 +34,11 @@ from mipruner.errors import InputError
 from mipruner.models import FAMILIES
 from mipruner.models.base import Call
 from mipruner.pipeline import Pipeline, by_picture
-from mipruner.prompt import Encoded, Prompt, Tokens, Visual, collate
+from mipruner.prompt import Encoded, Prompt, Tokens, Visual
 from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
 from mipruner.question import Reader, between_special
 from mipruner.selection import Auto, Selection, budget
-
-NOTE = "_mipruner"
-"""Attribute of a cache whose prompt was shortened, a `Note`."""
+from mipruner.shortening import COURSE, Course, Prompts, Shortening, length
 
 _in_use: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 _entering = threading.Lock()
@@ -153,56 +151,6 @@ class Seen:
     calls: list[Call]
 
 
-@dataclass
-class Note:
-    """What the caller does not know of a shortened cache.
-
-    Attributes
-    ----------
-    valid : Tensor [B, n] bool
-        The columns that the cache had when the prompt was in.
-    removed : int
-        How many more there are as the caller counts.
-    last : Tensor [P, B]
-        Position of the last column.
-    dropped : Tensor [B]
-        How much higher it is as the caller counts.
-    """
-
-    valid: Tensor
-    removed: int
-    last: Tensor
-    dropped: Tensor
-
-    def __post_init__(self):
-        self.padded = not bool(self.valid.all())
-
-    def since(self, n_past: int) -> int:
-        """Columns that came after the prompt."""
-        return n_past - self.valid.shape[1]
-
-    def mask(self, mask: Tensor | None, n_past: int, n_new: int) -> Tensor:
-        """Which of the cache's columns [B, n_past] count, from the caller's mask."""
-        rest = self.valid.new_ones(len(self.valid), self.since(n_past))
-        if mask is not None:
-            expected = n_past + self.removed + n_new
-            if mask.shape[1] != expected:
-                raise InputError(f"the attention mask has {mask.shape[1]} columns where the prompt has {expected}")
-            rest = mask[:, self.valid.shape[1] + self.removed :][:, : self.since(n_past)].bool()
-        return torch.cat([self.valid, rest], 1)
-
-    def positions(self, n_past: int, n_new: int) -> Tensor:
-        """Positions [P, B, n_new] of text that follows."""
-        ahead = 1 + self.since(n_past) + torch.arange(n_new, device=self.last.device)
-        return self.last[..., None] + ahead
-
-    def lag(self, position_ids: Tensor, n_past: int) -> int:
-        """How many tokens at the front of a call, at these positions as the caller counts, are in the cache already."""
-        row = self.last[0] + self.dropped if position_ids.ndim == 2 or len(position_ids) == 4 else self.last[-1]
-        given = position_ids if position_ids.ndim == 2 else position_ids[0]
-        return int(row[0]) + self.since(n_past) + given.shape[-1] - int(given[0, -1])
-
-
 class Pruning:
     """The state of one `prune` context.
 
@@ -228,33 +176,28 @@ class Pruning:
             )
         self.encoded: list[Encoded] = []
         self._selections: list[list[Selection]] = []
-        self._run = None
-        self._here = threading.local()
         self._looking = threading.Lock()
-        self._decoder = ExitStack()
+        repack = self.adapter.positions == "repack"
+        self.shortening = Shortening(self.adapter.language_model, pruner, self._choose, repack)
+        self._here = self.shortening.here
 
     @property
     def selections(self) -> list[list[Selection]]:
         """What was kept of the latest prompts, one list a prompt, one `Selection` a picture."""
-        if self._run is None:
+        run = self.shortening.run
+        if not run.kept:
             return self._selections
-        return [by_picture(*pair) for pair in zip(self._run.kept, self.encoded, strict=True)]
+        return [by_picture(*pair) for pair in zip(run.kept, self.encoded, strict=True)]
 
     def install(self, stack: ExitStack) -> None:
         """Put the hooks in place; ``stack`` takes them away."""
-        stack.callback(self._decoder.close)
         for is_video, name in ((False, "get_image_features"), (True, "get_video_features")):
             if hasattr(self.inner, name):
                 own = self.inner.__dict__.get(name)
                 setattr(self.inner, name, self._noting(is_video, getattr(self.inner, name)))
                 stack.callback(partial(setattr, self.inner, name, own) if own else partial(delattr, self.inner, name))
-        language_model = self.adapter.language_model
-        for handle in (
-            self.inner.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
-            language_model.register_forward_hook(self._after_language_model),
-        ):
-            stack.callback(handle.remove)
+        stack.callback(self.inner.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+        stack.enter_context(self.shortening)
 
     def _reader(self, tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None) -> Reader | None:
         if tokenizer is None:
@@ -296,10 +239,9 @@ class Pruning:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None:
             raise InputError("pruning reads the prompt's input_ids, and this call has inputs_embeds only")
-        n_past = _length(cache)
-        if n_past == 0:
-            self._decoder.close()
-        note = getattr(cache, NOTE, None) if n_past else None
+        n_past = length(cache)
+        course = getattr(cache, COURSE, None) if n_past else None
+        note = course and course.door
         self._here.placed = kwargs.get("position_ids") is not None
         if note is not None and self._here.placed:
             lag = note.lag(kwargs["position_ids"], n_past)
@@ -319,109 +261,28 @@ class Pruning:
         self._here.ids = kwargs["input_ids"]
         return (), kwargs
 
-    def _before_language_model(self, language_model, args, kwargs):
-        ids, self._here.ids, self._here.note = getattr(self._here, "ids", None), None, None
+    def _choose(self, kwargs: dict[str, Any], course: Course | None) -> Prompts | bool | None:
+        """What is kept of the prompts with pictures that a call brings."""
+        ids, self._here.ids = getattr(self._here, "ids", None), None
         if ids is None:  # not from the model's own forward: a `Pipeline` on the same model
-            return None
-        cache = kwargs.get("past_key_values")
-        n_past = _length(cache)
-        note = getattr(cache, NOTE, None) if n_past else None
+            return False
+        cache, mask, given = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+        n_past = length(cache)
         answering = n_past > 0 and ids.shape[1] == 1  # whatever the model says, it is no picture
-        if not answering and bool(self.adapter.is_placeholder(ids).any()):
-            changes = self._prefill(ids, kwargs, n_past, note)
-        elif note is not None:
-            changes = self._follow(ids, kwargs, n_past, note)
-        else:
+        if answering or not bool(self.adapter.is_placeholder(ids).any()):
             return None
-        return args, kwargs | changes
-
-    def _after_language_model(self, language_model, args, output):
-        note, self._here.note = getattr(self._here, "note", None), None
-        cache = getattr(output, "past_key_values", None)
-        if note is not None and cache is not None:
-            setattr(cache, NOTE, note)
-
-    def _follow(self, ids: Tensor, kwargs: dict[str, Any], n_past: int, note: Note) -> dict[str, Any]:
-        """Positions and mask of text that follows a shortened prompt."""
-        n_new, mask, position_ids = ids.shape[1], kwargs.get("attention_mask"), kwargs.get("position_ids")
-        columns = note.mask(mask, n_past, n_new)
-        if mask is not None or note.padded:
-            new = columns.new_ones(len(columns), n_new) if mask is None else mask[:, -n_new:].bool()
-            mask = torch.cat([columns, new], 1).long()
-        if self._here.placed and position_ids.ndim == 2:
-            position_ids = position_ids - note.dropped[:, None]
-        elif not self._here.placed:
-            position_ids = note.positions(n_past, n_new)
-            position_ids = position_ids[0] if len(position_ids) == 1 else position_ids
-        return {"attention_mask": mask, "position_ids": position_ids}
-
-    def _prefill(self, ids: Tensor, kwargs: dict[str, Any], n_past: int, note: Note | None) -> dict[str, Any]:
-        """Everything that changes when a prompt with pictures comes in."""
-        cache, mask, embeds = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs["inputs_embeds"]
         if getattr(cache, "is_compileable", False) or (mask is not None and getattr(mask, "ndim", 0) != 2):
             raise InputError("a static cache has no room for a shortened prompt: leave cache_implementation at dynamic")
-        valid = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-        given = kwargs.get("position_ids")
         if given is None:
-            n_before = n_past + (note.removed if note else 0)
+            n_before = n_past + (course.door.removed if course and course.door else 0)
             given = torch.arange(n_before, n_before + ids.shape[1], device=ids.device)[None]
+        valid = (torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]).bool()
         given = (given[None] if given.ndim == 2 else given).expand(-1, *ids.shape)
-        pictures = self._pictures(ids)
-        texts = self._texts(len(ids))
-        encoded = [
-            self._encode(*row) for row in zip(valid.bool(), ids, embeds, given.unbind(1), pictures, texts, strict=True)
-        ]
-        with torch.no_grad():
-            selections = [self.pipeline.select(sample) for sample in encoded]
-        self.encoded, self._selections, self._run = encoded, selections, None
-        if isinstance(self.pipeline.pruner, DecoderPruner):
-            return self._inside(encoded, valid.bool(), kwargs, n_past)
-        shorts = [self.adapter.shorten(*pair) for pair in zip(encoded, selections, strict=True)]
-        merged = any(selection.embeds is not None for chosen in selections for selection in chosen)
-        if (
-            note is None
-            and not merged
-            and all(len(s.embeds) == len(e.embeds) for s, e in zip(shorts, encoded, strict=True))
-        ):
-            return {}
-        batch = collate(shorts)
-        starts = torch.stack([sample.position_ids[0, 0] for sample in encoded])
-        ends = torch.stack([sample.position_ids[0, -1] for sample in encoded])
-        position_ids = batch.position_ids
-        if self.adapter.positions == "repack":
-            position_ids = position_ids + (starts - (note.dropped if note else 0))[:, None]
-        columns = ids.new_ones(batch.embeds.shape[:2]) if batch.attention_mask is None else batch.attention_mask
-        if n_past:
-            before = torch.ones(len(ids), n_past, device=ids.device) if mask is None else mask[:, :n_past]
-            before = note.mask(mask, n_past, ids.shape[1]) if note else before
-            columns = torch.cat([before.long(), columns], 1)
-        last = position_ids[..., -1]
-        self._here.note = Note(
-            valid=columns.bool(),
-            removed=(note.removed if note else 0) + ids.shape[1] - batch.embeds.shape[1],
-            last=last[None] if last.ndim == 1 else last,
-            dropped=ends - (last if last.ndim == 1 else last[0]),
-        )
-        # Without a cache, a mask is what tells gaps between positions from several prompts in one row.
-        plain = mask is None and not self._here.note.padded and cache is not None
-        return batch.language_model_inputs() | {
-            "position_ids": position_ids,
-            "attention_mask": None if plain else columns,
-        }
-
-    def _inside(self, encoded: list[Encoded], valid: Tensor, kwargs: dict[str, Any], n_past: int) -> dict[str, Any]:
-        """Have the language model drop tokens on the way, until the next prompt."""
-        if n_past:
-            raise InputError(
-                "methods inside the language model start with the prompt: no pictures after a cached prefix"
-            )
-        is_visual = torch.zeros_like(valid)
-        for row, real, sample in zip(is_visual, valid, encoded, strict=True):
-            row[real.nonzero()[:, 0][torch.cat(sample.slots)]] = True
-        shortening = self.pipeline.inside(encoded, is_visual)
-        self._run = self._decoder.enter_context(shortening)
-        changed = shortening.before_model(self.adapter.language_model, (), kwargs)
-        return {} if changed is None else changed[1]
+        rows = (valid, ids, kwargs["inputs_embeds"], given.unbind(1), self._pictures(ids), self._texts(len(ids)))
+        self.encoded = [self._encode(*row) for row in zip(*rows, strict=True)]
+        prompts, self._selections = self.pipeline.choose(self.encoded, valid)
+        self.shortening.run.kept.clear()
+        return prompts
 
     # From the model's arguments to what a pruner sees
 
@@ -511,7 +372,3 @@ def _runs(row: Tensor) -> tuple[list[bool], list[int]]:
     """The values of row [S] and how often each is repeated."""
     values, counts = row.unique_consecutive(return_counts=True)
     return values.tolist(), counts.tolist()
-
-
-def _length(cache) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
