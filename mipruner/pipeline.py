@@ -1,7 +1,7 @@
 """image, question -> Features -> pruner -> Selection -> short prompt -> LLM -> answer, for a batch of prompts."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,26 +55,39 @@ class Answer:
 
 
 class VisionCache:
-    """Pictures already seen, by object identity, up to ``max_bytes``; the least recently used goes first."""
+    """Pictures already seen, by object identity, up to ``max_bytes``; the least recently used goes first.
+
+    Each is held with the names of the signals that were asked for when it was seen, as a picture need not have all.
+    """
 
     def __init__(self, max_bytes: int = 2**30):
         self.max_bytes = max_bytes
-        self._held: OrderedDict[int, tuple[Picture, Visual]] = OrderedDict()  # the image keeps its id from reuse
+        # With the image, so that its id is not used again.
+        self._held: OrderedDict[int, tuple[Picture, Visual, frozenset[str]]] = OrderedDict()
 
-    def get(self, image: Picture) -> Visual | None:
-        if id(image) not in self._held:
+    def signals(self, image: Picture) -> frozenset[str]:
+        """The signals that ``image`` is held with."""
+        return self._held[id(image)][2] if id(image) in self._held else frozenset()
+
+    def get(self, image: Picture, signals: Set[str] = frozenset()) -> Visual | None:
+        """What is held of ``image``, if it was seen with these ``signals``."""
+        if id(image) not in self._held or not signals <= self.signals(image):
             return None
         self._held.move_to_end(id(image))
         return self._held[id(image)][1]
 
-    def put(self, image: Picture, visual: Visual) -> None:
-        self._held[id(image)] = (image, visual)
-        while len(self._held) > 1 and sum(visual.n_bytes for _, visual in self._held.values()) > self.max_bytes:
+    def put(self, image: Picture, visual: Visual, signals: Set[str] = frozenset()) -> None:
+        self._held[id(image)] = (image, visual, frozenset(signals))
+        self._held.move_to_end(id(image))
+        while len(self._held) > 1 and sum(visual.n_bytes for _, visual, _ in self._held.values()) > self.max_bytes:
             self._held.popitem(last=False)
 
 
 class Pipeline:
     """A model, a pruner and a budget: ``pipeline(prompts)`` answers a batch.
+
+    One call at a time on one adapter: hooks stand on shared modules while it lasts, and two threads would mix them up.
+    ``pruner`` and ``keep`` may be replaced between calls.
 
     Parameters
     ----------
@@ -154,17 +167,21 @@ class Pipeline:
             self._prepared[id(image)] = (image, self._pixels(image))
 
     def see(self, images: Sequence[Picture]) -> dict[int, Visual]:
-        """Every distinct picture through the vision encoder once, by ``id``."""
+        """Every distinct picture through the vision encoder once, by ``id``.
+
+        Once more where it is held without a signal that the pruner reads; it is then held with the old and the new.
+        """
         distinct = {id(image): image for image in images}
-        visuals = {key: self.cache.get(image) for key, image in distinct.items()}
+        visuals = {key: self.cache.get(image, self.pruner.signals) for key, image in distinct.items()}
         new = {key: distinct[key] for key, visual in visuals.items() if visual is None}
         if new:
+            signals = self.pruner.signals.union(*map(self.cache.signals, new.values()))
             pixels = [self._pixels(image) for image in new.values()]
             with self.watch("vision"):
-                encoded = self.adapter.encode(pixels, self.pruner.signals)
+                encoded = self.adapter.encode(pixels, signals)
             for (key, image), visual in zip(new.items(), encoded, strict=True):
                 visuals[key] = visual
-                self.cache.put(image, visual)
+                self.cache.put(image, visual, signals)
         return visuals
 
     def _pixels(self, image: Picture) -> dict[str, Any]:

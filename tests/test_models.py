@@ -306,6 +306,22 @@ def test_hooks_are_gone_after_an_exception(family, monkeypatch):
     assert counts[0] == counts[2] < counts[1]
 
 
+@FAMILY
+def test_a_pipeline_given_another_pruner_sees_again_what_lacks_its_signals_and_only_that(family, monkeypatch):
+    adapter = tiny(family)
+    calls, encode = [], adapter.encode
+    monkeypatch.setattr(adapter, "encode", lambda pixels, signals: calls.append(signals) or encode(pixels, signals))
+    prompts, decoding = prompts_of(family)[:1], Decoding(max_new_tokens=4)
+    pipeline = Pipeline(adapter, RandomPruner(), 0.5, decoding)
+    for name, n_passes in {"random": 1, "mi": 0, "attention": 1, "vispruner": 1, "mi_attention": 0}.items():
+        pipeline.pruner, n_before = PRUNERS[name](), len(calls)
+        (answer,) = pipeline(prompts)
+        assert len(calls) - n_before == n_passes, name
+        (alone,) = Pipeline(adapter, PRUNERS[name](), 0.5, decoding)(prompts)
+        assert answer.tokens == alone.tokens
+        assert all(a.indices.equal(b.indices) for a, b in zip(answer.selections, alone.selections, strict=True))
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
 def test_the_output_depends_on_deepstack_rows_at_their_tokens(family):
     adapter, prompt = tiny(family), prompts_of(family)[2]

@@ -148,6 +148,18 @@ def test_identical_and_zero_tokens(pruner, n_text):
 
 
 @every_pruner
+def test_the_first_picks_of_an_order_are_the_choice_of_that_budget(pruner):
+    features = sample()
+    order = pruner.order(features, N_VISUAL - 1)
+    nested = {"random", "similarity", "attention", "mi", "divprune", "cdpruner", "mmtok"}
+    assert (order is not None) == (type(pruner) in [PRUNERS[name] for name in nested])
+    if order is not None:
+        for n in range(1, N_VISUAL):
+            assert order[:n].sort().values.equal(pruner(features, n).indices)
+            assert pruner.order(features, n).equal(order[:n])
+
+
+@every_pruner
 @pytest.mark.parametrize("n_keep", [0, -1, N_VISUAL + 1])
 def test_a_budget_out_of_range(pruner, n_keep):
     if isinstance(pruner, NoPruner):

@@ -55,6 +55,13 @@ class Method:
         if missing := sorted(name for name in self.needs if getattr(features, name) is None):
             raise InputError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
 
+    def order(self, features: Features, n_keep: int) -> Tensor | None:
+        """Indices [.., n_keep] of what is kept in the order of the picks.
+
+        None for a method whose choice of n tokens is not always part of its choice of n + 1, as it has no such order.
+        """
+        return None
+
     def s_cross(self, features: Features) -> Tensor:
         """PMI of every visual token with the text, eq. 19 or 21, from which keep=auto sets the budget. [.., n_visual]
 
@@ -89,8 +96,11 @@ class ScorePruner(Pruner):
     def score(self, features: Features) -> Tensor:
         """Score [.., n_visual] of every visual token, higher is kept first."""
 
+    def order(self, features: Features, n_keep: int) -> Tensor:
+        return top_k(self.score(features), n_keep)
+
     def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(top_k(self.score(features), n_keep).sort(-1).values)
+        return Selection(self.order(features, n_keep).sort(-1).values)
 
 
 @dataclass(frozen=True)

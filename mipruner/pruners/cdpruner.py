@@ -42,12 +42,15 @@ class CDPruner(Pruner):
             raise InputError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        return Selection(self.order(features, n_keep).sort(-1).values)
+
+    def order(self, features: Features, n_keep: int) -> Tensor:
         score = self.score(features)
         low, high = score.aminmax(dim=-1, keepdim=True)
         quality = torch.where(
             high > low, (score - low + EPS) / (high - low).clamp_min(torch.finfo(score.dtype).tiny), 1
         )
-        return Selection(dpp_map(similarity(features.visual, features.visual), quality, n_keep).sort(-1).values)
+        return dpp_map(similarity(features.visual, features.visual), quality, n_keep)
 
     def notes(self, features: Features) -> dict[str, str]:
         return {"relevance": self.source(features)}

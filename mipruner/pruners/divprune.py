@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mipruner.features import Features
 from mipruner.pmi import similarity
@@ -19,13 +20,18 @@ class DivPruner(Pruner):
     """
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        return Selection(self.order(features, n_keep).sort(-1).values)
+
+    def order(self, features: Features, n_keep: int) -> Tensor:
         distance = 1 - similarity(features.visual, features.visual)
         score = distance.kthvalue(2, dim=-1).values  # the smallest is the token itself
         nearest = torch.full_like(score, torch.inf)
         taken = torch.zeros_like(score, dtype=torch.bool)
+        picks = []
         for _ in range(n_keep):
             pick = score.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+            picks.append(pick)
             taken.scatter_(-1, pick, True)
             row = take_rows(distance, pick)[..., 0, :]
             score = nearest = torch.minimum(nearest, row)
-        return Selection(taken.nonzero()[:, -1].reshape(*taken.shape[:-1], n_keep))
+        return torch.cat(picks, -1)

@@ -71,6 +71,9 @@ class MIPruner(Pruner):
         read = {"vocabulary": self.support == "vocabulary", "grid": self.prior != "uniform"}
         return frozenset(name for name, is_read in read.items() if is_read)
 
+    def order(self, features: Features, n_keep: int) -> Tensor | None:
+        return self.picks(features, n_keep)
+
     def select(self, features: Features, n_keep: int) -> Selection:
         return Selection(self.picks(features, n_keep).sort(-1).values)
 

@@ -31,6 +31,9 @@ class MIAttentionPruner(MIPruner):
     def needs(self) -> frozenset[str]:
         return super().needs | {"attention"}
 
+    def order(self, features: Features, n_keep: int) -> None:
+        return None  # another budget splits into other rounds
+
     def select(self, features: Features, n_keep: int) -> Selection:
         attended = top_k(features.attention, round(self.split * n_keep))
         added = self.picks(features, n_keep - attended.shape[-1], given=attended)

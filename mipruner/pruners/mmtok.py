@@ -60,6 +60,9 @@ class MMTokPruner(Pruner):
             raise InputError(f"the temperatures {self.tau_text} and {self.tau_visual} are not both positive")
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        return Selection(self.order(features, n_keep).sort(-1).values)
+
+    def order(self, features: Features, n_keep: int) -> Tensor:
         valid = features.valid
         if valid is None:
             valid = torch.ones_like(features.visual[..., 0], dtype=torch.bool)
@@ -69,13 +72,15 @@ class MMTokPruner(Pruner):
         cover = torch.cat([cover_text, self.alpha * cover_visual], -2).mT.contiguous()  # row = what one token covers
         best = torch.zeros_like(cover[..., 0, :])
         taken = torch.zeros_like(visual)
+        picks = []
         for _ in range(n_keep):
             gain = (cover - best[..., None, :]).clamp_min(0).sum(-1)
             gain = gain.masked_fill(~visual, -1).masked_fill(taken, -torch.inf)
             pick = gain.argmax(-1, keepdim=True)
+            picks.append(pick)
             taken.scatter_(-1, pick, True)
             best = torch.maximum(best, take_rows(cover, pick)[..., 0, :])
-        return Selection(taken.nonzero()[:, -1].reshape(*taken.shape[:-1], n_keep))
+        return torch.cat(picks, -1)
 
     def content(self, features: Features) -> Tensor:
         """Which text tokens [.., n_text] are to be covered: the question's, without stop words; all if none is left."""
