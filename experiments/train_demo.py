@@ -14,6 +14,7 @@ pre-training does in CLIP). The decoder sees all visual tokens or a random part 
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,6 +41,7 @@ from experiments.demo.scenes import COLORS, FULL_CANVAS, NOUNS
 from experiments.demo.warm_start import warm_start
 from mipruner.decoding import Decoding
 from mipruner.models import Prompt, load
+from mipruner.models.weights import load_weights
 from mipruner.pipeline import Pipeline
 from mipruner.pruners import NoPruner
 
@@ -75,7 +77,7 @@ class Learner(nn.Module):
         for name in ("image_mean", "image_std"):
             self.register_buffer(name, torch.tensor(statistics[name])[:, None, None], persistent=False)
         if recipe["init"]:
-            teacher = AutoModelForImageTextToText.from_pretrained(ROOT / recipe["init"], dtype=torch.float32)
+            teacher = load_weights(AutoModelForImageTextToText, ROOT / recipe["init"], dtype=torch.float32)
             examples = Examples(self.tokenizer, recipe["seed"], Llava.cell, [FULL_CANVAS], 4, 0.5, recipe["questions"])
             batch = examples.collate([examples[index] for index in range(4)])
             warm_start(self.model, teacher, self.normalised(batch["pixels"]), batch["ids"])
@@ -294,9 +296,17 @@ class Checkpoint:
 
 
 def export(learner: Learner, recipe: dict[str, Any], output: Path) -> Path:
-    """The model as a folder that `from_pretrained` reads: bf16 safetensors, tokenizer and processor."""
+    """The model as a folder that `from_pretrained` reads: bf16 safetensors, tokenizer and processor.
+
+    The names of the weights are those of published LLaVA-1.5 checkpoints, which every version and vLLM read;
+    transformers from 5.17 on saves the vision tower under names of its own.
+    """
     folder = output / "model"
     learner.model.to(torch.bfloat16).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tower = re.compile(r"^vision_tower\.(?!vision_model\.)")
+    weights = {tower.sub("vision_tower.vision_model.", name): weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
     shape = ROOT / recipe["shape"]
     for file in shape.iterdir():
         if file.name != "README.md" and not (folder / file.name).exists():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -784,6 +785,14 @@ def test_load_from_a_folder(family, tmp_path):
         load(tmp_path, no_such_option=1)
     with pytest.raises(InputError, match="int3"):
         load(tmp_path, dtype="int3")
+    weights = load_file(tmp_path / "model.safetensors")
+    (gone, row), *rest = weights.items()
+    save_file(dict(rest), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"missing .*{re.escape(gone.split('.')[-2])}"):
+        load(tmp_path)
+    save_file(weights | {"model.nowhere.weight": row.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"unexpected .*nowhere\.weight"):
+        load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="cannot load"):
         load(tmp_path)

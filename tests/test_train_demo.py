@@ -306,6 +306,8 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
     resumed = train(recipe("smoke", output=str(tmp_path / "cut"), device="cpu"))
     expected, found = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    shipped_names = load_file(LLAVA / "model.safetensors").keys()
+    assert {n for n in found if ".layers." not in n} == {n for n in shipped_names if ".layers." not in n}
     shipped = {path.name for path in LLAVA.iterdir()} - {"README.md"}
     assert {path.name for path in resumed.iterdir()} == shipped
     assert load(resumed).model.dtype == torch.bfloat16

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.benchmarks.demo import Demo
@@ -35,6 +36,15 @@ def test_the_demo_llava_answers_as_its_own_processor_and_generate():
     prompts = [Prompt(s.text, [image]) for s, image in zip(samples, images, strict=True)]
     assert [answer.text for answer in pipeline(prompts)] == expected
     assert len(set(expected)) > 3
+
+
+def test_the_demo_llava_has_the_names_of_published_checkpoints():
+    """Names that only new transformers read gave older ones a random vision tower, and vLLM none."""
+    with safe_open(DEMO / "llava/model.safetensors", "pt") as file:
+        names = set(file.keys())
+    tower = {name for name in names if name.startswith("vision_tower.")}
+    assert tower and all(name.startswith("vision_tower.vision_model.") for name in tower)
+    assert {"language_model.model.embed_tokens.weight", "multi_modal_projector.linear_1.weight"} <= names
 
 
 def test_the_demo_qwen3vl_answers_and_needs_each_deepstack_row_at_its_token(monkeypatch):

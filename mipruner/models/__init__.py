@@ -15,6 +15,7 @@ from mipruner.models.llava import VICUNA_V1, LlavaAdapter
 from mipruner.models.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from mipruner.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from mipruner.models.video_llava import LLAVA_V1, VideoLlavaAdapter
+from mipruner.models.weights import load_weights
 from mipruner.prompt import Prompt, Video
 
 FAMILIES: dict[str, type[Adapter]] = {
@@ -71,7 +72,7 @@ def load(
     Raises
     ------
     ModelError
-        If the folder or the hub has no such model, it does not fit together, or its family has no adapter.
+        If the folder or the hub has no such model, its weights do not fit it, or its family has no adapter.
     InputError
         If an option is not one.
     """
@@ -83,7 +84,6 @@ def load(
     weights = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": attn_implementation,
-        "use_safetensors": True,
     }
     if quantization == "4bit":
         compute = torch.bfloat16 if dtype == "auto" else weights["dtype"]
@@ -102,7 +102,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = chat_template(folder) or tokenizer.chat_template
         image_processor = family.image_processor_class.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_pretrained(folder, **weights).eval()
+        model = load_weights(AutoModelForImageTextToText, folder, **weights).eval()
         if "device_map" not in weights:
             model = model.to(device)
     except (OSError, ImportError, RuntimeError, ValueError, AssertionError, SafetensorError) as error:

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from mipruner.errors import ModelError
 from mipruner.models.hub import locate
+from mipruner.models.weights import load_weights
 
 
 class ClipSpace:
@@ -28,12 +29,12 @@ class ClipSpace:
         Raises
         ------
         ModelError
-            If it is not there, or there only as a pickle.
+            If it is not there, there only as a pickle, or with weights that are not those of a CLIP.
         """
         name, _, revision = path.partition("@")
         folder = locate(name, revision or None)
         try:
-            clip = CLIPModel.from_pretrained(folder, dtype=like.dtype, use_safetensors=True)
+            clip = load_weights(CLIPModel, folder, dtype=like.dtype)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,33 @@
+"""Weights from a folder, all of them: a checkpoint that does not fill the model is refused."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mipruner.errors import ModelError
+
+
+def load_weights(model_class: type, folder: str | Path, **options: Any) -> PreTrainedModel:
+    """``model_class.from_pretrained`` from safetensors, which by itself fills what is missing with random numbers.
+
+    Raises
+    ------
+    ModelError
+        If the checkpoint has no weight for a parameter of the model, or has a weight for none.
+    """
+    model, report = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    wrong = [f"{kind} {_few(report[f'{kind}_keys'])}" for kind in ("missing", "unexpected") if report[f"{kind}_keys"]]
+    if wrong:
+        raise ModelError(
+            f"the weights in {folder} are not those of a {type(model).__name__}: {'; '.join(wrong)}. They were saved "
+            "for another class, or by a version of transformers with other names: save or download them again"
+        )
+    return model
+
+
+def _few(names: Collection[str]) -> str:
+    """The first names, and how many there are."""
+    first = ", ".join(sorted(names)[:3])
+    return first if len(names) <= 3 else f"{first}, ... ({len(names)} in all)"
