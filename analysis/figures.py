@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import load, tables
+from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = [
     "#000000",
@@ -35,25 +36,33 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = [
     "#cc79a7",
 ]
 GREY = "#8c8c8c"
-STYLES = {
-    "mi": (RED, "o", "-"),
-    "mi_attention": (ORANGE, "s", "-"),
-    "similarity": (BLUE, "^", "-"),
-    "attention": (SKY, "v", "-"),
-    "random": (GREY, "x", ":"),
-    "fastv": (PINK, "D", "--"),
-    "sparsevlm": (PINK, "P", "--"),
-    "dart": (PINK, "X", "--"),
-    "autoprune": (PINK, "<", "--"),
-    "visionzip": (SKY, "d", "--"),
-    "vispruner": (SKY, "p", "--"),
-    "cdpruner": (GREEN, "h", "-."),
-    "divprune": (GREEN, "*", "-."),
-    "mmtok": (GREEN, ">", "-."),
-    "trimtokenator": (YELLOW, "H", "-."),
-}
-"""Colour, marker and line. Families share a colour: pink acts inside the language model, sky blue reads the encoder's
-attention, green and yellow spread over the picture; the paper's own methods are drawn solid."""
+OWN = {"mi": RED, "mi_attention": ORANGE, "similarity": BLUE, "attention": SKY, "random": GREY}
+MARKERS = "os^vxDPX<dph*>H"
+
+
+def kin(cls: type[Pruner | DecoderPruner]) -> tuple[str, str]:
+    """Colour and line of a published method, by what it does."""
+    if issubclass(cls, DecoderPruner):
+        return PINK, "--"
+    return (SKY, "--") if "attention" in cls().needs else (GREEN, "-.")
+
+
+def styles() -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line by method; no two share both colour and marker.
+
+    The paper's own methods are solid. Of the others, pink ones prune inside the language model, sky blue ones read the
+    encoder's attention, and green ones spread over the image.
+    """
+    found, taken = {}, set()
+    for place, name in enumerate([*OWN, *(name for name in PRUNERS if name not in (*OWN, "none"))]):
+        colour, line = (OWN[name], "-") if name in OWN else kin(PRUNERS[name])
+        marker = next(m for m in MARKERS[place % 15 :] + MARKERS if (colour, m) not in taken)
+        taken.add((colour, marker))
+        found[name] = (colour, marker, line)
+    return found
+
+
+STYLES = styles()
 
 PAPER = ", paper"
 COLUMN, PAGE = 3.4, 7.0

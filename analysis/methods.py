@@ -3,9 +3,6 @@
 N visual tokens, T kept, d wide, m words, L decoder layers. `python -m analysis.readme` writes it from stored records.
 """
 
-import re
-from dataclasses import dataclass
-
 import pandas as pd
 
 from analysis.tables import METHODS
@@ -14,39 +11,10 @@ from mipruner.pruners import PRUNERS, DecoderPruner
 BUDGETS = ("64", "32", "16", "8")
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What cannot be read off a class: what a method reads, and what choosing costs beside the model itself."""
-
-    needs: str
-    cost: str
-
-
-FACTS = {
-    "random": Facts("nothing", "none"),
-    "similarity": Facts("question", "N m d"),
-    "attention": Facts("encoder attention", "one row of encoder attention"),
-    "mi": Facts("question", "N² d + T N"),
-    "mi_attention": Facts("question, encoder attention", "N² d + T N, one row of encoder attention"),
-    "visionzip": Facts("encoder attention, keys, features before the projector", "one row of encoder attention, N T d"),
-    "vispruner": Facts("encoder attention, features before the projector", "one row of encoder attention, N³ d / 96"),
-    "divprune": Facts("nothing", "N² d + T N"),
-    "cdpruner": Facts("question, CLIP's text tower (else the projection space)", "a text tower, N² d + T² N"),
-    "mmtok": Facts("question without stop words, features before the projector", "N² d + T N²"),
-    "trimtokenator": Facts("question", "N m d + T² d"),
-    "fastv": Facts("decoder attention (implicitly the question)", "2 of L layers at full length, one row of attention"),
-    "sparsevlm": Facts("decoder attention, question", "L / 11 layers at full length, attention of its words thrice"),
-    "dart": Facts("decoder keys (partly the question)", "2 of L layers at full length, 8 N d"),
-    "autoprune": Facts(
-        "decoder and encoder attention, question", "a layer at full length, attention of all text in each"
-    ),
-}
-
-
 def link(method: str) -> str:
     """The method's name, linked to the paper that its class names."""
-    found = re.search(r"https://arxiv\.org/\S+?(?=[\s)]|$)", PRUNERS[method].__doc__ or "")
-    return f"[{METHODS[method]}]({found[0].rstrip('.')})" if found else METHODS[method]
+    cls = PRUNERS[method]
+    return f"[{cls.title}]({cls.paper})" if cls.paper else cls.title
 
 
 def acts(method: str) -> str:
@@ -70,11 +38,11 @@ def table(cells: pd.DataFrame) -> str:
         ["method", "acts", "needs", "cost", *BUDGETS, "tokens a layer at 64, 8"],
         [":---", ":---", ":---", ":---", *["---:"] * len(BUDGETS), "---:"],
     ]
-    for method in (name for name in METHODS if name in FACTS):
-        facts = FACTS[method]
+    for method in (name for name in METHODS if name != "none"):
+        facts = PRUNERS[method]
         carried = ", ".join(f"{means[method, keep]:.0f}" for keep in ("64", "8") if (method, keep) in means)
         lines.append(
-            [link(method), acts(method), facts.needs, facts.cost, *(score(method, k) for k in BUDGETS), carried]
+            [link(method), acts(method), facts.reads, facts.cost, *(score(method, k) for k in BUDGETS), carried]
         )
     errors = [error["accuracy"] for error in found.standard_errors]
     source = (

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import load
+from mipruner.pruners import PRUNERS
 
 EXPERIMENTS = load.CONF / "experiment"
 
@@ -51,24 +52,7 @@ TITLES = {
     "demo_fig6a": "Demo: maximal or global aggregation",
     "demo_fig6b": "Demo: the balance lam of relevance and redundancy",
 }
-METHODS = {
-    "none": "All tokens",
-    "fastv": "FastV",
-    "sparsevlm": "SparseVLM",
-    "visionzip": "VisionZip",
-    "vispruner": "VisPruner",
-    "dart": "DART",
-    "cdpruner": "CDPruner",
-    "divprune": "DivPrune",
-    "mmtok": "MMTok",
-    "trimtokenator": "TrimTokenator",
-    "autoprune": "AutoPrune",
-    "random": "Random",
-    "similarity": "Similarity",
-    "attention": "Attention",
-    "mi_attention": "MI-Attention",
-    "mi": "MI-Pruner",
-}
+METHODS = {name: cls.title for name, cls in PRUNERS.items()}
 DATASETS = {
     "gqa": "GQA",
     "scienceqa": "SQA",

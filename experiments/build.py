@@ -15,7 +15,7 @@ from experiments.results import ROOT
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import Adapter, load
-from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pruners import DecoderPruner, Pruner, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
 
@@ -23,7 +23,7 @@ LEAST = {"batch_size": 1, "limit": 1, "n_masks": 0, "seed": 0}
 """Keys that are whole numbers, and the smallest that each can be."""
 
 
-def resolve(cfg: DictConfig) -> dict[str, Any]:
+def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
 
     These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
@@ -34,7 +34,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     InputError
         If a number is none or too small, or there is no such ``text_scope``.
     """
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
     for key, least in LEAST.items():
         value = config[key]
         is_open = key == "limit" and value is None
@@ -96,7 +96,7 @@ def _benchmark(options: str) -> Benchmark:
 
 
 def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
-    return _instantiate({key: value for key, value in config["pruner"].items() if key != "name"}, InputError)
+    return make(**config["pruner"])
 
 
 def decoding(config: dict[str, Any]) -> Decoding:

@@ -59,6 +59,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 NOT_IDENTITY = (
+    "task",
     "batch_size",
     "device",
     "n_masks",

@@ -21,9 +21,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-import run
 from experiments import build, results
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
+from experiments.cell import run_cell
 from experiments.efficiency import command, generate_engine, machine
 from experiments.evaluate import subset
 from experiments.results import ROOT, Cell
@@ -59,7 +59,7 @@ def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, dict[str
     with tempfile.TemporaryDirectory() as folder:
         config = config | {"results": folder, "batch_size": batch_size, "n_masks": 0}
         start = time.perf_counter()
-        record = run.run_cell(config)
+        record = run_cell(config)
         seconds = time.perf_counter() - start
         return seconds / record["n_samples"], {row["id"]: row["prediction"] for row in Cell(config).rows()}
 

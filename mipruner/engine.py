@@ -25,23 +25,12 @@ from mipruner.features import Features
 from mipruner.models.base import Adapter
 from mipruner.pipeline import Answer
 from mipruner.prompt import Prompt, Tokens, Visual
-from mipruner.pruners import (
-    AttentionPruner,
-    DecoderPruner,
-    MIAttentionPruner,
-    MIPruner,
-    NoPruner,
-    Pruner,
-    SimilarityPruner,
-)
+from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pruners.none import NoPruner
 from mipruner.selection import Auto, Selection, budget
 
 LOOK = 16
 """Tokens between two looks at whether the answer has ended."""
-
-STATIC = (NoPruner, MIPruner, MIAttentionPruner, SimilarityPruner, AttentionPruner)
-"""Pruners that a graph can hold: no shape depends on a value, nothing waits for the device. Others, and those that
-read more than the vision encoder's signals, run unrecorded."""
 
 
 class Graph:
@@ -272,7 +261,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """Kept visual tokens [n_keep] in their order, and [1] whether all features are finite."""
         signals = dict(visual.signals)
-        if isinstance(self.pruner, STATIC) and self.pruner.signals <= signals.keys():
+        if self.pruner.static and self.pruner.signals <= signals.keys():
             return self.run(self.score, text_ids, visual.rows, *(signals[name] for name in sorted(signals)))
         if "valid" in pixels and "valid" in self.pruner.signals:
             signals["valid"] = pixels["valid"].flatten().to(self.adapter.device)

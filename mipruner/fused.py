@@ -20,9 +20,6 @@ from mipruner.errors import InputError
 from mipruner.selection import greedy
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-MAX_VISUAL = 16384
-"""Visual tokens that one program of the greedy kernel holds in its registers."""
-
 PANEL = 96
 """Rows a product: small enough to skip nearly half of rho, large enough for full speed."""
 
@@ -39,8 +36,8 @@ def mi_picks(
 ) -> Tensor:
     """The greedy search of eq. 22-24 with max aggregation and softmax.
 
-    On a GPU the Triton kernels run, on a CPU the code below; elsewhere, beyond `MAX_VISUAL` tokens, and on a CPU with
-    ``lam`` 1, where there is no redundancy to save, the plain path.
+    On a GPU the Triton kernels run, on a CPU the code below; elsewhere, beyond `kernels.MAX_VISUAL` tokens, and on a
+    CPU with ``lam`` 1, where there is no redundancy to save, the plain path.
 
     Parameters
     ----------
@@ -61,15 +58,16 @@ def mi_picks(
     n_given = 0 if given is None else given.shape[-1]
     if not 0 <= n_keep <= visual.shape[-2] - n_given:
         raise InputError(f"cannot pick {n_keep} of {visual.shape[-2] - n_given} visual tokens")
-    if visual.is_cuda and HAS_TRITON and visual.shape[-2] <= MAX_VISUAL:
+    if visual.is_cuda and HAS_TRITON:
         from mipruner import kernels
 
-        flat = [visual.flatten(0, -3), text.flatten(0, -3)] if visual.dim() > 2 else [visual[None], text[None]]
-        given = None if given is None else given.reshape(-1, n_given)
-        relevance = None if relevance is None else relevance.reshape(-1, visual.shape[-2])
-        with torch.cuda.device_of(visual):  # Triton launches on the current device
-            picks = kernels.mi_picks(*flat, n_keep, lam, tau, given=given, relevance=relevance)
-        return picks.view(*visual.shape[:-2], n_keep)
+        if visual.shape[-2] <= kernels.MAX_VISUAL:
+            flat = [visual.flatten(0, -3), text.flatten(0, -3)] if visual.dim() > 2 else [visual[None], text[None]]
+            given = None if given is None else given.reshape(-1, n_given)
+            relevance = None if relevance is None else relevance.reshape(-1, visual.shape[-2])
+            with torch.cuda.device_of(visual):  # Triton launches on the current device
+                picks = kernels.mi_picks(*flat, n_keep, lam, tau, given=given, relevance=relevance)
+            return picks.view(*visual.shape[:-2], n_keep)
     if lam == 1 or visual.device.type != "cpu":
         redundancy = None if lam == 1 else pmi.redundancy(visual, tau)
         relevance = pmi.relevance(visual, text, tau) if relevance is None else relevance

@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mipruner.errors import InputError
-from mipruner.fused import MAX_VISUAL
 from mipruner.selection import greedy
+
+MAX_VISUAL = 16384
+"""Visual tokens that one program of the greedy kernel holds in its registers."""
 
 PROGRAMS = 1024
 """About so many share the work of `log_partition`."""

@@ -511,11 +511,9 @@ def test_figures_are_written_where_something_was_measured(results, tmp_path):
 def test_every_method_has_a_name_and_a_style():
     from mipruner import PRUNERS
 
-    assert set(PRUNERS) <= set(tables.METHODS)
-    assert set(PRUNERS) - {"none"} <= set(figures.STYLES)
-    assert (
-        len(set(figures.STYLES.values())) == len({style[1] for style in figures.STYLES.values()}) == len(figures.STYLES)
-    )
+    assert set(PRUNERS) == set(tables.METHODS) == {"none", *figures.STYLES}
+    pairs = {(colour, marker) for colour, marker, _ in figures.STYLES.values()}
+    assert len(pairs) == len(figures.STYLES), "two methods look the same"
 
 
 # --------------------------------------------------------------------------------------------------- report and gallery
@@ -634,7 +632,7 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
 def demo(tmp_path_factory):
     """Cells that run.py really ran, on the three scenes of about twelve questions."""
     from experiments.build import resolve
-    from run import run_cell
+    from experiments.cell import run_cell
 
     root = tmp_path_factory.mktemp("demo")
     for words in (["pruner=none"], ["pruner=mi", "keep=8"], ["pruner=random", "keep=8"], ["keep=8", "pruner.tau=0.5"]):

@@ -8,9 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from analysis.masks import draw_answer
 from experiments import build
-from experiments.answer import answer, open_picture
 from experiments.results import ROOT
+from experiments.tasks.answer import answer, open_picture
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
@@ -37,7 +38,7 @@ def config(tmp_path, *overrides):
 def test_the_answer_is_the_pipelines_and_the_picture_shows_what_was_kept(tmp_path, photo):
     settings = config(tmp_path, "keep=30")
     question = "What color is the sun ?"
-    text = answer(settings, str(photo), question)
+    text = answer(settings, str(photo), question, draw_answer)
     (told,) = Pipeline(build.model(settings), build.pruner(settings), 30)([Prompt(question, [open_picture(photo)])])
     assert text.splitlines()[0] == told.text
     assert "demo_llava  mi  tokens kept 30 of 576" in text and "ms, once warm: vision" in text

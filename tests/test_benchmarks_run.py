@@ -18,13 +18,14 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 
-import run
 from clips import write_set, write_video
 from experiments import build
 from experiments.benchmarks.base import BenchmarkError
+from experiments.cell import run_cell
 from experiments.results import ROOT, Cell, cell_id
 from loopback import content, server
 from mipruner.errors import InputError
+from mipruner.pipeline import Pipeline
 
 SCHEMAS = ROOT / "tests/data/schemas"
 CASES = {
@@ -53,7 +54,7 @@ def config(tmp_path: Path, dataset: str, path: Path, *overrides: str) -> dict:
 def test_a_benchmark_runs(dataset, tmp_path):
     path, n_samples, headline = CASES[dataset]
     settings = config(tmp_path, dataset, path)
-    record = run.run_cell(settings)
+    record = run_cell(settings)
     assert (record["n_samples"], record["failed"]) == (n_samples, [])
     assert next(iter(record["metrics"])) == headline
     assert 0 <= record["metrics"][headline] <= 100
@@ -69,7 +70,7 @@ def test_shards_cut_the_work_and_not_a_picture(tmp_path):
     ids = []
     for shard in ("0/2", "1/2"):
         settings = config(tmp_path, "pope", path, f"shard={shard}")
-        run.run_cell(settings)
+        run_cell(settings)
         ids.append([(row["id"], row["image_id"]) for row in Cell(settings).rows()])
     assert len(ids[0]) + len(ids[1]) == n_samples
     assert not {image for _, image in ids[0]} & {image for _, image in ids[1]}
@@ -80,7 +81,7 @@ def test_a_broken_picture_is_listed_and_stays_in_the_denominator(tmp_path):
     rows = source.to_pylist()
     rows[0]["image"] = {"bytes": b"not a picture", "path": None}
     pq.write_table(pa.Table.from_pylist(rows, schema=source.schema), tmp_path / "pope.parquet")
-    record = run.run_cell(config(tmp_path, "pope", tmp_path / "pope.parquet"))
+    record = run_cell(config(tmp_path, "pope", tmp_path / "pope.parquet"))
     assert [failure["id"] for failure in record["failed"]] == ["adversarial/1", "adversarial/2"]
     assert "COCO_val2014_000000009000 cannot be decoded" in record["failed"][0]["error"]
     assert record["n_samples"] == 5
@@ -96,12 +97,12 @@ def test_mmvet_through_a_judge_that_is_down_at_first(tmp_path, monkeypatch):
         options = [f"judge.base_url={url}", "judge.max_retries=0", "judge.concurrency=1"]
         settings = config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", *options)
         with pytest.raises(BenchmarkError, match=r"the judge gpt-4.1 at .* run the same command again"):
-            run.run_cell(settings)
+            run_cell(settings)
         assert len(Cell(settings).rows()) == 5 and not Cell(settings).is_done
         answered = [row["prediction"] for row in Cell(settings).rows()]
         up, before = True, len(asked)
-        monkeypatch.setattr(run.Pipeline, "__call__", lambda *_: pytest.fail("the model is asked again"))
-        record = run.run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", *options[:2]))
+        monkeypatch.setattr(Pipeline, "__call__", lambda *_: pytest.fail("the model is asked again"))
+        record = run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", *options[:2]))
         assert len(asked) - before <= 3 and len({content(request) for request in asked}) == 5
     assert record["metrics"]["score"] == 50
     assert record["provenance"]["judge"] == "gpt-4.1"
@@ -121,7 +122,7 @@ def test_how_the_judge_is_asked_is_not_part_of_a_cells_identity(tmp_path):
 
 
 def test_offline_mmvet_needs_no_key(tmp_path):
-    record = run.run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", "judge=offline"))
+    record = run_cell(config(tmp_path, "mmvet", SCHEMAS / "mmvet_test.parquet", "judge=offline"))
     assert next(iter(record["metrics"])) == "offline_score"
     assert "not comparable" in record["provenance"]["judge"]
 
@@ -157,7 +158,7 @@ def test_a_video_set_runs_with_a_missing_and_a_broken_video(tmp_path, video_llav
     reply = "{'pred': 'yes', 'score': 4}"
     with server(lambda request, number: (200, reply)) as (url, asked):
         settings = config(tmp_path, "msvd", tmp_path, *options, f"judge.base_url={url}")
-        record = run.run_cell(settings)
+        record = run_cell(settings)
         assert 1 <= len(asked) <= 4
     assert record["n_samples"] == 8
     assert record["metrics"] == {"accuracy": 50, "score": 2}
@@ -181,7 +182,7 @@ def test_a_video_set_needs_a_model_that_takes_videos(tmp_path):
     write_set(tmp_path)
     write_video(tmp_path / "videos/v0.mp4", 20)
     with pytest.raises(InputError, match="a llava model takes no video"):
-        run.run_cell(config(tmp_path, "msvd", tmp_path, "judge=offline"))
+        run_cell(config(tmp_path, "msvd", tmp_path, "judge=offline"))
 
 
 @pytest.mark.parametrize(
@@ -196,4 +197,4 @@ def test_a_video_set_needs_a_model_that_takes_videos(tmp_path):
 def test_options_that_do_not_fit_end_before_the_model_is_loaded(tmp_path, monkeypatch, dataset, overrides, message):
     monkeypatch.setattr(build, "model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(BenchmarkError, match=message):
-        run.run_cell(config(tmp_path, dataset, SCHEMAS / f"{dataset}_test.parquet", *overrides))
+        run_cell(config(tmp_path, dataset, SCHEMAS / f"{dataset}_test.parquet", *overrides))

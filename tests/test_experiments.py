@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from analysis import figures, load, tables
@@ -54,7 +53,7 @@ def test_dry_run_of_a_sweep(path):
             composed = compose("config", [f"experiment={path.stem}", *words], return_hydra_config=True)
             assert composed.hydra.mode is None, "started by -m, not by the file"
             config = build.resolve(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
-            instantiate({key: value for key, value in config["pruner"].items() if key != "name"})
+            build.pruner(config)
             assert 1 <= budget(build.budget(config), 2048) <= 2048
             assert config["dataset"]["lam"] == (0.5 if config["dataset"]["name"] in OPEN_ENDED else 1)
 
@@ -69,7 +68,7 @@ def test_dry_run_of_an_efficiency_table(path):
     for method in config["methods"]:
         name, *options = method.split()
         words = [f"experiment={path.stem}", f"pruner={name}", *(f"pruner.{option}" for option in options)]
-        instantiate({key: value for key, value in read_config(words)["pruner"].items() if key != "name"})
+        build.pruner(read_config(words))
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("table")])

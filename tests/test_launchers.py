@@ -7,8 +7,8 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
-import run
 from experiments import build
+from experiments.cell import run_cell
 from experiments.results import ROOT
 
 SWEEP = ("-m", "dataset=demo_pope", "limit=6", "n_masks=0", "device=cpu", "pruner=mi,random")
@@ -28,7 +28,7 @@ def test_jobs_of_submitit_leave_the_records_of_a_plain_run(tmp_path):
         overrides = [f"pruner={pruner}", *(word for word in SWEEP[1:] if "pruner" not in word)]
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             config = build.resolve(compose("config", [*overrides, f"results={tmp_path / 'plain'}"]))
-        plain = run.run_cell(config, overrides)
+        plain = run_cell(config, overrides)
         assert all(record[key] == plain[key] for key in ("id", "cell", "metrics", "tokens", "n_samples"))
         assert record["command"].split()[:2] == ["python", "run.py"] and set(overrides) < set(record["command"].split())
 

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 
-import run
 from experiments import build
+from experiments.cell import run_cell
 from experiments.ranks import ALONE, Ranks
 from experiments.results import ROOT, Cell
 
@@ -65,7 +65,7 @@ def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path, r
 
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         config = build.resolve(compose("config", [f"results={tmp_path / 'one'}", *OVERRIDES]))
-    alone = run.run_cell(config)
+    alone = run_cell(config)
     cells = [Cell(config | {"results": str(tmp_path / name)}) for name in ("one", "two")]
     records = [cell.record() for cell in cells]
     assert records[0] == alone and records[1]["device"].startswith("2 x CPU")

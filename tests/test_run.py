@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 import run
 from experiments import build
+from experiments.cell import differs, run_cell, show
 from experiments.evaluate import by_length, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
 from mipruner.errors import InputError, ModelError
@@ -83,7 +84,7 @@ def rows_untimed(cell):
 
 def test_a_record_says_everything_and_a_finished_cell_is_skipped(tmp_path, capsys):
     settings = config(tmp_path)
-    record = run.run_cell(settings)
+    record = run_cell(settings)
     assert record == json.loads((Cell(settings).path / "record.json").read_text())
     assert record["n_samples"] == 12 and record["failed"] == []
     assert record["tokens"] == {"visual": N_VISUAL, "kept": 4, "per_layer": [4] * N_LAYERS, "layer_mean": 4}
@@ -94,9 +95,9 @@ def test_a_record_says_everything_and_a_finished_cell_is_skipped(tmp_path, capsy
     assert [len(row["kept"][0]) for row in rows] == [4] * 12
     assert "finished before" not in capsys.readouterr().out
 
-    assert run.run_cell(settings) == record
+    assert run_cell(settings) == record
     assert "finished before" in capsys.readouterr().out
-    again = run.run_cell(settings | {"overwrite": True})
+    again = run_cell(settings | {"overwrite": True})
     assert again["finished"] >= record["finished"] and untimed(again)["metrics"] == record["metrics"]
 
 
@@ -196,13 +197,13 @@ def test_a_seed_makes_a_cell_only_where_something_is_drawn(tmp_path):
 
 def test_auto_is_recorded_as_its_mean_and_its_options_make_no_other_cell(tmp_path):
     auto = ["keep=auto", "quality=0.3", "keep_max=0.5"]
-    record = run.run_cell(config(tmp_path, *auto))
+    record = run_cell(config(tmp_path, *auto))
     rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
     counts = [len(row["kept"][0]) for row in rows]
     assert max(counts) <= N_VISUAL // 2
     assert record["cell"]["keep"] == "auto"
     assert record["tokens"]["kept"] == record["tokens"]["layer_mean"] == pytest.approx(sum(counts) / len(counts))
-    assert "kept" in run.show(record, "here")
+    assert "kept" in show(record, "here")
     assert cell_id(config(tmp_path, "keep=auto", "quality=0.4")) != cell_id(config(tmp_path, *auto))
     assert cell_id(config(tmp_path, "keep=4", "quality=0.4")) == cell_id(config(tmp_path, "keep=4"))
 
@@ -216,9 +217,9 @@ def test_folder_names_show_what_differs():
         "dataset.benchmark.seed=3",
         "logger.mode=offline",
     ]
-    assert run.differs(overrides) == "lam=0.8,seed=3"
-    assert run.differs(["keep=16", "seed=2"], seed=2) == "seed=2"
-    assert run.differs(["keep=16", "seed=2"], seed=0) == ""
+    assert differs(overrides) == "lam=0.8,seed=3"
+    assert differs(["keep=16", "seed=2"], seed=2) == "seed=2"
+    assert differs(["keep=16", "seed=2"], seed=0) == ""
 
 
 def test_limit_keeps_pictures_whole_and_shards_share_nothing():
@@ -237,13 +238,13 @@ def test_limit_keeps_pictures_whole_and_shards_share_nothing():
 
 def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path, record_property):
     settings = config(tmp_path, corrupt=[2])
-    record = run.run_cell(settings)
+    record = run_cell(settings)
     errors = {failed["id"]: failed["error"] for failed in record["failed"]}
     assert errors == dict.fromkeys(("2-0", "2-1"), "picture 2 cannot be decoded")
     assert record["n_samples"] == 12
     rows = {row["id"]: row for row in Cell(settings).rows()}
     assert rows["2-0"]["prediction"] is None and rows["2-0"]["correct"] == 0
-    assert "2 samples failed" in run.show(record, "x")
+    assert "2 samples failed" in show(record, "x")
     outcome = (
         f"the run goes on; its questions count as wrong, and the record lists them: {record['failed'][0]['error']}"
     )
@@ -261,7 +262,7 @@ def test_long_questions_first_and_every_picture_once(tmp_path, monkeypatch):
     settings = config(tmp_path, "batch_size=3", n=5)
     loads, pixels = recorded(monkeypatch, Toy, "images"), recorded(monkeypatch, LlavaAdapter, "pixels")
     looks = recorded(monkeypatch, LlavaAdapter, "look")
-    run.run_cell(settings)
+    run_cell(settings)
     assert [row["id"] for row in Cell(settings).rows()] == [f"{k}-{j}" for j in (1, 0) for k in range(5)]
     assert loads == [("0",), ("1",), ("2",), ("3",), ("4",)]
     assert len(pixels) == sum(len(batch) for batch, _ in looks) == 5
@@ -270,7 +271,7 @@ def test_long_questions_first_and_every_picture_once(tmp_path, monkeypatch):
 def test_pictures_do_not_pile_up(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.evaluate.MAX_PICTURES", 2)
     loads = recorded(monkeypatch, Toy, "images")
-    record = run.run_cell(config(tmp_path, "batch_size=1", n=3))
+    record = run_cell(config(tmp_path, "batch_size=1", n=3))
     assert loads == [("0",), ("1",), ("2",)] * 2 and record["failed"] == []
 
 
@@ -280,21 +281,21 @@ def test_samples_are_sorted_within_a_window_only(monkeypatch):
 
 
 def test_only_corrupt_pictures(tmp_path):
-    record = run.run_cell(config(tmp_path, n=1, corrupt=[0]))
+    record = run_cell(config(tmp_path, n=1, corrupt=[0]))
     assert len(record["failed"]) == 2 and record["tokens"] is None
-    run.show(record, "x")
+    show(record, "x")
 
 
 def test_an_empty_question_stops_with_its_name_and_keeps_the_rest(tmp_path):
     settings = config(tmp_path, empty=[4])
     with pytest.raises(InputError, match="question of sample '4-0' is empty"):
-        run.run_cell(settings)
+        run_cell(settings)
     assert len(Cell(settings).rows()) == 8 and not Cell(settings).is_done
 
 
 def test_more_tokens_than_exist(tmp_path):
     with pytest.raises(InputError, match="keep=37 asks for more tokens than the 36 there are"):
-        run.run_cell(config(tmp_path, "keep=37"))
+        run_cell(config(tmp_path, "keep=37"))
 
 
 def test_nan_features(tmp_path):
@@ -305,7 +306,7 @@ def test_nan_features(tmp_path):
     try:
         bias.data[0] = float("nan")
         with pytest.raises(InputError, match="NaN"):
-            run.run_cell(settings)
+            run_cell(settings)
     finally:
         bias.data.copy_(kept)
 
@@ -323,10 +324,10 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, record_property):
 
     monkeypatch.setattr(Cell, "append", full)
     with pytest.raises(OSError, match="No space left"):
-        run.run_cell(settings)
+        run_cell(settings)
     monkeypatch.undo()
     assert len(Cell(settings).rows()) == 4
-    assert untimed(run.run_cell(settings))["n_samples"] == 12
+    assert untimed(run_cell(settings))["n_samples"] == 12
     record_property("survives", ("a full disk", "nothing is lost; with room again, the same command goes on"))
 
 
@@ -373,7 +374,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_message(monkeypatch, capfd,
 
 def test_no_network_is_one_clear_message(tmp_path):
     with pytest.raises(ModelError, match="nobody/nothing"):
-        run.run_cell(config(tmp_path, "model.path=nobody/nothing"))
+        run_cell(config(tmp_path, "model.path=nobody/nothing"))
 
 
 def test_wandb_offline_is_a_run_of_its_own_and_is_closed(tmp_path):

@@ -1,40 +1,112 @@
-"""One method a file; `PRUNERS` is the list that tests, tables and `mipruner.prune` go by."""
+"""One pruner per file. `PRUNERS` finds every file of this folder and every entry point of the group `mipruner.pruners`.
 
-from mipruner.pruners.attention import AttentionPruner
-from mipruner.pruners.autoprune import AutoPruner
+A class carries all that tests, tables, figures and `mipruner.prune` need to know. The name of a pruner is the name of
+its file, or of its entry point.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import isabstract
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
+
+from mipruner.errors import InputError
 from mipruner.pruners.base import DecoderPruner, Pruner, ScorePruner
-from mipruner.pruners.cdpruner import CDPruner
-from mipruner.pruners.dart import DARTPruner
-from mipruner.pruners.divprune import DivPruner
-from mipruner.pruners.fastv import FastVPruner
-from mipruner.pruners.mi import MIPruner
-from mipruner.pruners.mi_attention import MIAttentionPruner
-from mipruner.pruners.mmtok import MMTokPruner
-from mipruner.pruners.none import NoPruner
-from mipruner.pruners.random import RandomPruner
-from mipruner.pruners.similarity import SimilarityPruner
-from mipruner.pruners.sparsevlm import SparseVLMPruner
-from mipruner.pruners.trimtokenator import TrimTokenatorPruner
-from mipruner.pruners.visionzip import VisionZipPruner
-from mipruner.pruners.vispruner import VisPruner
 
-PRUNERS: dict[str, type[Pruner | DecoderPruner]] = {
-    "none": NoPruner,
-    "random": RandomPruner,
-    "similarity": SimilarityPruner,
-    "attention": AttentionPruner,
-    "mi": MIPruner,
-    "mi_attention": MIAttentionPruner,
-    "visionzip": VisionZipPruner,
-    "vispruner": VisPruner,
-    "divprune": DivPruner,
-    "cdpruner": CDPruner,
-    "mmtok": MMTokPruner,
-    "trimtokenator": TrimTokenatorPruner,
-    "fastv": FastVPruner,
-    "sparsevlm": SparseVLMPruner,
-    "dart": DARTPruner,
-    "autoprune": AutoPruner,
+OWN = ("random", "similarity", "attention", "mi_attention", "mi")
+"""The paper's own pruners and controls, in the order of its tables, after the published ones."""
+
+
+def _only_pruner(module: ModuleType) -> type[Pruner | DecoderPruner]:
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Pruner | DecoderPruner)
+        and value.__module__ == module.__name__
+        and not isabstract(value)
+    )
+    return found
+
+
+def _installed() -> Iterator[tuple[str, type[Pruner | DecoderPruner]]]:
+    """Pruners of other packages. One that cannot be used is left out with a warning, so that the others still work."""
+    for entry in entry_points(group=__name__):
+        try:
+            cls = entry.load()
+            if entry.name in _BUILT_IN:
+                raise ValueError("a pruner of this repository has that name")
+            if not issubclass(cls, Pruner | DecoderPruner) or not hasattr(cls, "title"):
+                raise TypeError(f"{entry.value} is no subclass of Pruner or DecoderPruner with a title")
+            yield entry.name, cls
+        except Exception as error:
+            warnings.warn(f"pruner {entry.name} ({entry.value}) is left out: {error}", stacklevel=2)
+
+
+class Registry(Mapping[str, type[Pruner | DecoderPruner]]):
+    """Pruner classes by name: none, then published ones by arXiv number, those without a paper, and `OWN`.
+
+    Other packages are read on first use, so that they can import this one.
+    """
+
+    @cached_property
+    def _found(self) -> dict[str, type[Pruner | DecoderPruner]]:
+        found = _BUILT_IN | dict(_installed())
+
+        def place(name: str) -> tuple[int, int, str, str]:
+            paper = found[name].paper or ""
+            group = 0 if name == "none" else 3 if name in OWN else 1 if paper else 2
+            return group, OWN.index(name) if name in OWN else 0, paper.rsplit("/")[-1], name
+
+        return {name: found[name] for name in sorted(found, key=place)}
+
+    def __getitem__(self, name: str) -> type[Pruner | DecoderPruner]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+_BUILT_IN = {
+    module.name: _only_pruner(import_module(f"{__name__}.{module.name}"))
+    for module in iter_modules(__path__)
+    if module.name != "base"
 }
+PRUNERS = Registry()
 
-__all__ = ["PRUNERS", "DecoderPruner", "Pruner", "ScorePruner", *(cls.__name__ for cls in PRUNERS.values())]
+
+def make(name: str, **options: Any) -> Pruner | DecoderPruner:
+    """The pruner called ``name``, a key of `PRUNERS`, with its hyperparameters.
+
+    Raises
+    ------
+    InputError
+        If there is no such pruner, or it has no such option or refuses its value.
+    """
+    if name not in PRUNERS:
+        close = get_close_matches(name, PRUNERS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise InputError(f"unknown pruner {name!r}: {hint}choose one of {', '.join(PRUNERS)}")
+    try:
+        return PRUNERS[name](**options)
+    except TypeError as error:
+        raise InputError(f"{name}: {str(error).split('() ')[-1]}") from error
+
+
+def __getattr__(name: str) -> type[Pruner | DecoderPruner]:
+    """The class of a pruner of this folder: `from mipruner.pruners import MIPruner`."""
+    for cls in _BUILT_IN.values():
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["PRUNERS", "DecoderPruner", "Pruner", "ScorePruner", "make"]

@@ -13,6 +13,11 @@ class AttentionPruner(ScorePruner):
     The attention is the CLS row where the encoder has a CLS token, else the sum that other patches pay to each patch.
     """
 
+    title = "Attention"
+    reads = "encoder attention"
+    cost = "one row of encoder attention"
+    static = True
+
     needs = frozenset({"attention"})
 
     def score(self, features: Features) -> Tensor:

@@ -16,7 +16,7 @@ class AutoPruner(DecoderPruner):
     The first layer's output keeps 2.5 T tokens by encoder attention plus a weighted attention from the text. The mutual
     information between text rows and visual columns of the second layer's attention sets the slope of a logistic curve;
     it is scaled so that T tokens leave a layer on average. Every later layer keeps its share by attention from the
-    text, and recycles as SparseVLM does. https://arxiv.org/abs/2509.23931
+    text, and recycles as SparseVLM does.
 
     Differs from the public code in decoders of another depth than 32, where the curve is stretched, in encoders without
     CLS, where the attention received from all patches stands for the CLS row, and with M-RoPE, where positions are
@@ -29,6 +29,11 @@ class AutoPruner(DecoderPruner):
     text_weight : float
         Weight of the text's attention in the first layer.
     """
+
+    title = "AutoPrune"
+    paper = "https://arxiv.org/abs/2509.23931"
+    reads = "decoder and encoder attention, question"
+    cost = "a layer at full length, attention of all text in each"
 
     centre: float = 14.9
     slope: float = 0.4

@@ -21,6 +21,21 @@ def _all_finite(x: Tensor) -> bool:
 class Method:
     """What pruners before and inside the language model share: a dataclass whose fields are its hyperparameters."""
 
+    title: ClassVar[str]
+    """Name in tables and figures."""
+
+    paper: ClassVar[str | None] = None
+    """Link to the paper that proposed the method; None for MI-Pruner and its controls."""
+
+    reads: ClassVar[str] = "nothing"
+    """Inputs that the choice depends on, in words."""
+
+    cost: ClassVar[str] = "none"
+    """Cost of choosing, without the model itself: N visual tokens, T kept, d wide, m words, L decoder layers."""
+
+    static: ClassVar[bool] = False
+    """Whether a CUDA graph can hold it: no shape depends on a value, and nothing waits for the device."""
+
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Features` that must be there; adapters compute them only on demand."""
 

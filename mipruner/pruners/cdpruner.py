@@ -18,7 +18,7 @@ class CDPruner(Pruner):
     """CDPruner: the most probable subset of a determinantal point process, diversity conditioned on the question.
 
     Greedy search for the largest determinant of diag(q) S diag(q), with S the cosine of the visual tokens and q their
-    relevance to the question scaled to (0, 1]. https://arxiv.org/abs/2506.10967
+    relevance to the question scaled to (0, 1].
 
     Differs from the public code where the kernel's rank is exhausted (there NaN): the rest of the budget goes to the
     most relevant tokens. Where all tokens are equally relevant (there a division by zero) q is 1. Differs also in
@@ -33,6 +33,11 @@ class CDPruner(Pruner):
         cosine of visual tokens and question tokens, mean over the question. ``auto`` is ``clip`` where the model
         names its CLIP.
     """
+
+    title = "CDPruner"
+    paper = "https://arxiv.org/abs/2506.10967"
+    reads = "question, CLIP's text tower (else the projection space)"
+    cost = "a text tower, N² d + T² N"
 
     relevance: str = "auto"
     wants: ClassVar[frozenset[str]] = frozenset({"clip_visual", "clip_text", "question"})

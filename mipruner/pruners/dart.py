@@ -18,7 +18,7 @@ class DARTPruner(DecoderPruner):
 
     Pivots are the four visual tokens and the four later text tokens with the largest L1 norm of their keys. Each in
     turn takes ``T // 8`` of the visual tokens that are left, those of smallest cosine to it, so that ``8 (T // 8) + 4``
-    stay. https://arxiv.org/abs/2502.11494
+    stay.
 
     Differs from the public code, which is read through a fork, where fewer than four text tokens follow the picture:
     the pivots there are then share the budget. As in that code the pivots take turns in the order of a Python set of
@@ -32,6 +32,11 @@ class DARTPruner(DecoderPruner):
         Keep T tokens, not ``8 (T // 8) + 4``: at most T pivots, and the first to pick take one more where T leaves a
         remainder.
     """
+
+    title = "DART"
+    paper = "https://arxiv.org/abs/2502.11494"
+    reads = "decoder keys (partly the question)"
+    cost = "2 of L layers at full length, 8 N d"
 
     layer: int = 2
     exact: bool = False

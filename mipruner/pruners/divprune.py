@@ -14,10 +14,14 @@ class DivPruner(Pruner):
     """DivPrune: the subset of visual tokens whose smallest pairwise cosine distance is large (max-min diversity).
 
     Starts from the token whose nearest neighbour is farthest, then always adds the token farthest from what is kept.
-    https://arxiv.org/abs/2503.02175
 
     Differs from the public code in never picking a token twice (there, duplicate features enter the sequence twice).
     """
+
+    title = "DivPrune"
+    paper = "https://arxiv.org/abs/2503.02175"
+    reads = "nothing"
+    cost = "N² d + T N"
 
     def select(self, features: Features, n_keep: int) -> Selection:
         return Selection(self.order(features, n_keep).sort(-1).values)

@@ -12,7 +12,6 @@ class FastVPruner(DecoderPruner):
     """FastV: keeps the visual tokens that the prompt's last token attends to most in an early decoder layer.
 
     The attention is the mean over heads in the layer before ``layer``; kept tokens keep their positions.
-    https://arxiv.org/abs/2403.06764
 
     Differs from the paper, and follows the public code, in reading the last token's attention instead of the mean over
     all tokens. Differs from the public code in using the KV cache, pruning once in the prefill.
@@ -22,6 +21,11 @@ class FastVPruner(DecoderPruner):
     layer : int, at least 1
         The first decoder layer that sees the kept tokens only (K of the paper).
     """
+
+    title = "FastV"
+    paper = "https://arxiv.org/abs/2403.06764"
+    reads = "decoder attention (implicitly the question)"
+    cost = "2 of L layers at full length, one row of attention"
 
     layer: int = 2
 

@@ -41,6 +41,11 @@ class MIPruner(Pruner):
         For prior="estimated".
     """
 
+    title = "MI-Pruner"
+    reads = "question"
+    cost = "N² d + T N"
+    static = True
+
     lam: float = 0.5
     tau: float = 0.1
     aggregation: pmi.Aggregation = "max"

@@ -20,6 +20,10 @@ class MIAttentionPruner(MIPruner):
         Share of the budget that round 1 spends, ``round(split * n_keep)`` tokens.
     """
 
+    title = "MI-Attention"
+    reads = "question, encoder attention"
+    cost = "N² d + T N, one row of encoder attention"
+
     split: float = 0.5
 
     def __post_init__(self):

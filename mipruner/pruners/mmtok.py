@@ -33,7 +33,6 @@ class MMTokPruner(Pruner):
 
     A token covers a word by its share in a softmax over the visual tokens; the next pick is the token that adds most to
     the best coverage reached so far, summed over words and, at weight ``alpha``, over visual tokens.
-    https://arxiv.org/abs/2508.18264
 
     Differs from the public code in the list of stop words, which is our own, and in what is left once the unpadded
     patches are spent: padding then fills the budget.
@@ -47,6 +46,11 @@ class MMTokPruner(Pruner):
     stop_words : bool
         Whether words without content are left out of the question (as the authors do on LLaVA, not on Qwen).
     """
+
+    title = "MMTok"
+    paper = "https://arxiv.org/abs/2508.18264"
+    reads = "question without stop words, features before the projector"
+    cost = "N² d + T N²"
 
     tau_text: float = 0.02
     tau_visual: float = 0.2

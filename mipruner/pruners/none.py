@@ -9,6 +9,9 @@ from mipruner.selection import Selection
 class NoPruner(Pruner):
     """Keeps every token, whatever the budget: the untouched model."""
 
+    title = "All tokens"
+    static = True
+
     def __call__(self, features: Features, n_keep: int) -> Selection:
         return super().__call__(features, features.n_visual)
 

@@ -15,6 +15,10 @@ class RandomPruner(ScorePruner):
     The paper averages three draws: run the seeds 0, 1 and 2.
     """
 
+    title = "Random"
+    reads = "nothing"
+    cost = "none"
+
     seed: int = 0
 
     def score(self, features: Features) -> Tensor:

@@ -15,5 +15,10 @@ class SimilarityPruner(ScorePruner):
     eq. 19.
     """
 
+    title = "Similarity"
+    reads = "question"
+    cost = "N m d"
+    static = True
+
     def score(self, features: Features) -> Tensor:
         return similarity(features.visual, features.text).amax(-1)

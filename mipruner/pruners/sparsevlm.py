@@ -26,13 +26,18 @@ class SparseVLMPruner(DecoderPruner):
 
     Raters are the text tokens after the picture whose input embeddings the picture matches more than the average word.
     A visual token's score is the attention it gets from them. Of the dropped tokens the best 30 % are clustered and
-    come back as one token a cluster. https://arxiv.org/abs/2410.04417
+    come back as one token a cluster.
 
     Differs from the public code in the random noise that breaks ties between cluster densities (here: lowest index
     first), in budgets other than 192, 128, 96 and 64 of 576 (each layer's number is interpolated linearly between the
     published ones, and scaled with the picture), in decoders of another depth than 32 (layers are scaled), and with
     M-RoPE (positions are kept, a cluster stands at its centre).
     """
+
+    title = "SparseVLM"
+    paper = "https://arxiv.org/abs/2410.04417"
+    reads = "decoder attention, question"
+    cost = "L / 11 layers at full length, attention of its words thrice"
 
     renumbers = True
 

@@ -15,7 +15,7 @@ class TrimTokenatorPruner(Pruner):
 
     Stage 1 ranks by minus the L2 distance to the text, which is mutual information up to constants if v given t is
     Gaussian. Stage 2 starts from the best aligned token and always adds the one with the largest summed distance to
-    what is kept (greedy maximum of the expected pairwise distance). https://arxiv.org/abs/2509.00320
+    what is kept (greedy maximum of the expected pairwise distance).
 
     Differs from the paper in what could not be recovered from it, there being no public code: rows are scaled to unit
     length first, the distance to the text is the mean over its tokens, and stage 1 leaves a multiple of the budget.
@@ -25,6 +25,11 @@ class TrimTokenatorPruner(Pruner):
     candidates : float, at least 1
         Tokens that stage 1 leaves, as a multiple of the budget.
     """
+
+    title = "TrimTokenator"
+    paper = "https://arxiv.org/abs/2509.00320"
+    reads = "question"
+    cost = "N m d + T² d"
 
     candidates: float = 2.0
 

@@ -16,7 +16,7 @@ class VisionZipPruner(Pruner):
     """VisionZip: dominant tokens by encoder attention, and contextual ones into which the others are merged.
 
     Every k-th of the tokens that are not dominant becomes a contextual token: itself plus the mean of those whose keys
-    are most like its own. https://arxiv.org/abs/2412.04467
+    are most like its own.
 
     With a CLS (CLIP), tokens are merged before the projector, the CLS itself stays and counts, and the rows enter as
     CLS, dominant, contextual. Without one (Qwen-VL), projected tokens are merged in their places, after the authors'
@@ -30,6 +30,11 @@ class VisionZipPruner(Pruner):
     contextual : float in [0, 1], optional
         Share of the budget that goes to contextual tokens, instead of the authors' split.
     """
+
+    title = "VisionZip"
+    paper = "https://arxiv.org/abs/2412.04467"
+    reads = "encoder attention, keys, features before the projector"
+    cost = "one row of encoder attention, N T d"
 
     contextual: float | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})

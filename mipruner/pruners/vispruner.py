@@ -18,8 +18,6 @@ STEP = 8
 class VisPruner(Pruner):
     """VisPruner: important tokens by encoder attention, diverse ones by removing duplicates among the rest.
 
-    https://arxiv.org/abs/2412.01818
-
     Differs from the public code where that raises: an odd remainder is split with one token more on the side that
     loses, and a round never removes more than that side holds.
 
@@ -28,6 +26,11 @@ class VisPruner(Pruner):
     important : float in [0, 1]
         Share of the budget that goes to important tokens, ``int(important * n_keep)`` of them.
     """
+
+    title = "VisPruner"
+    paper = "https://arxiv.org/abs/2412.01818"
+    reads = "encoder attention, features before the projector"
+    cost = "one row of encoder attention, N³ d / 96"
 
     important: float = 0.5
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "hidden"})

@@ -1,18 +1,21 @@
-"""One question about one picture of the user's own: what the model says, and what it saw to say it.
+"""Answer one question about one image of your own, and draw the tokens that were kept.
 
 python run.py image=photo.jpg question="What is on the table?" model=llava15_7b keep=64
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from analysis.masks import draw_answer
 from experiments import build
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
+
+Draw = Callable[..., None]
+"""Takes image, question, title, box, grid, kept indices and the file to write."""
 
 
 def open_picture(path: str) -> Image.Image:
@@ -26,8 +29,16 @@ def open_picture(path: str) -> Image.Image:
         raise InputError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def answer(config: dict[str, Any], image: str | None, question: str | None) -> str:
-    """Answer, draw what was kept into the results folder, and say both with tokens and times.
+def run(config: dict[str, Any], overrides: Sequence[str] = (), draw: Draw | None = None) -> None:
+    image, question = config["image"], config["question"]
+    config = build.resolve(config)
+    if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
+        config["decoding"]["max_new_tokens"] = 128  # the dataset's number is for its own answers
+    print(answer(config, image, question, draw))
+
+
+def answer(config: dict[str, Any], image: str | None, question: str | None, draw: Draw | None = None) -> str:
+    """The answer, with tokens and times. ``draw`` draws the kept tokens into the results folder.
 
     Raises
     ------
@@ -52,11 +63,11 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> s
     ]
     if told.grids[0] is None:
         lines.append("  the tokens of this picture lie on no single grid: nothing was drawn")
-    else:
+    elif draw is not None:
         out = Path(config["results"]) / "answers"
         out.mkdir(parents=True, exist_ok=True)
         out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.png"
         title = f"{config['pruner']['name']}, {len(kept)} of {told.n_visual[0]}\n{told.text}"
-        draw_answer(picture, question, title, told.boxes[0], told.grids[0], kept, out)
+        draw(picture, question, title, told.boxes[0], told.grids[0], kept, out)
         lines.append(f"  {out}")
     return "\n".join(lines)

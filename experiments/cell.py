@@ -1,0 +1,95 @@
+"""One cell of a sweep: run it, resume it, name its folder, print its record."""
+
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import build
+from experiments.benchmarks.base import Benchmark
+from experiments.evaluate import evaluate, subset
+from experiments.ranks import ALONE, Ranks
+from experiments.results import NOT_IDENTITY, Cell
+from experiments.tracking import track
+from mipruner.errors import InputError
+from mipruner.pipeline import Pipeline
+
+Draw = Callable[[Path, Benchmark, int], None]
+"""Draws some samples of a finished cell into its folder."""
+
+
+def differs(overrides: Sequence[str], seed: int = 0) -> str:
+    """The overrides that a folder's name should show, without groups and what names the folder already.
+
+    ``seed`` is that of the resolved config, which is 0 where nothing is drawn, whatever the command line said.
+    """
+    shown = [f"seed={seed}"] if seed else []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.strip("+~") in ("model", "dataset", "pruner", "ablation", "experiment", "keep", "seed", *NOT_IDENTITY):
+            continue
+        if key.split(".")[0] not in NOT_IDENTITY:
+            shown.append(f"{key.split('.')[-1]}={value}")
+    return ",".join(shown)
+
+
+def check_swept(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> None:
+    """Raise `InputError` where a file of conf names values to sweep that Hydra did not take one by one."""
+    given = {override.partition("=")[0].strip("+~") for override in overrides}
+    if missing := [key for key in params or {} if key not in given]:
+        words = [word for word in overrides if word.startswith(("experiment=", "ablation="))]
+        raise InputError(f"{' '.join(words)} sweeps {', '.join(missing)}: start it with run.py -m, one at a time")
+
+
+def run_cell(
+    config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks = ALONE, draw: Draw | None = None
+) -> dict[str, Any] | None:
+    """Run or resume the cell of a config, which these overrides made; returns its record, None for later ranks.
+
+    ``draw`` writes the image of ``n_masks`` samples into the folder of the finished cell.
+    """
+    ranks.wait()
+    cell = Cell(config, differs(overrides, config["seed"]))
+    if cell.is_done and not config["overwrite"]:
+        if ranks.rank > 0:
+            return None
+        print(f"finished before: {cell.path} (overwrite=true runs it again)")
+        return cell.record()
+    benchmark = build.benchmark(config)
+    samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
+    choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
+    pipeline = Pipeline(build.model(config), *choices)
+    command = shlex.join(["python", "run.py", *overrides])
+    if ranks.rank > 0:
+        return evaluate(cell, pipeline, benchmark, samples, command, ranks)
+    cell.open(config["overwrite"])
+    with track(config["logger"], cell) as report:
+        record = evaluate(cell, pipeline, benchmark, samples, command, ranks)
+        if draw is not None and config["n_masks"]:
+            draw(cell.path, benchmark, config["n_masks"])
+        report(record)
+    return record
+
+
+def show(record: dict[str, Any], path: str) -> str:
+    """The record as a person reads it."""
+    cell, tokens, ms = record["cell"], record["tokens"], record["latency_ms"]
+    lines = [
+        f"{cell['model']}  {cell['dataset']}  {cell['pruner']}  keep={cell['keep']}  ({record['n_samples']} samples)"
+    ]
+    errors = record["standard_errors"]
+    for name, value in record["metrics"].items():
+        lines.append(f"  {name:<28}{value:8.2f}" + (f" ± {errors[name]:.2f}" if name in errors else ""))
+    if tokens:
+        lines.append(
+            f"  tokens kept {tokens['kept']:.4g} of {tokens['visual']:.0f}, {tokens['layer_mean']:.1f} a layer"
+        )
+        stages = "  ".join(f"{stage} {value:.1f}" for stage, value in ms.items())
+        lines.append(f"  ms a sample in batches of {record['batch_size']}: {stages}")
+    if record["failed"]:
+        lines.append(f"  {len(record['failed'])} samples failed and count as wrong, see failed in record.json")
+    lines.append(f"  {path}/record.json")
+    if os.path.exists(f"{path}/masks.png"):
+        lines.append(f"  {path}/masks.png")
+    return "\n".join(lines)

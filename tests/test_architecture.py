@@ -1,0 +1,62 @@
+"""Imports go one way: mipruner < experiments < analysis < run.py, and plug-ins import mipruner only. No circles."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "mipruner": {"mipruner"},
+    "experiments": {"mipruner", "experiments"},
+    "analysis": {"mipruner", "experiments", "analysis"},
+    "run": {"mipruner", "experiments", "analysis"},
+    "plugins": {"mipruner"},
+}
+OURS = {"mipruner", "experiments", "analysis", "run", "plugins", "tests"}
+
+
+def modules(part):
+    """{dotted name: file} of a package, of run.py, or of all plug-ins."""
+    files = [ROOT / "run.py"] if part == "run" else sorted((ROOT / part).rglob("*.py"))
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imported(file, known):
+    """Dotted names that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else node.module
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_go_one_way(part):
+    found = {
+        f"{name} imports {target}"
+        for name, file in modules(part).items()
+        for target in imported(file, {})
+        if target.split(".")[0] in OURS - ALLOWED[part]
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("part", ["mipruner", "experiments", "analysis"])
+def test_there_is_no_circle(part):
+    known = modules(part)
+    graph = {name: set(imported(file, known)) & known.keys() for name, file in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_a_wrong_arrow_and_a_circle_would_be_seen(tmp_path):
+    file = tmp_path / "wrong.py"
+    file.write_text("def f():\n    from analysis import load\n    import experiments.build\n")
+    assert list(imported(file, {"analysis.load"})) == ["analysis.load", "experiments.build"]
