@@ -342,7 +342,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, record_property):
         (["-m", "ablation=lam,tau"], "ablation=lam sweeps pruner.lam: start it with run.py -m, one at a time"),
         (["model.path=./nowhere"], "no folder ./nowhere"),
         (["pruner.lam=2"], "lam=2 is not in [0, 1]"),
-        (["pruner.lam=half"], "error: MIPruner: "),
+        (["pruner.lam=half"], "error: mi: "),
         (["keep=0"], "is not a budget"),
         (["batch_size=0"], "batch_size=0 is not a whole number from 1 on"),
         (["limit=many"], "limit=many is not a whole number from 1 on"),
