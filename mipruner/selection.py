@@ -1,6 +1,7 @@
 """How many tokens stay, and which: the budget, top-k, and the greedy search of eq. 22-24."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from mipruner.errors import InputError
 from mipruner.pmi import Aggregation
+
+LAZY_BLOCK = 16
+"""Candidates whose gain `lazy_greedy` computes anew at a time."""
 
 
 @dataclass(frozen=True)
@@ -176,3 +180,52 @@ def greedy(
         taken.scatter_(-1, pick, True)
         running = accumulate(running, columns(pick)[..., 0])
     return picks
+
+
+def lazy_greedy(gains: Callable[[Tensor], Tensor], add: Callable[[Tensor], None], n: int, n_keep: int) -> Tensor:
+    """Greedy search for the maximum of a monotone submodular objective, for one sample on a CPU.
+
+    A gain of such an objective only falls while tokens are added, so the gain of an earlier step bounds today's from
+    above (Minoux 1978). A pick computes a few blocks of gains anew instead of all.
+
+    Parameters
+    ----------
+    gains : callable
+        From candidates [k] to what each of them would add to the set as it is, [k]. A candidate's gain must not depend
+        on the others it is asked with, to the last bit: ties go to the lowest index.
+    add : callable
+        Adds one candidate [1] to the set.
+    n, n_keep : int
+        Candidates, and how many of them to pick.
+
+    Returns
+    -------
+    Tensor [n_keep]
+        Indices in the order of the picks.
+    """
+    bound = gains(torch.arange(n))
+    fresh, taken = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    picks = torch.empty(n_keep, dtype=torch.long)
+    for k in range(n_keep):
+        while not fresh[pick := bound.argmax()]:
+            block = torch.cat([pick[None], bound.topk(min(LAZY_BLOCK, n)).indices])
+            bound[block] = gains(block).masked_fill_(taken[block], -torch.inf)
+            fresh[block] = True
+        picks[k] = pick
+        add(pick[None])
+        bound[pick], taken[pick] = -torch.inf, True
+        fresh.copy_(taken)
+    return picks
+
+
+def dense_greedy(gains: Callable[[], Tensor], add: Callable[[Tensor], None], n_keep: int) -> Tensor:
+    """The same search with all gains [.., n] at every pick: any batch dimensions, and no wait for a device."""
+    taken, picks = None, []
+    for _ in range(n_keep):
+        now = gains()
+        taken = torch.zeros_like(now, dtype=torch.bool) if taken is None else taken
+        pick = now.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+        add(pick)
+        taken.scatter_(-1, pick, True)
+        picks.append(pick)
+    return torch.cat(picks, -1)

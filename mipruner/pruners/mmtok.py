@@ -10,7 +10,7 @@ from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Selection, take_rows
+from mipruner.selection import Selection, dense_greedy, lazy_greedy, take_rows
 
 STOP_WORDS = frozenset(
     re.findall(
@@ -74,17 +74,7 @@ class MMTokPruner(Pruner):
         cover_text = _coverage(similarity(features.text, features.visual) / self.tau_text, words, visual)
         cover_visual = _coverage(similarity(features.hidden, features.hidden) / self.tau_visual, visual, visual)
         cover = torch.cat([cover_text, self.alpha * cover_visual], -2).mT.contiguous()  # row = what one token covers
-        best = torch.zeros_like(cover[..., 0, :])
-        taken = torch.zeros_like(visual)
-        picks = []
-        for _ in range(n_keep):
-            gain = (cover - best[..., None, :]).clamp_min(0).sum(-1)
-            gain = gain.masked_fill(~visual, -1).masked_fill(taken, -torch.inf)
-            pick = gain.argmax(-1, keepdim=True)
-            picks.append(pick)
-            taken.scatter_(-1, pick, True)
-            best = torch.maximum(best, take_rows(cover, pick)[..., 0, :])
-        return torch.cat(picks, -1)
+        return facility_location(cover, visual, n_keep)
 
     def content(self, features: Features) -> Tensor:
         """Which text tokens [.., n_text] are to be covered: the question's, without stop words; all if none is left."""
@@ -95,6 +85,26 @@ class MMTokPruner(Pruner):
             return question
         content = question & torch.tensor(_content(features.words), device=question.device)
         return torch.where(content.any(-1, keepdim=True), content, question)
+
+
+def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
+    """Greedy maximum of sum_u max_{v in S} cover[v, u]; what is not allowed is picked last, by index. [.., n_keep]"""
+    if cover.device.type == "cpu" and cover.dim() > 2:
+        samples = zip(cover.flatten(0, -3), allowed.flatten(0, -2), strict=True)
+        return torch.stack([facility_location(*s, n_keep) for s in samples]).view(*cover.shape[:-2], n_keep)
+    best = torch.zeros_like(cover[..., 0, :])
+
+    def gains(index: Tensor | None = None) -> Tensor:
+        rows = cover if index is None else take_rows(cover, index)
+        may = allowed if index is None else allowed.gather(-1, index)
+        return (rows - best[..., None, :]).clamp_min(0).sum(-1).masked_fill(~may, -1)
+
+    def add(pick: Tensor) -> None:
+        torch.maximum(best, take_rows(cover, pick)[..., 0, :], out=best)
+
+    if cover.device.type == "cpu":
+        return lazy_greedy(gains, add, len(cover), n_keep)
+    return dense_greedy(gains, add, n_keep)
 
 
 def _coverage(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

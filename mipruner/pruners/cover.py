@@ -1,0 +1,117 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mipruner import pmi
+from mipruner.errors import InputError
+from mipruner.features import Features
+from mipruner.fused import log_partition
+from mipruner.pruners.base import Pruner
+from mipruner.selection import Selection, dense_greedy, lazy_greedy, take_rows
+
+CERTAIN = 1 - 2**-20
+"""Largest p(t | v). Without it one token with p = 1 would leave the others no gain at all for this word."""
+
+
+@dataclass(frozen=True)
+class CoverPruner(Pruner):
+    """Greedy maximum of the coverage f(S) = lam T(S) / T(V) + (1 - lam) U(S) / U(V) over sets S of kept tokens.
+
+    T(S) = sum_t [1 - prod_{v in S} (1 - p(t | v))] counts the question's words t that at least one kept token says,
+    with p(t | v) of eq. 16 over the language model's vocabulary. U(S) = sum_u max_{v in S} p(u | v) says how well the
+    kept tokens stand for all visual tokens u. f is monotone and submodular, so the greedy set reaches at least
+    1 - 1/e of the largest f. Not in the paper: see docs/extensions.md.
+
+    Parameters
+    ----------
+    lam : float in [0, 1]
+        Weight of the question (1) against the image (0).
+    tau : float
+        Temperature of eq. 15, in both parts.
+    vocabulary_rows : int, optional
+        Estimate the sum over a large vocabulary from so many of its rows.
+    """
+
+    title = "Cover"
+    reads = "question, vocabulary"
+    cost = "N² d + N W d, then T N² at most"
+
+    lam: float = 0.65
+    tau: float = 0.1
+    vocabulary_rows: int | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"vocabulary"})
+
+    def __post_init__(self):
+        if not 0 <= self.lam <= 1:
+            raise InputError(f"lam={self.lam} is not in [0, 1]")
+        if not 0 < self.tau < math.inf:
+            raise InputError(f"tau={self.tau} is not positive and finite")
+        if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
+            raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        return Selection(self.order(features, n_keep).sort(-1).values)
+
+    def order(self, features: Features, n_keep: int) -> Tensor:
+        visual, options = features.visual, ("softmax",)
+        partition = log_partition(visual, features.vocabulary, self.tau, self.vocabulary_rows)
+        says = pmi.log_conditional(visual, features.text, self.tau, *options, partition).exp()
+        shows = pmi.log_conditional(visual, visual, self.tau).exp()
+        return cover(says, shows, n_keep, self.lam)
+
+
+def cover(says: Tensor, shows: Tensor, n_keep: int, lam: float) -> Tensor:
+    """The greedy search for f, one sample after the other on a CPU, all at once elsewhere.
+
+    Parameters
+    ----------
+    says : Tensor [.., n_visual, n_text]
+        p(t | v), row = candidate.
+    shows : Tensor [.., n_visual, n_visual]
+        p(u | v), row = candidate.
+
+    Returns
+    -------
+    Tensor [.., n_keep]
+        Indices in the order of the picks; ties go to the lowest index.
+    """
+    if says.device.type != "cpu":
+        f = Coverage(says, shows, lam)
+        return dense_greedy(f.gains, f.add, n_keep)
+    if says.dim() > 2:
+        samples = zip(says.flatten(0, -3), shows.flatten(0, -3), strict=True)
+        return torch.stack([cover(*sample, n_keep, lam) for sample in samples]).view(*says.shape[:-2], n_keep)
+    f = Coverage(says, shows, lam)
+    return lazy_greedy(f.gains, f.add, len(says), n_keep)
+
+
+class Coverage:
+    """The objective f of `CoverPruner` for a growing set, with any leading batch dimensions."""
+
+    def __init__(self, says: Tensor, shows: Tensor, lam: float):
+        says = says.clamp_max(CERTAIN)
+        tiny = torch.finfo(says.dtype).tiny
+        of_all = -torch.expm1(torch.log1p(-says).sum(-2)).sum(-1)
+        self.says = says * (lam / of_all.clamp_min(tiny))[..., None, None]
+        self.shows = shows * ((1 - lam) / shows.amax(-2).sum(-1))[..., None, None]
+        self.p = says
+        self.unsaid = torch.ones_like(says[..., 0, :])
+        """prod_{v in S} (1 - p(t | v)), [.., n_text]"""
+        self.shown = torch.zeros_like(shows[..., 0, :])
+        """max_{v in S} p(u | v) in the weight of its part, [.., n_visual]"""
+
+    def gains(self, index: Tensor | None = None) -> Tensor:
+        """f(S + v) - f(S) for the candidates at ``index`` [.., k], or for all."""
+        says, shows = self.says, self.shows
+        if index is not None:
+            says, shows = take_rows(says, index), take_rows(shows, index)
+        words = (says * self.unsaid[..., None, :]).sum(-1)
+        return words + (shows - self.shown[..., None, :]).clamp_min(0).sum(-1)
+
+    def add(self, pick: Tensor) -> None:
+        """Add the candidate ``pick`` [.., 1]."""
+        self.unsaid = self.unsaid * (1 - take_rows(self.p, pick)[..., 0, :])
+        self.shown = torch.maximum(self.shown, take_rows(self.shows, pick)[..., 0, :])
