@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test test-oldest test-lmms-eval robustness lint demo reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test test-oldest test-lmms-eval robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -17,6 +17,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+explorer: setup
+	$(BIN)/python -m experiments.explorer
 
 demo: setup
 	$(BIN)/python run.py -m experiment=demo
@@ -81,3 +84,9 @@ $(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
 # docs/robustness.md, from the tests that provoke accidents and errors.
 robustness: setup
 	$(BIN)/python -m pytest -p tests.robustness
+
+# The explorer in headless Chromium, which this installs where it is missing (Debian).
+test-explorer: setup
+	command -v chromedriver >/dev/null || (apt-get update && apt-get install -y chromium chromium-driver)
+	$(BIN)/pip install -q selenium==4.51.0
+	$(BIN)/python -m pytest tests/explorer_browser.py

@@ -1,0 +1,3 @@
+from experiments.explorer.serve import main
+
+main()

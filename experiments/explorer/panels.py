@@ -1,0 +1,44 @@
+"""One question and one image as data that `panels.js` draws, and a page of it that opens from disk."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+HERE = Path(__file__).parent
+DATA = '"__DATA__"'
+"""Stands in the template for what is drawn."""
+
+
+def script() -> str:
+    """The drawing itself, the only one there is: of the server's page, of saved pages, of the report, of the Space."""
+    return (HERE / "panels.js").read_text()
+
+
+def style() -> str:
+    return (HERE / "panels.css").read_text()
+
+
+def template() -> str:
+    """A saved page without its data."""
+    page = (HERE / "saved.html").read_text()
+    return page.replace("/*CSS*/", style()).replace("/*JS*/", script())
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand inside a script element: no tag and no comment can begin in it."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+
+
+def saved_page(view: dict[str, Any]) -> str:
+    """One HTML file that shows ``view``, see `experiments.explorer.core.show`, without a server or another file."""
+    return template().replace(DATA, embedded(view))
+
+
+def data_url(image: Image.Image) -> str:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

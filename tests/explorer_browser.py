@@ -1,0 +1,292 @@
+"""The explorer in headless Chromium, as a visitor uses it: `make test-explorer`.
+
+Every request that the browser makes must go to this machine. Screenshots go to the folder that SCREENSHOTS names.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+QUESTION = "What color is the snowman ?"
+EVIL = '<img src=x onerror="window.evil=1"> <script>window.evil=1</script></script> ${evil} {{evil}} What is this ?'
+
+
+@pytest.fixture(scope="module")
+def url():
+    """A server in a process of its own, ended by the signal that a service manager sends."""
+    command = [sys.executable, "-u", "-m", "experiments.explorer", "port=0", "device=cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("http://"):
+            break
+    yield line.split()[0]
+    process.terminate()
+    assert process.wait(20) in (0, -15)
+
+
+def browser(folder):
+    options = webdriver.ChromeOptions()
+    for word in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "no-first-run",
+        "hide-scrollbars",
+    ):
+        options.add_argument(f"--{word}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument("--window-size=1280,1200")
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.binary_location = CHROMIUM
+    return webdriver.Chrome(options=options, service=Service(DRIVER))
+
+
+class Visitor:
+    """A browser on the page, and what a person does in it."""
+
+    def __init__(self, url, folder):
+        self.driver, self.folder, self.url = browser(folder), folder, url
+        self.driver.get(url)
+        self.until(lambda: self.value("question"))
+
+    def until(self, condition, seconds=60):
+        return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
+
+    def one(self, name):
+        return self.driver.find_element(By.ID, name)
+
+    def all(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def value(self, name):
+        return self.one(name).get_property("value")
+
+    def type(self, name, text):
+        self.driver.execute_script("document.getElementById(arguments[0]).value = ''", name)
+        self.one(name).send_keys(text)
+
+    def ask(self):
+        """Text of the state line, or of the error."""
+        self.one("go").click()
+        self.until(lambda: self.one("go").is_enabled())
+        return self.one("error").text or self.one("state").text
+
+    def slide(self, first):
+        self.driver.execute_script(
+            "const range = document.querySelector('.range'); range.value = arguments[0];"
+            "for (const type of ['input', 'change']) range.dispatchEvent(new Event(type))",
+            first,
+        )
+
+    def heads(self):
+        return [head.text for head in self.all(".head") if head.is_displayed()]
+
+    def pixels(self, k):
+        """Canvas k [height, width, 4]."""
+        script = (
+            "const c = document.querySelectorAll('canvas')[arguments[0]];"
+            "return [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+        )
+        height, width, data = self.driver.execute_script(script, k)
+        return np.array(data).reshape(height, width, 4)
+
+    def shoot(self, name):
+        if os.environ.get("SCREENSHOTS"):
+            self.driver.save_screenshot(f"{os.environ['SCREENSHOTS']}/{name}.png")
+
+    def check(self):
+        """Nothing foreign was asked for, and no script failed."""
+        logged = [json.loads(line["message"])["message"] for line in self.driver.get_log("performance")]
+        asked = [m["params"]["request"]["url"] for m in logged if m["method"] == "Network.requestWillBeSent"]
+        foreign = [one for one in asked if urlsplit(one).scheme == "http" and urlsplit(one).hostname != "127.0.0.1"]
+        schemes = {urlsplit(one).scheme for one in asked}
+        assert not foreign and schemes <= {"http", "data", "blob", "file"}, (foreign, schemes)
+        expected = "Failed to load resource: the server responded with a status of 400"
+        severe = [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
+        assert [message for message in severe if expected not in message] == []
+
+
+@pytest.fixture
+def visitor(url, tmp_path):
+    visitor = Visitor(url, tmp_path)
+    try:
+        yield visitor
+        visitor.check()
+    finally:
+        visitor.driver.quit()
+
+
+def test_ask_word_patch_slider_save(visitor):
+    visitor.type("question", QUESTION)
+    start = time.monotonic()
+    told = visitor.ask()
+    assert told.startswith("7 panels in") and time.monotonic() - start < 10
+    assert visitor.heads()[:3] == ["all tokens 576", "mi 64 of 576", "mi 16 of 576"]
+    answers = [one.text for one in visitor.all(".answer")]
+    assert len(answers) == 7 and [one[0] in "=≠" for one in answers] == [False] + [True] * 6
+    faded = (visitor.pixels(2)[..., :3].min(-1) > 190).mean()
+    assert faded > 0.9, "16 of 576 patches are left"
+    visitor.shoot("answered")
+
+    chips = {chip.text: chip for chip in visitor.all(".chip")}
+    before = visitor.pixels(0)
+    chips["snowman"].click()
+    assert chips["snowman"].get_attribute("aria-pressed") == "true"
+    heated = (visitor.pixels(0) != before).any(-1)
+    assert 0.01 < heated.mean() < 0.6
+    visitor.shoot("word")
+
+    visitor.all("canvas")[0].click()
+    said = visitor.all(".said")[0].text
+    row, column = map(int, re.match(r"Patch in row (\d+), column (\d+)", said).groups())
+    assert {row, column} <= {12, 13} and "in the question: " in said and "in the whole vocabulary: " in said
+    visitor.all("canvas")[0].send_keys(Keys.ARROW_RIGHT)
+    assert visitor.all(".said")[0].text.startswith(f"Patch in row {row}, column {column + 1}")
+    visitor.all("canvas")[0].send_keys(Keys.ESCAPE)
+    assert chips["snowman"].get_attribute("aria-pressed") == "false"
+
+    visitor.slide(24)
+    assert visitor.heads() == ["all tokens 576", "mi 24 of 576", "similarity 24 of 576", "attention 24 of 576"]
+    visitor.shoot("order")
+    a_step = visitor.driver.execute_script(
+        "const range = document.querySelector('.range'), start = performance.now();"
+        "for (let k = 1; k <= 50; k++) { range.value = k; range.dispatchEvent(new Event('input')) }"
+        "document.querySelector('canvas').getContext('2d').getImageData(0, 0, 1, 1);"
+        "return (performance.now() - start) / 50"
+    )
+    assert a_step < 50, f"{a_step} ms a redraw"
+    visitor.slide(0)
+
+    visitor.one("save").click()
+    visitor.until(lambda: list(visitor.folder.glob("*.html")))
+    (saved,) = visitor.folder.glob("*.html")
+    panels = visitor.pixels(1)
+    visitor.driver.get(saved.as_uri())
+    visitor.until(lambda: len(visitor.all("canvas")) == 7)
+    visitor.until(lambda: (visitor.pixels(1) == panels).all())
+    before = visitor.pixels(0)
+    next(chip for chip in visitor.all(".chip") if chip.text == "snowman").click()
+    assert (visitor.pixels(0) != before).any()
+    visitor.slide(9)
+    assert visitor.heads()[1] == "mi 9 of 576" and not visitor.all("form")
+    assert saved.stat().st_size < 400_000
+    visitor.shoot("saved")
+
+
+def test_methods_without_an_order_are_asked_again(visitor):
+    visitor.driver.execute_script(
+        "for (const box of document.querySelectorAll('input[name=pruner]'))"
+        "  box.checked = ['mi', 'vispruner'].includes(box.value)"
+    )
+    visitor.type("budgets", "32")
+    visitor.ask()
+    visitor.slide(11)
+    visitor.until(lambda: "vispruner 11 of 576" in visitor.heads())
+    assert "mi 11 of 576" in visitor.heads()
+
+
+def test_options_of_a_pruner_and_another_model(visitor):
+    def set_lam(value):
+        visitor.driver.execute_script(
+            "document.querySelector('[data-pruner=mi][name=lam]').value = arguments[0]", value
+        )
+
+    visitor.driver.execute_script("document.getElementById('model').value = 'demo_qwen3vl'")
+    set_lam("0.9")
+    assert "panels" in visitor.ask()
+    command = visitor.driver.execute_script("return document.querySelectorAll('pre')[1].textContent")
+    assert "pruner.lam=0.9" in command and "model=demo_qwen3vl" in command and "mipruner.prune(model, 'mi'" in command
+    set_lam("9")
+    assert visitor.ask() == "lam=9 is not in [0, 1]"
+
+
+def test_two_questions_keep_different_patches(visitor):
+    texts = visitor.driver.execute_script(
+        "return [...document.querySelectorAll('#asked option')].map(one => one.value)"
+    )
+    first, second = [text for text in texts if text.startswith("What color")][:2]
+    visitor.type("question", first)
+    visitor.type("second", second)
+    assert visitor.ask().startswith("14 panels")
+    assert (visitor.pixels(2) != visitor.pixels(9)).any(), "mi at 16 for each question"
+    assert (visitor.pixels(6) == visitor.pixels(13)).all(), "attention does not read the question"
+    visitor.shoot("two")
+
+
+def test_an_upload_and_what_is_wrong_with_it(visitor, tmp_path):
+    Image.new("RGB", (640, 400), "red").save(tmp_path / "up.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"garbage" * 100)
+    visitor.one("file").send_keys(str(tmp_path / "up.png"))
+    visitor.until(lambda: "means nothing" in visitor.one("warning").text)
+    assert "model=llava15_7b" in visitor.one("warning").text
+    visitor.type("question", EVIL)
+    assert "panels" in visitor.ask()
+    assert visitor.driver.execute_script("return window.evil") is None
+    assert visitor.all("#shown h3")[0].text == EVIL and not visitor.all("#shown img, #shown script")
+    visitor.one("file").send_keys(str(tmp_path / "bad.png"))
+    visitor.until(lambda: "cannot be read as an image" in visitor.one("error").text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": " "}, "the question is empty: type one"),
+        ({"question": "a <image> b"}, "contains the placeholder"),
+        ({"budgets": "700"}, "asks for more tokens than the 576"),
+        ({"budgets": "many"}, "'many' is not a budget"),
+        ({"budgets": " "}, "0 budgets: give 1 to 6"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_and_the_last_answer_stays(visitor, change, message):
+    visitor.ask()
+    ((name, text),) = change.items()
+    visitor.type(name, text)
+    assert message in visitor.ask() and len(visitor.all("canvas")) == 7
+
+
+def test_two_visitors_at_once_each_see_their_own(url, tmp_path):
+    def visit(scene):
+        visitor = Visitor(url, tmp_path)
+        try:
+            visitor.driver.execute_script("document.getElementById('scene').value = arguments[0]", scene)
+            visitor.driver.execute_script("return document.getElementById('scene').onchange()")
+            visitor.ask()
+            visitor.check()
+            words = [chip.text for chip in visitor.all(".chip")]
+            return visitor.value("question"), words, visitor.pixels(0)
+        finally:
+            visitor.driver.quit()
+
+    with ThreadPoolExecutor(2) as pool:
+        (q1, w1, p1), (q2, w2, p2) = pool.map(visit, (1, 2))
+    assert q1.split() == w1 and q2.split() == w2 and (p1 != p2).any()
+
+
+def test_on_a_phone_nothing_sticks_out(visitor):
+    screen = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    visitor.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    visitor.ask()
+    for selector in ("#form", "#shown"):
+        visitor.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView()", selector)
+        visitor.shoot(f"phone{selector.replace('#', '_')}")
+    assert visitor.driver.execute_script("return document.documentElement.scrollWidth") <= 390
