@@ -19,7 +19,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 explorer: setup
-	$(BIN)/python -m experiments.explorer
+	$(BIN)/python run.py task=explorer
 
 demo: setup
 	$(BIN)/python run.py -m experiment=demo

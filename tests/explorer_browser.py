@@ -32,7 +32,7 @@ EVIL = '<img src=x onerror="window.evil=1"> <script>window.evil=1</script></scri
 @pytest.fixture(scope="module")
 def url():
     """A server in a process of its own, ended by the signal that a service manager sends."""
-    command = [sys.executable, "-u", "-m", "experiments.explorer", "port=0", "device=cpu"]
+    command = [sys.executable, "-u", "run.py", "task=explorer", "port=0", "device=cpu"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("http://"):
@@ -141,7 +141,7 @@ def test_ask_word_patch_slider_save(visitor):
     start = time.monotonic()
     told = visitor.ask()
     assert told.startswith("7 panels in") and time.monotonic() - start < 10
-    assert visitor.heads()[:3] == ["all tokens 576", "mi 64 of 576", "mi 16 of 576"]
+    assert visitor.heads()[:3] == ["all tokens 576", "MI-Pruner 64 of 576", "MI-Pruner 16 of 576"]
     answers = [one.text for one in visitor.all(".answer")]
     assert len(answers) == 7 and [one[0] in "=≠" for one in answers] == [False] + [True] * 6
     faded = (visitor.pixels(2)[..., :3].min(-1) > 190).mean()
@@ -166,7 +166,7 @@ def test_ask_word_patch_slider_save(visitor):
     assert chips["snowman"].get_attribute("aria-pressed") == "false"
 
     visitor.slide(24)
-    assert visitor.heads() == ["all tokens 576", "mi 24 of 576", "similarity 24 of 576", "attention 24 of 576"]
+    assert visitor.heads() == ["all tokens 576", "MI-Pruner 24 of 576", "Similarity 24 of 576", "Attention 24 of 576"]
     visitor.shoot("order")
     a_step = visitor.driver.execute_script(
         "const range = document.querySelector('.range'), start = performance.now();"
@@ -188,7 +188,7 @@ def test_ask_word_patch_slider_save(visitor):
     next(chip for chip in visitor.all(".chip") if chip.text == "snowman").click()
     assert (visitor.pixels(0) != before).any()
     visitor.slide(9)
-    assert visitor.heads()[1] == "mi 9 of 576" and not visitor.all("form")
+    assert visitor.heads()[1] == "MI-Pruner 9 of 576" and not visitor.all("form")
     assert saved.stat().st_size < 400_000
     visitor.shoot("saved")
 
@@ -201,8 +201,8 @@ def test_methods_without_an_order_are_asked_again(visitor):
     visitor.type("budgets", "32")
     visitor.ask()
     visitor.slide(11)
-    visitor.until(lambda: "vispruner 11 of 576" in visitor.heads())
-    assert "mi 11 of 576" in visitor.heads()
+    visitor.until(lambda: "VisPruner 11 of 576" in visitor.heads())
+    assert "MI-Pruner 11 of 576" in visitor.heads()
 
 
 def test_options_of_a_pruner_and_another_model(visitor):

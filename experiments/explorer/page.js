@@ -131,10 +131,10 @@ async function save() {
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
-function addPruner([name, fields]) {
+function addPruner([name, {title, fields}]) {
   const isFirst = FIRST.includes(name), line = make('div', isFirst ? $('pruners') : $('more'), {className: 'pruner'}), label = make('label', line);
   make('input', label, {type: 'checkbox', name: 'pruner', value: name, checked: isFirst});
-  label.append(` ${name}`);
+  label.append(` ${title}`);
   if (!fields.length) return;
   const box = make('details', line);
   make('summary', box, {textContent: 'options'});

@@ -1,4 +1,4 @@
-/* Draws `view`, what experiments.explorer.core.show makes, into `root`: one canvas a pruner and budget. No library, no
+/* Draws `view`, what experiments.explorer.views.show makes, into `root`: one canvas a pruner and budget. No library, no
    network; the server's page, saved pages, the report and the Space use this file. `host.choose(n)`, if there is one,
    returns a promise of the same view at n tokens, for the methods whose picks have no order. */
 function panels(root, view, host = {}) {

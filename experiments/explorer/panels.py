@@ -34,7 +34,7 @@ def embedded(data: Any) -> str:
 
 
 def saved_page(view: dict[str, Any]) -> str:
-    """One HTML file that shows ``view``, see `experiments.explorer.core.show`, without a server or another file."""
+    """One HTML file that shows ``view``, see `experiments.explorer.views.show`, without a server or another file."""
     return template().replace(DATA, embedded(view))
 
 

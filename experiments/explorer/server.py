@@ -22,7 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from experiments.explorer import panels
-from experiments.explorer.core import Cancelled, Cell, Explorer, read_keep, read_value
+from experiments.explorer.core import Cancelled, Explorer, read_keep, read_value
+from experiments.explorer.views import Cell
 from mipruner.errors import InputError, ModelError
 
 MAX_BYTES = 20 * 2**20

@@ -1,3 +1,0 @@
-from experiments.explorer.serve import main
-
-main()
