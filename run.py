@@ -18,15 +18,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.masks import draw_answer, draw_cell
+from analysis.masks import draw_cell
 from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import check_swept
 from experiments.results import ROOT
 from mipruner.errors import InputError, ModelError
 
 EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
-DRAW = {EVALUATE: draw_cell, ANSWER: draw_answer}
-"""Drawing functions that these tasks are given, since experiments import nothing of analysis."""
+DRAW = {EVALUATE: draw_cell}
+"""Drawing functions that tasks are given, since experiments import nothing of analysis."""
 
 
 @hydra.main(version_base=None, config_path=str(ROOT / "conf"), config_name="config")

@@ -115,26 +115,6 @@ def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) ->
     save(figure, out, dpi=110)
 
 
-def draw_answer(
-    image: Image.Image,
-    question: str,
-    title: str,
-    box: Sequence[float],
-    grid: Sequence[int],
-    kept: Sequence[int],
-    out: Path,
-) -> None:
-    """A picture titled with the question, and what was kept of it beside."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 4.5 * image.height / image.width))
-    for axis, shown, text in zip(axes, (image, overlay(image, box, grid, kept)), (question, title), strict=True):
-        axis.imshow(shown)
-        axis.set_title(textwrap.fill(text, 60, replace_whitespace=False, max_lines=4), fontsize=9, loc="left")
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
-
-
 def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
     """One question: the whole picture, then a column a pruner and a row a budget, with what was answered below each."""
     read = [read_cell(cell) for cell in cells]

@@ -1,14 +1,16 @@
 """run.py with one picture of the user's own."""
 
+import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from analysis.masks import draw_answer
 from experiments import build
 from experiments.results import ROOT
 from experiments.tasks.answer import answer, open_picture
@@ -35,20 +37,35 @@ def config(tmp_path, *overrides):
         return build.resolve(compose("config", [f"results={tmp_path}", "device=cpu", *overrides]))
 
 
-def test_the_answer_is_the_pipelines_and_the_picture_shows_what_was_kept(tmp_path, photo):
+def test_the_answer_is_the_pipelines_and_the_page_shows_what_was_kept(tmp_path, photo):
     settings = config(tmp_path, "keep=30")
     question = "What color is the sun ?"
-    text = answer(settings, str(photo), question, draw_answer)
+    text = answer(settings, str(photo), question)
     (told,) = Pipeline(build.model(settings), build.pruner(settings), 30)([Prompt(question, [open_picture(photo)])])
     assert text.splitlines()[0] == told.text
     assert "demo_llava  mi  tokens kept 30 of 576" in text and "ms, once warm: vision" in text
-    out = tmp_path / "answers" / "my photo,demo_llava,mi,keep=30.png"
+    out = tmp_path / "answers" / "my photo,demo_llava,mi,keep=30.html"
     assert text.endswith(str(out))
-    shown = np.asarray(Image.open(out).convert("RGB"), dtype=int)
-    half = shown.shape[1] // 2
-    pure = (np.abs(shown - [255, 0, 0]).sum(-1) < 30) | (np.abs(shown - [0, 0, 255]).sum(-1) < 30)
-    share = pure[:, half:].sum() / pure[:, :half].sum()  # of the square in the middle, 30 of 576 patches are not faded
-    assert share == pytest.approx(30 / 576 * 280 / 420, rel=0.3)
+    page = out.read_text()
+    view = json.loads(page[page.index("id=data>") + len("id=data>") :].partition("</script>")[0])
+    assert view["size"] == [280, 420] and view["questions"][0]["question"] == question
+    whole, pruned = view["questions"][0]["runs"]
+    assert (whole["pruner"], len(whole["kept"])) == ("none", 576)
+    assert (pruned["answer"], pruned["kept"]) == (told.text, told.selections[0].indices.tolist())
+    assert shlex.split(pruned["command"])[2:] == [
+        f"image={photo}", f"question={question}", "model=demo_llava", "pruner=mi", "keep=30",
+        "decoding.max_new_tokens=4",
+    ]  # fmt: skip
+
+
+def test_a_page_of_the_full_model_and_one_of_a_budget_that_sets_itself(tmp_path, photo):
+    for words, kept in ((["pruner=none"], [576]), (["keep=auto", "pruner.lam=0.8"], [576, None])):
+        settings = config(tmp_path, *words)
+        out = answer(settings, str(photo), "What color is the sun ?").splitlines()[-1].strip()
+        page = Path(out).read_text()
+        runs = json.loads(page[page.index("id=data>") + 8 :].partition("</script>")[0])["questions"][0]["runs"]
+        assert [len(run["kept"]) for run in runs] == [n or int(runs[-1]["keep"]) for n in kept]
+        assert ("pruner.lam=0.8" in runs[-1]["command"]) == (len(kept) == 2)
 
 
 def test_a_picture_stands_as_the_camera_held_it(photo):

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+MAX_WIDTH = 800
+"""Of an image in a page, in pixels; a panel is 400 pixels wide."""
 HERE = Path(__file__).parent
 DATA = '"__DATA__"'
 """Stands in the template for what is drawn."""
@@ -38,7 +40,9 @@ def saved_page(view: dict[str, Any]) -> str:
     return template().replace(DATA, embedded(view))
 
 
-def data_url(image: Image.Image) -> str:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=90)
+def data_url(image: Image.Image, width: int = MAX_WIDTH) -> str:
+    """A JPEG of the image, no wider than ``width`` pixels; the boxes of a view are in those of the image itself."""
+    out, small = io.BytesIO(), image.copy()
+    small.thumbnail((width, 4 * width))
+    small.save(out, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,21 +1,22 @@
-"""Answer one question about one image of your own, and draw the tokens that were kept.
+"""Answer one question about one image of your own, and write a page that shows the tokens that were kept.
 
 python run.py image=photo.jpg question="What is on the table?" model=llava15_7b keep=64
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
 from experiments import build
+from experiments.explorer import panels, views
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
-
-Draw = Callable[..., None]
-"""Takes image, question, title, box, grid, kept indices and the file to write."""
+from mipruner.pruners import PRUNERS
+from mipruner.selection import Auto
 
 
 def open_picture(path: str) -> Image.Image:
@@ -29,16 +30,16 @@ def open_picture(path: str) -> Image.Image:
         raise InputError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def run(config: dict[str, Any], overrides: Sequence[str] = (), draw: Draw | None = None) -> None:
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     image, question = config["image"], config["question"]
     config = build.resolve(config)
     if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
         config["decoding"]["max_new_tokens"] = 128  # the dataset's number is for its own answers
-    print(answer(config, image, question, draw))
+    print(answer(config, image, question))
 
 
-def answer(config: dict[str, Any], image: str | None, question: str | None, draw: Draw | None = None) -> str:
-    """The answer, with tokens and times. ``draw`` draws the kept tokens into the results folder.
+def answer(config: dict[str, Any], image: str | None, question: str | None) -> str:
+    """The answer, with tokens and times, and where the page lies that shows it beside the answer to all tokens.
 
     Raises
     ------
@@ -61,13 +62,31 @@ def answer(config: dict[str, Any], image: str | None, question: str | None, draw
         "  ms, once warm: "
         + "  ".join(f"{stage} {spent:.1f}" for stage, spent in (ms | {"total": sum(ms.values())}).items()),
     ]
+    out = Path(config["results"]) / "answers"
+    out.mkdir(parents=True, exist_ok=True)
+    out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.html"
+    out.write_text(panels.saved_page(show_answer(config, pipeline, picture, question, told.n_keep, image)))
     if told.grids[0] is None:
-        lines.append("  the tokens of this picture lie on no single grid: nothing was drawn")
-    elif draw is not None:
-        out = Path(config["results"]) / "answers"
-        out.mkdir(parents=True, exist_ok=True)
-        out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.png"
-        title = f"{config['pruner']['name']}, {len(kept)} of {told.n_visual[0]}\n{told.text}"
-        draw(picture, question, title, told.boxes[0], told.grids[0], kept, out)
-        lines.append(f"  {out}")
+        lines.append("  the tokens of this picture lie on no single grid: the page shows no patches")
+    lines.append(f"  {out}")
     return "\n".join(lines)
+
+
+def show_answer(
+    config: dict[str, Any], pipeline: Pipeline, picture: Image.Image, question: str, n_keep: int, path: str
+) -> dict[str, Any]:
+    """What the page draws: all tokens, and the pruner of ``pipeline`` at its budget."""
+    adapter, method, keep = pipeline.adapter, pipeline.pruner, pipeline.keep
+    changed = {
+        one.name: getattr(method, one.name)
+        for one in fields(method)
+        if getattr(method, one.name) != one.default and one.name in config["pruner"]
+    }
+    whole = views.Cell("none", PRUNERS["none"](), 1.0)
+    cell = views.Cell(config["pruner"]["name"], method, n_keep if isinstance(keep, Auto) else keep, changed)
+    model, decoding = (config["model"]["name"], config["model"]["path"]), pipeline.decoding
+    seen = views.see(adapter, picture)
+    encoded = views.read(adapter, seen, question)
+    cells = [whole] if cell.pruner == "none" else [whole, cell]
+    runs = [views.show_cell(adapter, model, seen, encoded, question, one, decoding, path) for one in cells]
+    return views.show(adapter, model[0], seen, [views.show_question(question, encoded, runs)])
