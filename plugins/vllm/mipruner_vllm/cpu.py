@@ -1,0 +1,14 @@
+"""vLLM's CPU worker, with the flag that its GPU worker sets after loading."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class Worker(CPUWorker):
+    """Has positions recomputed after encoding (`MRoPE.recompute_mrope_positions`); vLLM 0.32 forgets it on a CPU."""
+
+    def load_model(self, **options) -> None:
+        super().load_model(**options)
+        runner = self.model_runner
+        recomputes = getattr(runner.model, "supports_multimodal_pruning", False)
+        config = runner.model_config.multimodal_config
+        runner.is_multimodal_pruning_enabled = recomputes and config.is_multimodal_pruning_enabled()

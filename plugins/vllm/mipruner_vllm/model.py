@@ -1,0 +1,140 @@
+"""From an image's rows to those that are kept, in the worker."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mipruner.features import Features
+from mipruner_vllm import settings
+from mipruner_vllm.processor import OWN
+
+
+class VisionRows:
+    """The rows of images seen lately, by image hash: up to ``max_bytes``, the least recently used goes first.
+
+    They lie in host memory, of which vLLM's memory profile takes nothing.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.n_bytes, self.n_encoded = max_bytes, 0, 0
+        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def get(self, keys: Sequence[bytes], encode: Callable[[list[int]], Sequence[Tensor]]) -> list[Tensor]:
+        """The rows of each key; ``encode`` is given the places of those that are new, each once."""
+        new = list(dict.fromkeys(key for key in keys if key not in self._held))
+        rows = {}
+        if new:
+            self.n_encoded += len(new)
+            rows = dict(zip(new, encode([keys.index(key) for key in new]), strict=True))
+        found = [rows[key] if key in rows else self._held[key].to(self._device, non_blocking=True) for key in keys]
+        for key in keys:
+            self._put(key, rows.get(key))
+        return found
+
+    def _put(self, key: bytes, rows: Tensor | None) -> None:
+        if key not in self._held:
+            self._device = rows.device
+            self._held[key] = rows.clone() if rows.device.type == "cpu" else rows.cpu()
+            self.n_bytes += rows.nbytes
+        self._held.move_to_end(key)
+        while self.n_bytes > self.max_bytes:
+            _, gone = self._held.popitem(last=False)
+            self.n_bytes -= gone.nbytes
+
+
+class Pruned:
+    """Mixin of a stock model: its own rows of each image, scored against the question and cut.
+
+    Does nothing unless the model's config has the setting ``mipruner``.
+    """
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.mipruner = settings.read(vllm_config.model_config.hf_config)
+        if self.mipruner is not None:
+            self.vision_rows = VisionRows(self.mipruner.cache_bytes)
+
+    def embed_multimodal(self, **kwargs: Any):
+        own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
+        if not own:
+            return super().embed_multimodal(**kwargs)
+        encode = super().embed_multimodal
+        keys = [bytes(key.tolist()) for key in own["image_hash"]]
+        rows = self.vision_rows.get(keys, lambda places: encode(**self.part(kwargs, len(keys), places)))
+        grids = kwargs.get("image_grid_thw", [None] * len(keys))
+        columns = (own["question_ids"], own["n_keep"], own["layout"], grids)
+        return tuple(self.shorten(*one) for one in zip(rows, *columns, strict=True))
+
+    def sizes(self, kwargs: dict[str, Any]) -> list[int] | None:
+        """Entries of ``pixel_values`` that belong to each image, None where it has one entry an image."""
+        return None
+
+    def part(self, kwargs: dict[str, Any], n: int, places: list[int]) -> dict[str, Any]:
+        """The arguments for the images at ``places`` of n."""
+        if places == list(range(n)):
+            return kwargs
+        sizes, chosen = self.sizes(kwargs), {}
+        for name, value in kwargs.items():
+            if sizes is not None and name.startswith("pixel_") and isinstance(value, Tensor):
+                pieces = value.split(sizes)
+                chosen[name] = torch.cat([pieces[k] for k in places])
+            elif isinstance(value, list):
+                chosen[name] = [value[k] for k in places]
+            elif isinstance(value, Tensor) and value.ndim and len(value) == n:
+                chosen[name] = value[places]
+            else:
+                chosen[name] = value
+        return chosen
+
+    def is_candidate(self, rows: Tensor) -> Tensor:
+        """Which of the rows [n_rows, d] are patches, [n_rows] bool."""
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+
+    def grid(self, n_visual: int, thw: Tensor | None) -> tuple[int, int] | None:
+        """(rows, columns) of the candidates, None where they do not lie on one grid."""
+        return None
+
+    def shorten(self, rows: Tensor, question_ids: Tensor, n_keep: Tensor, layout: Tensor, thw: Tensor | None) -> Tensor:
+        """The rows [n_kept, d] that enter the language model, words between them included."""
+        is_candidate = self.is_candidate(rows)
+        kept = torch.ones_like(is_candidate)
+        n_visual = int(is_candidate.sum())
+        if int(n_keep) < n_visual:
+            text = self.embed_words(question_ids.view(-1))
+            visual = rows[is_candidate][:, : text.shape[1]]  # without Qwen3-VL's columns of deepstack rows
+            features = Features(visual=visual, text=text, grid=self.grid(n_visual, thw), **self.signals)
+            chosen = self.mipruner.pruner(features, int(n_keep)).indices
+            kept = ~is_candidate
+            kept[is_candidate.nonzero()[:, 0][chosen]] = True
+        out = self.place(rows, thw)[kept]
+        layout = layout.view(-1).to(rows.device)
+        is_row = layout < 0
+        if is_row.all():
+            return out
+        stays = torch.ones_like(is_row)
+        stays[is_row] = kept
+        wide = out.new_empty(int(stays.sum()), out.shape[1])
+        wide[is_row[stays]] = out
+        wide[~is_row[stays]] = self.embed_words(layout[~is_row]).to(out)
+        return wide
+
+    def place(self, rows: Tensor, thw: Tensor | None) -> Tensor:
+        """Rows with what says where on the image they were, if the model must know."""
+        return rows
+
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """Input embeddings [n, d], by the model's own call: under tensor parallelism each rank has a part of them."""
+        return self.get_language_model().embed_input_ids(ids)
+
+    @cached_property
+    def signals(self) -> dict[str, Any]:
+        """The optional fields of `Features` that do not depend on the request."""
+        if "vocabulary" not in self.mipruner.pruner.signals:
+            return {}
+        n_words = self.config.get_text_config().vocab_size
+        device = next(self.get_language_model().parameters()).device
+        return {"vocabulary": self.embed_words(torch.arange(n_words, device=device))}

@@ -1,0 +1,177 @@
+"""From a request to its placeholders: the question, the budget, and each image's share, before anything is encoded."""
+
+import contextvars
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from mipruner.errors import InputError
+from mipruner.question import Reader
+from mipruner.selection import budget, split_budget
+from mipruner_vllm import settings
+
+OWN = ("question_ids", "n_keep", "layout", "image_hash")
+"""What travels with each image to the worker."""
+
+
+@dataclass
+class Request:
+    """One request while it is processed."""
+
+    question: list[int]
+    keep: int | float
+    image_hashes: list[str] = field(default_factory=list)
+
+
+_request: contextvars.ContextVar[Request] = contextvars.ContextVar("mipruner request")
+
+
+class Questions:
+    """Mixin of a stock multimodal processor. Does nothing unless the model's config has the setting ``mipruner``.
+
+    vLLM caches what the encoder put out, and the keys and values of a prompt, by an image's hash. So question, budget
+    and, where several images share one, their hashes enter it; the image's own hash goes to the worker, which encodes
+    an image once for all questions (`mipruner_vllm.model.VisionRows`).
+    """
+
+    placeholders: ClassVar[tuple[str, ...]] = ("<image>",)
+    marker: ClassVar[str] = "image_token_id"
+    """The config's name for the id that stands for an image in the prompt as sent."""
+
+    @cached_property
+    def settings(self) -> settings.Settings | None:
+        return settings.read(self.info.get_hf_config())
+
+    @cached_property
+    def reader(self) -> Reader:
+        tokenizer = self.info.get_tokenizer()
+        template = getattr(self.info.get_hf_processor(), "chat_template", None) or tokenizer.chat_template
+        return Reader(tokenizer, template, self.placeholders)
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any):
+        """Profiling asks no question and must see every row, the most that a request can keep."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs={"keep": 1.0})
+
+    def apply(self, inputs, timing_ctx):
+        """Raises `InputError`, HTTP 400 of the server, for a bad budget, an empty question or a video."""
+        if self.settings is None:
+            return super().apply(inputs, timing_ctx)
+        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        keep = kwargs.pop("keep", self.settings.keep)
+        settings.check_keep(keep)
+        if inputs.mm_data_items.get_all_counts().get("video"):
+            raise InputError(
+                "mi-pruner-vllm prunes no videos: send the frames as images, or serve without the setting mipruner"
+            )
+        token = _request.set(Request(self.question(inputs.prompt), keep))
+        try:
+            return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        finally:
+            _request.reset(token)
+
+    def question(self, prompt: list[int]) -> list[int]:
+        """The ids of T: the latest user text of the rendered prompt; none without an image."""
+        ids = torch.tensor(prompt)
+        is_visual = ids == getattr(self.info.get_hf_config(), self.marker)
+        if not is_visual.any():
+            return []
+        return ids[self.reader.latest(ids, is_visual)].tolist()
+
+    def _get_mm_hashes(self, inputs):
+        hashes = super()._get_mm_hashes(inputs)
+        images = hashes.get("image")
+        if self.settings is None or not images:
+            return hashes
+        request = _request.get()
+        request.image_hashes = list(images)
+        told = repr((request.question, request.keep, images if len(images) > 1 else None))
+        named = [hashlib.sha256(f"{image}{told}{k}".encode()).hexdigest() for k, image in enumerate(images)]
+        return {**hashes, "image": named}
+
+    def n_fixed(self, size) -> int:
+        """Rows of an image of this size that are no patch, such as the ends of lines."""
+        return 0
+
+    def _maybe_apply_prompt_updates(self, mm_items, mm_res):
+        """All images of the prompt stand here with their stock placeholders, cached or not: share out the budget."""
+        updates = mm_res.prompt_updates.get("image")
+        if self.settings is None or not updates:
+            return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+        request = _request.get()
+        spans = [
+            Span.of(one[0].content, self.n_fixed(mm_items["image"].get_image_size(k))) for k, one in enumerate(updates)
+        ]
+        counts = [span.n_candidates for span in spans]
+        shares = split_budget(budget(request.keep, sum(counts)), counts)
+        if shares != counts and not request.question:
+            raise InputError("the question is empty or of unknown words only: a pruner needs a text, or send keep=1.0")
+        details = [span.shorten(n) for span, n in zip(spans, shares, strict=True)]
+        shorter = [[u.with_content(d) for u in one] for one, d in zip(updates, details, strict=True)]
+        for k, item in enumerate(mm_res.kwargs["image"]):
+            if item is None:  # the engine has it under this very hash
+                continue
+            image_hash = torch.tensor(
+                list(hashlib.sha256(request.image_hashes[k].encode()).digest()), dtype=torch.uint8
+            )
+            values = (torch.tensor(request.question or [0]), torch.tensor(shares[k]), spans[k].layout)
+            for name, value in zip(OWN, (*values, image_hash), strict=True):
+                on_cpu = MultiModalBatchedField(keep_on_cpu=name != "question_ids")
+                item.update({name: MultiModalFieldElem(value, on_cpu)})
+        updates = {**mm_res.prompt_updates, "image": shorter}
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_updates=updates))
+
+
+@dataclass(frozen=True)
+class Span:
+    """What stands for one image in the full-length prompt.
+
+    Words between the rows (the ends of lines, the separators of tiles) stand among kept tokens at places that are
+    known only after scoring. So the whole span from the first to the last row becomes image ids, and the worker puts
+    the embeddings of those words among the rows.
+
+    Attributes
+    ----------
+    before, after : list of int
+        Ids around the rows.
+    image : int
+        The id of a row.
+    layout : Tensor [n_span]
+        From the first row to the last: -1 for a row, else the id of a word.
+    n_fixed : int
+        Rows that are no candidates.
+    """
+
+    before: list[int]
+    after: list[int]
+    image: int
+    layout: Tensor
+    n_fixed: int
+
+    @classmethod
+    def of(cls, content: PromptUpdateDetails, n_fixed: int) -> "Span":
+        full = torch.tensor(content.full)
+        is_row = torch.ones_like(full, dtype=torch.bool) if content.is_embed is None else content.is_embed(content.full)
+        places = is_row.nonzero()[:, 0]
+        first, last = int(places[0]), int(places[-1]) + 1
+        layout = full[first:last].masked_fill(is_row[first:last], -1)
+        return cls(full[:first].tolist(), full[last:].tolist(), int(full[first]), layout, n_fixed)
+
+    @property
+    def n_candidates(self) -> int:
+        return int((self.layout < 0).sum()) - self.n_fixed
+
+    def shorten(self, n_keep: int) -> PromptUpdateDetails:
+        """The placeholders of ``n_keep`` candidates with everything that is always kept."""
+        n_rows = n_keep + len(self.layout) - self.n_candidates
+        ids = [*self.before, *[self.image] * n_rows, *self.after]
+        is_row = torch.zeros(len(ids), dtype=torch.bool)
+        is_row[len(self.before) : len(self.before) + n_rows] = True
+        return PromptUpdateDetails(ids, None if is_row.all() else (lambda _: is_row))

@@ -1,0 +1,106 @@
+"""The setting ``mipruner`` of ``--hf-overrides``: read, checked before the model is loaded, refused in one message."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mipruner.errors import InputError
+from mipruner.pruners import PRUNERS, Pruner
+from mipruner.selection import budget
+
+GRID = frozenset({"grid"})
+GRIDS = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+"""Families whose image tokens lie on one grid."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``mipruner`` of the model's config says.
+
+    Attributes
+    ----------
+    pruner : Pruner
+    keep : int or float
+        Budget of a request that names none, see `mipruner.selection.budget`.
+    cache_bytes : int
+        Upper bound of the vision rows that each worker holds, in host memory.
+    """
+
+    pruner: Pruner
+    keep: int | float
+    cache_bytes: int = field(default=2**30)
+
+
+def read(config: Any) -> Settings | None:
+    """The settings of a model's config, None if it has none.
+
+    Raises
+    ------
+    InputError
+        For a pruner that vLLM cannot run, a budget that is none, an option that does not fit.
+    """
+    given = getattr(config, "mipruner", None)
+    if given is None:
+        return None
+    if not isinstance(given, dict) or (unknown := given.keys() - {"pruner", "keep", "options", "cache_bytes"}):
+        raise InputError(
+            f"mipruner={given!r} is not a setting{_named(unknown) if isinstance(given, dict) else ''}: "
+            'give {"pruner": "mi", "keep": 0.25, "options": {"lam": 0.5}}'
+        )
+    provided = frozenset({"vocabulary"}) | (GRID if config.model_type in GRIDS else frozenset())
+    name, keep = given.get("pruner", "mi"), given.get("keep", 1.0)
+    if name not in (names := working(provided)):
+        raise InputError(
+            f"pruner={name!r} cannot run in vLLM with a {config.model_type}: {', '.join(names)} can. The others read "
+            "the vision encoder's attention or hidden states, which vLLM does not return, or prune inside the decoder"
+        )
+    try:
+        pruner = PRUNERS[name](**given.get("options", {}))
+    except TypeError as error:
+        raise InputError(f"pruner {name}: {str(error).split('() ')[-1]}") from error
+    if lacking := sorted(pruner.needs - provided):
+        raise InputError(f"pruner {name} with these options needs {', '.join(lacking)}, which this model has not")
+    check_keep(keep)
+    return Settings(pruner, keep, given.get("cache_bytes", Settings.cache_bytes))
+
+
+def working(provided: frozenset[str]) -> list[str]:
+    """Names of the pruners that need nothing but visual tokens, text and ``provided``."""
+    return [name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and cls().needs <= provided]
+
+
+def check_keep(keep: Any) -> None:
+    """Raise `InputError` for what is a budget of no image."""
+    if keep == "auto":
+        raise InputError(
+            "keep='auto' cannot run in vLLM: it needs the length of the prompt before the image is encoded. Give a "
+            "fraction in (0, 1] or a whole number of tokens"
+        )
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise InputError(f"keep={keep!r} is not a budget: give a fraction in (0, 1] or a whole number of tokens")
+    budget(keep, max(1, int(keep)) if isinstance(keep, int) else 1)
+
+
+def _named(unknown: set[str]) -> str:
+    return f" (unknown: {', '.join(sorted(map(str, unknown)))})"
+
+
+def checked(stock: type) -> type:
+    """vLLM's own hook of an architecture's config, and then that of this package."""
+
+    class Checked(stock):
+        checks_mipruner = True
+
+        @classmethod
+        def verify_and_update_config(cls, vllm_config) -> None:
+            super().verify_and_update_config(vllm_config)
+            if read(vllm_config.model_config.hf_config) is not None:
+                _use_own_cpu_worker(vllm_config.parallel_config)
+
+    return Checked
+
+
+def _use_own_cpu_worker(parallel_config) -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and parallel_config.worker_cls == "auto":
+        parallel_config.worker_cls = "mipruner_vllm.cpu.Worker"

@@ -1,0 +1,299 @@
+"""The plug-in inside vLLM itself, in an environment of its own: `make test-vllm`. Skipped in any other.
+
+Every answer is compared with that of `Pipeline`, token for token, in float32.
+"""
+
+import gc
+import os
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+
+pytest.importorskip("mipruner_vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, where tests can look at its model
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+from mipruner_vllm import processor
+from mipruner_vllm.model import VisionRows
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from experiments.benchmarks.demo import Demo
+from experiments.results import ROOT
+from mipruner.decoding import Decoding
+from mipruner.models import Prompt, load
+from mipruner.pipeline import Pipeline
+from mipruner.pruners import PRUNERS
+
+LLAVA, QWEN = str(ROOT / "experiments/demo/llava"), str(ROOT / "experiments/demo/qwen3vl")
+MI = {"pruner": "mi", "keep": 1.0, "options": {"lam": 0.5}}
+CANVASES = [(336, 336), (280, 280), (336, 252), (252, 336)]
+BUDGETS = {LLAVA: (576, 64, 16, 8), QWEN: (1.0, 1 / 4, 1 / 9, 1 / 18)}
+
+
+@contextmanager
+def engine(folder, setting=MI, **options):
+    options = {"max_model_len": 1024, "max_num_seqs": 8, "dtype": "float32", "enforce_eager": True} | options
+    overrides = {} if setting is None else {"mipruner": setting}
+    llm = LLM(folder, hf_overrides=overrides, disable_log_stats=False, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def model_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def message(text, *images):
+    content = [*({"type": "image_pil", "image_pil": image} for image in images), {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def rendered(llm, messages):
+    """The prompt as a text, for `LLM.generate`."""
+    content = [{"type": part["type"].split("_")[0], "text": part.get("text")} for part in messages[0]["content"]]
+    said = [{"role": "user", "content": content}, *messages[1:]]
+    for turn in said[1:]:
+        if isinstance(turn["content"], str):
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+    template = llm.get_tokenizer().apply_chat_template
+    return template(said, tokenize=False, add_generation_prompt=True)
+
+
+def ask(llm, messages, keep=None, n=4, **sampling):
+    """The outputs of ``messages``, each with what was kept of each image's tokens if a budget is given."""
+    options = {} if keep is None else {"mm_processor_kwargs": {"keep": keep}}
+    sampling = SamplingParams(max_tokens=n, temperature=0, **sampling)
+    return llm.chat(messages, sampling, use_tqdm=False, **options)
+
+
+def tokens(outputs, end=2):
+    return [[t for t in out.outputs[0].token_ids if t != end] for out in outputs]
+
+
+@cache
+def questions(folder):
+    """(text, image) of every question of the demo."""
+    options = {"canvases": CANVASES, "n_objects": (6, 10), "n_scenes": 20} if folder == QWEN else {}
+    demo = Demo(**options)
+    images = {s.image_id: demo.images(s.image_id)[0] for s in demo.samples()}
+    return [(s.text, images[s.image_id]) for s in demo.samples()]
+
+
+@cache
+def adapter(folder):
+    return load(folder, dtype="float32")
+
+
+def expected(folder, asked, keep, pruner="mi", n=4, **options):
+    pipeline = Pipeline(adapter(folder), PRUNERS[pruner](**options), keep, Decoding(max_new_tokens=n))
+    prompts = [Prompt(text, list(images)) for text, *images in asked]
+    return [a.tokens for k in range(0, len(prompts), 16) for a in pipeline(prompts[k : k + 16])]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["an eighth", "all"])
+@pytest.mark.parametrize("folder", [LLAVA, QWEN])
+def test_the_questions_of_the_demo_are_answered_as_by_pipeline(folder, share):
+    """Slow: all of them, 618 and 309 at four budgets each."""
+    asked = questions(folder)[::share]
+    with engine(folder) as llm:
+        for keep in BUDGETS[folder]:
+            outputs = ask(llm, [message(*one) for one in asked], keep)
+            assert tokens(outputs) == expected(folder, asked, keep, lam=0.5), keep
+        n_images = len({id(image) for _, image in asked})
+        assert model_of(llm).vision_rows.n_encoded <= n_images + 2  # once each, and the two of the profile
+
+
+@pytest.fixture(scope="module")
+def llava():
+    with engine(LLAVA, max_num_batched_tokens=160, limit_mm_per_prompt={"image": 2}) as llm:  # pieces end inside images
+        yield llm
+
+
+def picked(folder, n):
+    asked = questions(folder)
+    return asked[:: len(asked) // n][:n]
+
+
+def test_one_question_never_gets_the_tokens_that_were_kept_for_another(llava, monkeypatch):
+    """The encoder's cache and the prefix cache go by an image's hash: two questions, two budgets, one image."""
+    image = questions(LLAVA)[0][1]
+    asked = [(text, image) for text, other in questions(LLAVA) if other is image]
+    for keep in (16, 8, 16):
+        assert tokens([ask(llava, [message(*one)], keep)[0] for one in asked]) == expected(LLAVA, asked, keep, lam=0.5)
+
+    def by_image_alone(self, inputs):
+        hashes = super(processor.Questions, self)._get_mm_hashes(inputs)
+        processor._request.get().image_hashes = list(hashes["image"])
+        return hashes
+
+    monkeypatch.setattr(processor.Questions, "_get_mm_hashes", by_image_alone)
+    other = questions(LLAVA)[-1][1]
+    asked = [(text, other) for text, image in questions(LLAVA) if image is other]
+    assert tokens([ask(llava, [message(*one)], 16)[0] for one in asked]) != expected(LLAVA, asked, 16, lam=0.5)
+
+
+def test_mixed_budgets_text_only_requests_and_a_warm_prefix_cache(llava):
+    asked, keeps = picked(LLAVA, 24), [64, 16, 8, 1.0]
+    texts = [rendered(llava, message(*one)) for one in asked]
+    alone = tokens(ask(llava, [message("What color is the sun ?")]))[0]
+    found = {}
+    for _ in range(2):
+        sent = [(k, {"keep": keep}) for k in range(24) for keep in keeps if (k + len(str(keep))) % 2]
+        words = {"prompt": rendered(llava, message("What color is the sun ?"))}
+        prompts = [
+            {"prompt": texts[k], "multi_modal_data": {"image": asked[k][1]}, "mm_processor_kwargs": kwargs}
+            for k, kwargs in sent
+        ]
+        mixed = [prompt for one in prompts for prompt in (one, words)]
+        outputs = tokens(llava.generate(mixed, SamplingParams(max_tokens=4, temperature=0), use_tqdm=False))
+        assert outputs[1::2] == [alone] * len(sent)
+        for (k, kwargs), out in zip(sent, outputs[::2], strict=True):
+            found.setdefault(kwargs["keep"], {})[k] = out
+    for keep, outs in found.items():
+        assert list(outs.values()) == expected(LLAVA, [asked[k] for k in outs], keep, lam=0.5)
+
+
+def test_prompts_are_as_long_as_the_budget_says_and_several_images_share_it(llava):
+    first, second = questions(LLAVA)[0], questions(LLAVA)[-1]
+    pair = (first[0], first[1], second[1])
+    for keep, n in ((1.0, 1152), (64, 64), (7, 7), (0.125, 144)):
+        (out,) = ask(llava, [message(*pair)], keep)
+        assert (
+            sum(token == llava.get_tokenizer().convert_tokens_to_ids("<image>") for token in out.prompt_token_ids) == n
+        )
+        if keep != 1.0:  # the model reads 1,024 tokens
+            assert tokens([out]) == expected(LLAVA, [pair], keep, lam=0.5)
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, 577, "many", "auto", None, True, [1]])
+def test_a_bad_budget_is_refused_and_the_engine_lives_on(llava, keep):
+    one = questions(LLAVA)[0]
+    with pytest.raises(ValueError, match="keep"):
+        llava.chat([message(*one)], mm_processor_kwargs={"keep": keep}, use_tqdm=False)
+    assert tokens(ask(llava, [message(*one)], 16)) == expected(LLAVA, [one], 16, lam=0.5)
+
+
+def test_a_question_of_unknown_words_is_refused_unless_all_is_kept(llava):
+    image = questions(LLAVA)[0][1]
+    with pytest.raises(ValueError, match="question is empty"):
+        ask(llava, [message("xyzzy", image)], 16)
+    assert ask(llava, [message("xyzzy", image)], 1.0)
+
+
+def test_the_latest_turn_is_the_question(llava):
+    (text, image), (later, _) = questions(LLAVA)[:2]
+    said = [*message(text, image), {"role": "assistant", "content": "red"}, *message(later)]
+    ids = llava.llm_engine.renderer.mm_processor.question(
+        llava.get_tokenizer()(rendered(llava, said), add_special_tokens=False)["input_ids"]
+    )
+    assert ids == llava.get_tokenizer()(later, add_special_tokens=False)["input_ids"]
+
+
+def test_an_image_is_encoded_once_however_many_questions(llava):
+    rows, image = model_of(llava).vision_rows, Demo(seed=7, n_scenes=1).images("0")[0]
+    before = rows.n_encoded
+    for keep in (16, 8):
+        ask(llava, [message(text, image) for text, _ in picked(LLAVA, 12)], keep)
+    assert rows.n_encoded == before + 1
+    assert rows.n_bytes <= rows.max_bytes
+    assert rows.n_bytes == sum(held.untyped_storage().nbytes() for held in rows._held.values())
+
+
+def test_the_least_recently_used_rows_go_first():
+    rows, encoded = VisionRows(max_bytes=2 * 40), []
+
+    def encode(places):
+        encoded.extend(places)
+        return [torch.full((2, 5), float(place)) for place in places]
+
+    for keys in ([b"a", b"b", b"a"], [b"a"], [b"c"], [b"b"]):  # b was the least recently used when c came
+        assert len(rows.get(keys, encode)) == len(keys)
+    assert encoded == [0, 1, 0, 0] and rows.n_bytes == 80
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_without_the_setting_nothing_changes():
+    """The plug-in is installed and not asked for: the answers and prompts of a vLLM without plug-ins."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import qwen3_vl
+
+    asked = [message(*one) for one in picked(QWEN, 12)]
+    with engine(QWEN, None) as llm:
+        assert type(model_of(llm)).__name__ == "PrunedQwen3VL"
+        found = [(out.prompt_token_ids, out.outputs[0].token_ids) for out in ask(llm, asked)]
+        runner = llm.llm_engine.model_executor.driver_worker.worker
+        assert type(runner).__module__.startswith("vllm.")
+        with pytest.raises(ValueError):
+            ask(llm, asked[:1], 16)  # to stock vLLM it is an option of the processor, which has none of that name
+    ours = ModelRegistry.models["Qwen3VLForConditionalGeneration"]
+    ModelRegistry.register_model("Qwen3VLForConditionalGeneration", qwen3_vl.Qwen3VLForConditionalGeneration)
+    try:
+        with engine(QWEN, None) as llm:
+            assert type(model_of(llm)) is qwen3_vl.Qwen3VLForConditionalGeneration
+            assert [(out.prompt_token_ids, out.outputs[0].token_ids) for out in ask(llm, asked)] == found
+    finally:
+        ModelRegistry.models["Qwen3VLForConditionalGeneration"] = ours
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"pruner": "visionzip"}, "visionzip.*cannot run in vLLM.*mi, divprune"),
+        ({"pruner": "fastv"}, "fastv.*cannot run in vLLM"),
+        ({"pruner": "mi", "keep": "auto"}, "auto.*before the image is encoded"),
+        ({"pruner": "mi", "keep": 1.5}, "keep=1.5"),
+        ({"pruner": "mi", "options": {"lam": 3}}, "lam=3"),
+        ({"pruner": "mi", "options": {"nothing": 3}}, "nothing"),
+        ({"keeps": 3}, "unknown: keeps"),
+        (64, "mipruner=64"),
+    ],
+)
+def test_a_wrong_setting_ends_before_the_model_is_loaded(setting, message):
+    with pytest.raises(ValueError, match=message), engine(LLAVA, setting):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pruner", "options"),
+    [
+        ("similarity", {}),
+        ("divprune", {}),
+        ("trimtokenator", {}),
+        ("cdpruner", {}),
+        ("mi", {"lam": 0.5, "support": "vocabulary"}),
+        ("mi", {"lam": 0.8, "prior": "center"}),
+        ("mi", {"lam": 0.5, "aggregation": "global", "normalization": "minmax"}),
+    ],
+)
+def test_other_methods_answer_as_in_pipeline(pruner, options):
+    asked = picked(QWEN, 24)
+    with engine(QWEN, {"pruner": pruner, "options": options, "keep": 1 / 9}) as llm:
+        outputs = ask(llm, [message(*one) for one in asked])
+    assert tokens(outputs) == expected(QWEN, asked, 1 / 9, pruner, **options)
+
+
+def test_answers_stay_under_preemption():
+    asked = picked(QWEN, 48)
+    with engine(QWEN, num_gpu_blocks_override=12, block_size=32, max_model_len=256) as llm:
+        outputs = ask(llm, [message(*one) for one in asked], 1 / 4, n=24, ignore_eos=True)
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        assert metrics["vllm:num_preemptions"].value > 0
+    with engine(QWEN) as llm:
+        calm = ask(llm, [message(*one) for one in asked], 1 / 4, n=24, ignore_eos=True)
+    assert tokens(outputs) == tokens(calm)
