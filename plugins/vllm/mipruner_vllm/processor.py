@@ -67,6 +67,8 @@ class Questions:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         keep = kwargs.pop("keep", self.settings.keep)
         settings.check_keep(keep)
+        if "pruner" in kwargs:  # a request may say what it relies on
+            settings.check_pruner(self.settings.pruner, kwargs.pop("pruner"), kwargs.pop("options", {}))
         if inputs.mm_data_items.get_all_counts().get("video"):
             raise InputError(
                 "mi-pruner-vllm prunes no videos: send the frames as images, or serve without the setting mipruner"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mipruner.errors import InputError
-from mipruner.pruners import PRUNERS, Pruner
+from mipruner.pruners import PRUNERS, Pruner, make
 from mipruner.selection import budget
 
 GRID = frozenset({"grid"})
@@ -53,10 +53,7 @@ def read(config: Any) -> Settings | None:
             f"pruner={name!r} cannot run in vLLM with a {config.model_type}: {', '.join(names)} can. The others read "
             "the vision encoder's attention or hidden states, which vLLM does not return, or prune inside the decoder"
         )
-    try:
-        pruner = PRUNERS[name](**given.get("options", {}))
-    except TypeError as error:
-        raise InputError(f"pruner {name}: {str(error).split('() ')[-1]}") from error
+    pruner = make(name, **given.get("options", {}))
     if lacking := sorted(pruner.needs - provided):
         raise InputError(f"pruner {name} with these options needs {', '.join(lacking)}, which this model has not")
     check_keep(keep)
@@ -66,6 +63,14 @@ def read(config: Any) -> Settings | None:
 def working(provided: frozenset[str]) -> list[str]:
     """Names of the pruners that need nothing but visual tokens, text and ``provided``."""
     return [name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and cls().needs <= provided]
+
+
+def check_pruner(running: Pruner, name: Any, options: Any) -> None:
+    """Raise `InputError` if a request names another pruner than the server was started with."""
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise InputError(f"pruner={name!r} with options={options!r} is none: give a name and a mapping")
+    if (asked := make(name, **options)) != running:
+        raise InputError(f"this server prunes with {running}, and the request asks for {asked}: restart it with that")
 
 
 def check_keep(keep: Any) -> None:
