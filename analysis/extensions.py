@@ -108,7 +108,7 @@ def prior(cells: pd.DataFrame) -> str:
 def answers(cell) -> pd.DataFrame:
     """Per sample: id, image_id, correct, kept (number of tokens)."""
     lines = (json.loads(line) for line in (cell.path / "samples.jsonl").read_text().splitlines())
-    rows = [(row["id"], row["image_id"], row["correct"], sum(map(len, row["kept"]))) for row in lines]
+    rows = [(row["id"], row["image_id"], row["correct"], sum(map(len, row["kept"] or []))) for row in lines]
     return pd.DataFrame(rows, columns=["id", "image_id", "correct", "kept"]).set_index("id")
 
 

@@ -56,6 +56,8 @@ def read_cell(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no folder of a finished cell: {error}") from error
+    if "server" in record:
+        raise ValueError(f"{path} was answered by a server, which does not tell which tokens it kept")
     return record, {row["id"]: row for row in rows}
 
 

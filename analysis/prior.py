@@ -27,7 +27,7 @@ def estimate(rows: list[dict], size: int = SIZE) -> Tensor:
     """
     kept, seen = torch.zeros(size, size), torch.zeros(size, size)
     for row in rows:
-        for indices, grid in zip(row.get("kept", []), row.get("grids", []), strict=True):
+        for indices, grid in zip(row.get("kept") or [], row.get("grids") or [], strict=True):
             if grid is None:  # several crops have no common grid
                 continue
             n_rows, n_columns = grid[-2:]

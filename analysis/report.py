@@ -132,6 +132,7 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     if cells.empty:
         return
     default = cells[(cells.differs.map(len) == 0) & (cells.dataset != load.EFFICIENCY)]
+    default = default[default.n_visual.notna()]  # a server does not tell what it kept
     for (model, dataset), group in default.groupby(["model", "dataset"], sort=False):
         every = {cell.method: cell.path for cell in group[group.method == "none"].itertuples()}
         for keep, budget in group[group.method != "none"].groupby("keep", sort=False):

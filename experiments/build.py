@@ -46,6 +46,8 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
         config["seed"] = config["decoding"]["seed"] = 0
     if config["pruner"]["name"] == "none":
         config["keep"] = 1.0
+    if config["engine"]["name"] == "pipeline":
+        del config["engine"]
     if config["keep"] != "auto":
         del config["quality"], config["keep_max"]
     del config["image"], config["question"]

@@ -8,8 +8,9 @@ from typing import Any
 
 from experiments import build
 from experiments.benchmarks.base import Benchmark
-from experiments.evaluate import evaluate, subset
+from experiments.evaluate import evaluate, evaluate_server, subset
 from experiments.ranks import ALONE, Ranks
+from experiments.remote import Server
 from experiments.results import NOT_IDENTITY, Cell
 from experiments.tracking import track
 from mipruner.errors import InputError
@@ -59,8 +60,17 @@ def run_cell(
     benchmark = build.benchmark(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
-    pipeline = Pipeline(build.model(config), *choices)
     command = shlex.join(["python", "run.py", *overrides])
+    if "engine" in config:
+        if ranks.n > 1:
+            raise InputError("engine=server needs one process: set engine.concurrency instead")
+        server = Server(config)
+        cell.open(config["overwrite"])
+        with track(config["logger"], cell) as report:
+            record = evaluate_server(cell, server, benchmark, samples, command)
+            report(record)
+        return record
+    pipeline = Pipeline(build.model(config), *choices)
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command, ranks)
     cell.open(config["overwrite"])
@@ -87,6 +97,10 @@ def show(record: dict[str, Any], path: str) -> str:
         )
         stages = "  ".join(f"{stage} {value:.1f}" for stage, value in ms.items())
         lines.append(f"  ms a sample in batches of {record['batch_size']}: {stages}")
+    if server := record.get("server"):
+        known = {"tokens": server["prompt_tokens"], "ms": server["request_ms"]}
+        means = "  ".join(f"{value:.1f} {name}" for name, value in known.items() if value is not None)
+        lines.append(f"  {server['model']} at {server['base_url']}, a prompt on average: {means}")
     if record["failed"]:
         lines.append(f"  {len(record['failed'])} samples failed and count as wrong, see failed in record.json")
     lines.append(f"  {path}/record.json")

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import results
+from experiments import remote, results
 from experiments.benchmarks.base import Benchmark, Sample, SampleError
 from experiments.ranks import Ranks
 from experiments.results import Cell
@@ -180,6 +180,33 @@ def evaluate(
     peak_memory_gib = ranks.largest(results.peak_memory_gib(pipeline.adapter.device))
     if ranks.rank > 0:
         return None
+    device = (f"{ranks.n} x " if ranks.n > 1 else "") + results.device_name(pipeline.adapter.device)
+    costs = {"device": device, "batch_size": cell.config["batch_size"], "peak_memory_gib": round(peak_memory_gib, 3)}
+    return finish(cell, benchmark, samples, {"command": command, "started": started, **costs})
+
+
+def evaluate_server(
+    cell: Cell, server: remote.Server, benchmark: Benchmark, samples: Sequence[Sample], command: str
+) -> dict[str, Any]:
+    """`evaluate` with the answers of a server, which tells neither the kept tokens nor the time of a stage.
+
+    Raises
+    ------
+    BenchmarkError
+        If the server cannot be reached or refuses; what was answered is kept.
+    """
+    samples = by_length(samples)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    description = server.describe()
+    server.probe(description["model"])
+    remote.answer_rest(cell, server, description["model"], benchmark, samples)
+    costs = {"device": "server", "batch_size": None, "peak_memory_gib": None}
+    run = {"command": command, "started": started, **costs, "server": remote.told(description, cell.rows())}
+    return finish(cell, benchmark, samples, run)
+
+
+def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:
+    """Score the answered samples and write the record, which says ``run`` of how they were answered."""
     answered = {row["id"]: row for row in cell.rows()}
     rows = [answered[sample.id] for sample in samples]
     predictions = [row["prediction"] for row in rows]
@@ -192,11 +219,8 @@ def evaluate(
         "id": cell.id,
         "cell": cell.cell,
         "config": cell.config,
-        "command": command,
         "git_commit": results.git_commit(),
         "versions": results.versions(),
-        "device": (f"{ranks.n} x " if ranks.n > 1 else "") + results.device_name(pipeline.adapter.device),
-        "started": started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "n_samples": len(samples),
         "failed": [{"id": row["id"], "error": row["error"]} for row in rows if "error" in row],
@@ -204,16 +228,15 @@ def evaluate(
         "standard_errors": benchmark.standard_errors(samples, scores),
         "provenance": benchmark.provenance(),
         **_means([row for row in rows if "error" not in row]),
-        "batch_size": cell.config["batch_size"],
-        "peak_memory_gib": round(peak_memory_gib, 3),
+        **run,
     }
     cell.finish(record)
     return record
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens and latency of the samples that ran, averaged."""
-    if not rows:
+    """Tokens and latency of the samples that ran, averaged; None where a server did not tell them."""
+    if not rows or rows[0]["per_layer"] is None:
         return {"tokens": None, "latency_ms": None, "notes": {}}
     per_layer = [fmean(counts) for counts in zip(*(row["per_layer"] for row in rows), strict=True)]
     stages = ("vision", "scoring", "prefill", "decode")

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import openai
 from openai import OpenAI
+from PIL import Image
 from tqdm import tqdm
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
@@ -73,10 +74,35 @@ class Server:
             )
         return {"base_url": str(self.client.base_url), "model": wanted, "version": self._version()}
 
+    def probe(self, model: str) -> None:
+        """Send a budget that is none, which the plug-in refuses and a server without it takes for nothing.
+
+        Raises
+        ------
+        BenchmarkError
+            If a pruner is to be evaluated and the server prunes nothing.
+        """
+        pruning, self.pruning = self.pruning, {"keep": 0}
+        try:
+            self.ask(model, "What is this ?", [encode(Image.new("RGB", (336, 336)))])
+            prunes = False
+        except openai.BadRequestError as error:
+            if pruning and "keep=0" not in str(error):
+                raise BenchmarkError(self.explain(error)) from error
+            prunes = "keep=0" in str(error)
+        except (openai.OpenAIError, ValueError) as error:
+            raise BenchmarkError(self.explain(error)) from error
+        if pruning and not prunes:
+            raise BenchmarkError(
+                f"the server at {self.client.base_url} prunes nothing: start it with mi-pruner-vllm and the setting "
+                "mipruner, see docs/serving.md"
+            )
+        self.pruning = pruning or ({"keep": 1.0} if prunes else {})
+
     def _version(self) -> str | None:
         """vLLM's; other servers have no such page."""
         try:
-            page = self.client.base_url.copy_with(path="/version")
+            page = str(self.client.base_url.copy_with(path="/version"))
             return str(httpx.get(page, timeout=5).json()["version"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None

@@ -18,6 +18,8 @@ config            the resolved config
 command           str, the command that makes it
 git_commit        str, with "+" appended when the tree had changes; null outside a repository
 versions          {python, torch, transformers, ...}
+server            {base_url, model, version, prompt_tokens, request_ms}: only of engine=server; means over samples. Such
+                  a record has no tokens, latency_ms, batch_size and peak_memory_gib (null)
 device            str, "4 x ..." if that many processes shared the samples
 started, finished str, ISO 8601
 n_samples         int, the denominator of every metric
@@ -37,7 +39,7 @@ samples.jsonl
 id, image_id, task, question, answer, prediction (null if failed), correct (0..1; null until a judge has spoken),
 n_visual, grids ([rows, columns] per picture), boxes ([left, top, right, bottom] of the picture that the grid covers),
 n_keep (nominal budget), kept (indices per picture, up to the last layer), per_layer, latency_ms, notes,
-error (if failed)
+error (if failed), prompt_tokens and request_ms (of a server, which leaves n_visual to latency_ms null)
 """
 
 import hashlib
@@ -69,6 +71,7 @@ NOT_IDENTITY = (
     "cache",
     "concurrency",
     "max_retries",
+    "timeout_s",
 )
 """Keys of the config, at any depth, that change no number."""
 

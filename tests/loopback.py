@@ -25,6 +25,7 @@ def server(reply: Callable[[dict, int], tuple[int, object]]) -> Iterator[tuple[s
             elif status == 200:
                 message = {"role": "assistant", "content": content}
                 body = {"id": "1", "object": "chat.completion", "created": 1, "model": f"{request['model']}-0613"}
+                body["usage"] = {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8}
                 content = json.dumps(body | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
             else:
                 content = json.dumps({"error": {"message": content}})
@@ -34,6 +35,16 @@ def server(reply: Callable[[dict, int], tuple[int, object]]) -> Iterator[tuple[s
             self.send_header("Content-Length", str(len(content)))
             if status in (429, 500):
                 self.send_header("retry-after-ms", "10")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):
+            models = [{"id": "demo", "object": "model", "created": 1, "owned_by": "test"}]
+            pages = {"/v1/models": {"object": "list", "data": models}, "/version": {"version": "1.2.3"}}
+            content = json.dumps(pages.get(self.path, {})).encode()
+            self.send_response(200 if self.path in pages else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 

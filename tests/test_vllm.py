@@ -4,12 +4,16 @@ Every answer is compared with that of `Pipeline`, token for token, in float32.
 """
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 pytest.importorskip("mipruner_vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 os.environ |= {
@@ -25,8 +29,12 @@ from mipruner_vllm.model import VisionRows
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from experiments import build
+from experiments.benchmarks.base import BenchmarkError
 from experiments.benchmarks.demo import Demo
-from experiments.results import ROOT
+from experiments.cell import run_cell
+from experiments.results import ROOT, Cell
+from experiments.serving import serve, soak
 from mipruner.decoding import Decoding
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
@@ -170,13 +178,12 @@ def test_mixed_budgets_text_only_requests_and_a_warm_prefix_cache(llava):
 def test_prompts_are_as_long_as_the_budget_says_and_several_images_share_it(llava):
     first, second = questions(LLAVA)[0], questions(LLAVA)[-1]
     pair = (first[0], first[1], second[1])
-    for keep, n in ((1.0, 1152), (64, 64), (7, 7), (0.125, 144)):
+    for keep, n in ((0.75, 864), (64, 64), (7, 7), (0.125, 144)):
         (out,) = ask(llava, [message(*pair)], keep)
         assert (
             sum(token == llava.get_tokenizer().convert_tokens_to_ids("<image>") for token in out.prompt_token_ids) == n
         )
-        if keep != 1.0:  # the model reads 1,024 tokens
-            assert tokens([out]) == expected(LLAVA, [pair], keep, lam=0.5)
+        assert tokens([out]) == expected(LLAVA, [pair], keep, lam=0.5)
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, 577, "many", "auto", None, True, [1]])
@@ -185,6 +192,17 @@ def test_a_bad_budget_is_refused_and_the_engine_lives_on(llava, keep):
     with pytest.raises(ValueError, match="keep"):
         llava.chat([message(*one)], mm_processor_kwargs={"keep": keep}, use_tqdm=False)
     assert tokens(ask(llava, [message(*one)], 16)) == expected(LLAVA, [one], 16, lam=0.5)
+
+
+def test_a_request_may_say_which_pruner_it_relies_on(llava):
+    one = message(*questions(LLAVA)[0])
+    told = {"keep": 16, "pruner": "mi", "options": {"lam": 0.5, "tau": 0.1}}
+    assert tokens(
+        llava.chat([one], SamplingParams(max_tokens=4, temperature=0), mm_processor_kwargs=told, use_tqdm=False)
+    )
+    for wrong in ({"pruner": "similarity"}, {"pruner": "mi", "options": {"lam": 0.6}}, {"pruner": 3}):
+        with pytest.raises(ValueError, match=r"this server prunes with MIPruner|is none"):
+            llava.chat([one], mm_processor_kwargs={"keep": 16} | wrong, use_tqdm=False)
 
 
 def test_a_question_of_unknown_words_is_refused_unless_all_is_kept(llava):
@@ -228,33 +246,31 @@ def test_the_least_recently_used_rows_go_first():
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def test_without_the_setting_nothing_changes():
-    """The plug-in is installed and not asked for: the answers and prompts of a vLLM without plug-ins."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models import qwen3_vl
-
-    asked = [message(*one) for one in picked(QWEN, 12)]
+def stock_outputs(expected_class):
+    """Prompt ids, new ids, of a model without the setting, and its class."""
     with engine(QWEN, None) as llm:
-        assert type(model_of(llm)).__name__ == "PrunedQwen3VL"
-        found = [(out.prompt_token_ids, out.outputs[0].token_ids) for out in ask(llm, asked)]
-        runner = llm.llm_engine.model_executor.driver_worker.worker
-        assert type(runner).__module__.startswith("vllm.")
-        with pytest.raises(ValueError):
-            ask(llm, asked[:1], 16)  # to stock vLLM it is an option of the processor, which has none of that name
-    ours = ModelRegistry.models["Qwen3VLForConditionalGeneration"]
-    ModelRegistry.register_model("Qwen3VLForConditionalGeneration", qwen3_vl.Qwen3VLForConditionalGeneration)
-    try:
-        with engine(QWEN, None) as llm:
-            assert type(model_of(llm)) is qwen3_vl.Qwen3VLForConditionalGeneration
-            assert [(out.prompt_token_ids, out.outputs[0].token_ids) for out in ask(llm, asked)] == found
-    finally:
-        ModelRegistry.models["Qwen3VLForConditionalGeneration"] = ours
+        assert type(model_of(llm)).__name__ == expected_class
+        assert type(llm.llm_engine.model_executor.driver_worker.worker).__module__.startswith("vllm.")
+        outputs = ask(llm, [message(*one) for one in picked(QWEN, 12)])
+        if expected_class == "PrunedQwen3VL":  # nobody is unpruned without knowing
+            with pytest.raises(ValueError, match="without the setting mipruner"):
+                ask(llm, [message(*questions(QWEN)[0])], 16)
+        return [[list(out.prompt_token_ids), list(out.outputs[0].token_ids)] for out in outputs]
+
+
+def test_without_the_setting_nothing_changes():
+    """The plug-in is installed and not asked for: the prompts and answers of a vLLM that loads no plug-in."""
+    code = "import json, test_vllm as t; print(json.dumps(t.stock_outputs('Qwen3VLForConditionalGeneration')))"
+    environment = os.environ | {"VLLM_PLUGINS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == stock_outputs("PrunedQwen3VL")
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"pruner": "visionzip"}, "visionzip.*cannot run in vLLM.*mi, divprune"),
+        ({"pruner": "visionzip"}, "visionzip.*cannot run in vLLM.*divprune.*mi can"),
         ({"pruner": "fastv"}, "fastv.*cannot run in vLLM"),
         ({"pruner": "mi", "keep": "auto"}, "auto.*before the image is encoded"),
         ({"pruner": "mi", "keep": 1.5}, "keep=1.5"),
@@ -297,3 +313,46 @@ def test_answers_stay_under_preemption():
     with engine(QWEN) as llm:
         calm = ask(llm, [message(*one) for one in asked], 1 / 4, n=24, ignore_eos=True)
     assert tokens(outputs) == tokens(calm)
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    setting = {"pruner": "mi", "options": {"lam": 0.5}}
+    options = ("--max-model-len", "1024", "--max-num-seqs", "16", "--dtype", "float32", "--enforce-eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+        with serve(LLAVA, setting, tmp_path_factory.mktemp("server") / "log", *options) as server:
+            yield server
+
+
+def config_of(tmp_path, *overrides):
+    words = [f"results={tmp_path}", "dataset.benchmark.n_scenes=8", "n_masks=0", "device=cpu", *overrides]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return build.resolve(compose("config", words))
+
+
+@pytest.mark.parametrize("keep", [1.0, 16])
+def test_the_record_of_the_server_is_that_of_the_pipeline_to_the_answer(served, tmp_path, keep):
+    pruner = ["pruner=none"] if keep == 1.0 else [f"keep={keep}"]
+    remote = config_of(tmp_path, *pruner, "engine=server", f"engine.base_url={served.url}")
+    found, expected = run_cell(remote), run_cell(config_of(tmp_path, *pruner))
+    assert found["metrics"] == expected["metrics"] and found["standard_errors"] == expected["standard_errors"]
+    rows = [{row["id"]: row["prediction"] for row in Cell(c).rows()} for c in (remote, config_of(tmp_path, *pruner))]
+    assert rows[0] == rows[1] and len(rows[0]) == found["n_samples"] > 100
+    n_image = 576 if keep == 1.0 else keep
+    assert n_image < found["server"]["prompt_tokens"] < n_image + 40
+    assert found["server"]["model"] == "served" and found["server"]["version"]
+
+
+def test_a_server_with_another_pruner_is_not_taken_for_the_one_asked_for(served, tmp_path):
+    wrong = config_of(tmp_path, "pruner=similarity", "engine=server", f"engine.base_url={served.url}")
+    with pytest.raises(BenchmarkError, match="this server prunes with MIPruner"):
+        run_cell(wrong)
+
+
+def test_a_soak_loses_nothing_and_mixes_nothing_up(served):
+    found = soak(served, 200, concurrency=16)
+    assert found.wrong == [] and found.asked == 200 and found.refused > 10

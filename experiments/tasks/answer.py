@@ -33,6 +33,8 @@ def open_picture(path: str) -> Image.Image:
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     image, question = config["image"], config["question"]
     config = build.resolve(config)
+    if "engine" in config:
+        raise InputError("one image of your own needs engine=pipeline: a server does not tell which tokens it kept")
     if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
         config["decoding"]["max_new_tokens"] = 128  # the dataset's number is for its own answers
     print(answer(config, image, question))

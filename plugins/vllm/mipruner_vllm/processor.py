@@ -63,6 +63,8 @@ class Questions:
     def apply(self, inputs, timing_ctx):
         """Raises `InputError`, HTTP 400 of the server, for a bad budget, an empty question or a video."""
         if self.settings is None:
+            if "keep" in inputs.hf_processor_mm_kwargs:
+                raise InputError("this server was started without the setting mipruner: keep would change nothing")
             return super().apply(inputs, timing_ctx)
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         keep = kwargs.pop("keep", self.settings.keep)
@@ -94,6 +96,8 @@ class Questions:
             return hashes
         request = _request.get()
         request.image_hashes = list(images)
+        if request.keep == 1.0 and isinstance(request.keep, float):  # the same rows for every question
+            return hashes
         told = repr((request.question, request.keep, images if len(images) > 1 else None))
         named = [hashlib.sha256(f"{image}{told}{k}".encode()).hexdigest() for k, image in enumerate(images)]
         return {**hashes, "image": named}
