@@ -3,6 +3,7 @@
 Every request that the browser makes must go to this machine. Screenshots go to the folder that SCREENSHOTS names.
 """
 
+import io
 import json
 import os
 import re
@@ -91,6 +92,17 @@ class Visitor:
         self.until(lambda: self.one("go").is_enabled())
         return self.one("error").text or self.one("state").text
 
+    def show_scene(self, number):
+        self.driver.execute_script("document.getElementById('scene').value = arguments[0]", number)
+        self.driver.execute_async_script("document.getElementById('scene').onchange().then(arguments[0])")
+
+    def choose_pruners(self, *names):
+        self.driver.execute_script(
+            "for (const box of document.querySelectorAll('input[name=pruner]'))"
+            "  box.checked = arguments[0].includes(box.value)",
+            names,
+        )
+
     def slide(self, first):
         self.driver.execute_script(
             "const range = document.querySelector('.range'); range.value = arguments[0];"
@@ -110,9 +122,11 @@ class Visitor:
         height, width, data = self.driver.execute_script(script, k)
         return np.array(data).reshape(height, width, 4)
 
-    def shoot(self, name):
+    def shoot(self, name, element=None):
         if os.environ.get("SCREENSHOTS"):
-            self.driver.save_screenshot(f"{os.environ['SCREENSHOTS']}/{name}.png")
+            png = element.screenshot_as_png if element else self.driver.get_screenshot_as_png()
+            image = Image.open(io.BytesIO(png)).convert("RGB")
+            image.save(f"{os.environ['SCREENSHOTS']}/{name}.jpg", quality=85)
 
     def check(self):
         """Nothing foreign was asked for, and no script failed."""
@@ -146,7 +160,6 @@ def test_ask_word_patch_slider_save(visitor):
     assert len(answers) == 7 and [one[0] in "=≠" for one in answers] == [False] + [True] * 6
     faded = (visitor.pixels(2)[..., :3].min(-1) > 190).mean()
     assert faded > 0.9, "16 of 576 patches are left"
-    visitor.shoot("answered")
 
     chips = {chip.text: chip for chip in visitor.all(".chip")}
     before = visitor.pixels(0)
@@ -154,7 +167,7 @@ def test_ask_word_patch_slider_save(visitor):
     assert chips["snowman"].get_attribute("aria-pressed") == "true"
     heated = (visitor.pixels(0) != before).any(-1)
     assert 0.01 < heated.mean() < 0.6
-    visitor.shoot("word")
+    visitor.shoot("explorer")
 
     visitor.all("canvas")[0].click()
     said = visitor.all(".said")[0].text
@@ -167,7 +180,6 @@ def test_ask_word_patch_slider_save(visitor):
 
     visitor.slide(24)
     assert visitor.heads() == ["all tokens 576", "MI-Pruner 24 of 576", "Similarity 24 of 576", "Attention 24 of 576"]
-    visitor.shoot("order")
     a_step = visitor.driver.execute_script(
         "const range = document.querySelector('.range'), start = performance.now();"
         "for (let k = 1; k <= 50; k++) { range.value = k; range.dispatchEvent(new Event('input')) }"
@@ -190,14 +202,10 @@ def test_ask_word_patch_slider_save(visitor):
     visitor.slide(9)
     assert visitor.heads()[1] == "MI-Pruner 9 of 576" and not visitor.all("form")
     assert saved.stat().st_size < 400_000
-    visitor.shoot("saved")
 
 
 def test_methods_without_an_order_are_asked_again(visitor):
-    visitor.driver.execute_script(
-        "for (const box of document.querySelectorAll('input[name=pruner]'))"
-        "  box.checked = ['mi', 'vispruner'].includes(box.value)"
-    )
+    visitor.choose_pruners("mi", "vispruner")
     visitor.type("budgets", "32")
     visitor.ask()
     visitor.slide(11)
@@ -230,7 +238,19 @@ def test_two_questions_keep_different_patches(visitor):
     assert visitor.ask().startswith("14 panels")
     assert (visitor.pixels(2) != visitor.pixels(9)).any(), "mi at 16 for each question"
     assert (visitor.pixels(6) == visitor.pixels(13)).all(), "attention does not read the question"
-    visitor.shoot("two")
+
+
+def test_the_image_of_readme(visitor):
+    """Two questions about scene 8, on which attention, which does not read them, errs: a chosen example."""
+    visitor.show_scene(8)
+    visitor.choose_pruners("mi", "attention")
+    visitor.type("question", "What color is the smiley ?")
+    visitor.type("second", "What color is the sword ?")
+    visitor.type("budgets", "16")
+    assert visitor.ask().startswith("6 panels")
+    answers = [one.text for one in visitor.all(".answer")]
+    assert answers == ["yellow ✓", "= yellow ✓", "≠ red ✗", "orange ✓", "= orange ✓", "≠ red ✗"]
+    visitor.shoot("two_questions", visitor.all(".sides")[0])
 
 
 def test_an_upload_and_what_is_wrong_with_it(visitor, tmp_path):
@@ -268,8 +288,7 @@ def test_two_visitors_at_once_each_see_their_own(url, tmp_path):
     def visit(scene):
         visitor = Visitor(url, tmp_path)
         try:
-            visitor.driver.execute_script("document.getElementById('scene').value = arguments[0]", scene)
-            visitor.driver.execute_script("return document.getElementById('scene').onchange()")
+            visitor.show_scene(scene)
             visitor.ask()
             visitor.check()
             words = [chip.text for chip in visitor.all(".chip")]
@@ -286,7 +305,6 @@ def test_on_a_phone_nothing_sticks_out(visitor):
     screen = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     visitor.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     visitor.ask()
-    for selector in ("#form", "#shown"):
-        visitor.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView()", selector)
-        visitor.shoot(f"phone{selector.replace('#', '_')}")
+    visitor.driver.execute_script("document.querySelector('#shown').scrollIntoView()")
+    visitor.shoot("explorer_phone")
     assert visitor.driver.execute_script("return document.documentElement.scrollWidth") <= 390
