@@ -86,7 +86,7 @@ $(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
 VLLM ?= .venv-vllm
 
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "$(or $(SLOW),not slow)" tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "$(or $(SLOW),not slow)" tests/test_vllm.py tests/test_vllm_families.py
 
 $(VLLM)/.installed: plugins/vllm/pyproject.toml tests/vllm_sitecustomize.py
 	$(PYTHON) -m venv $(VLLM)

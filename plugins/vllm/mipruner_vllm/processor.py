@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,9 @@ from mipruner_vllm import settings
 
 OWN = ("question_ids", "n_keep", "layout", "image_hash")
 """What travels with each image to the worker."""
+
+PROFILE = MappingProxyType({"keep": 1.0})
+"""The options of vLLM's own requests, with which it measures memory before it serves; a video may be among them."""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Questions:
     def get_dummy_inputs(self, *args: Any, **kwargs: Any):
         """Profiling asks no question and must see every row, the most that a request can keep."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs={"keep": 1.0})
+        return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs=PROFILE)
 
     def apply(self, inputs, timing_ctx):
         """Raises `InputError`, HTTP 400 of the server, for a bad budget, an empty question or a video."""
@@ -71,7 +75,7 @@ class Questions:
         settings.check_keep(keep)
         if "pruner" in kwargs:  # a request may say what it relies on
             settings.check_pruner(self.settings.pruner, kwargs.pop("pruner"), kwargs.pop("options", {}))
-        if inputs.mm_data_items.get_all_counts().get("video"):
+        if inputs.mm_data_items.get_all_counts().get("video") and inputs.hf_processor_mm_kwargs is not PROFILE:
             raise InputError(
                 "mi-pruner-vllm prunes no videos: send the frames as images, or serve without the setting mipruner"
             )
