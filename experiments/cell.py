@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import build
+from experiments.accept.published import published
 from experiments.benchmarks.base import Benchmark
 from experiments.evaluate import evaluate, evaluate_server, subset
 from experiments.ranks import ALONE, Ranks
@@ -103,7 +104,17 @@ def show(record: dict[str, Any], path: str) -> str:
         lines.append(f"  {server['model']} at {server['base_url']}, a prompt on average: {means}")
     if record["failed"]:
         lines.append(f"  {len(record['failed'])} samples failed and count as wrong, see failed in record.json")
+    lines += [f"  published, all tokens: {row}" for row in beside_published(record)]
     lines.append(f"  {path}/record.json")
     if os.path.exists(f"{path}/masks.png"):
         lines.append(f"  {path}/masks.png")
     return "\n".join(lines)
+
+
+def beside_published(record: dict[str, Any]) -> list[str]:
+    """What is published of the same model and data set with all tokens, for a record of everything kept."""
+    cell = record["cell"]
+    if cell["keep"] != 1.0 or cell["model"].startswith("demo"):
+        return []
+    rows = published(cell["model"], cell["dataset"])
+    return [f"{row['metric']} {row['value']} ({row['source']}, {row['protocol']} rule)" for row in rows]

@@ -1,11 +1,15 @@
 """The closed forms against torch's own counter, and the stored shapes against published sizes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from experiments.estimate import Decoder, architecture, build, estimate, vision_flops
+from experiments.results import ROOT
 from mipruner.errors import InputError
 
 PUBLISHED = {
@@ -86,3 +90,40 @@ def test_what_cannot_be_estimated_is_said():
         estimate("gpt5", 0.25)
     assert estimate("qwen3vl_8b", 0.25, n_visual=1024)["n_keep"] == 256
     assert estimate("demo_llava", 16)["parameters_billion"] == pytest.approx(0.0135, abs=0.0005)
+
+
+MEASURE = """
+import json, sys, torch
+from pathlib import Path
+from experiments.estimate import architecture, build
+
+def gib(key):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) / 2**20
+
+config = architecture(sys.argv[1])
+n_text, n_visual = 60, 576
+before = gib("VmRSS")
+model = build(config, torch.bfloat16, "cpu")
+for tensor in [*model.parameters(), *model.buffers()]:
+    tensor.data.fill_(0.01)
+ids = torch.full((1, n_text + n_visual), 5)
+ids[:, :n_visual] = config.image_token_id
+with torch.inference_mode():
+    out = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 336, 336, dtype=torch.bfloat16), logits_to_keep=1)
+print(gib("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_estimated_memory_is_what_a_run_takes(tmp_path):
+    """Weights and KV cache of a LLaVA-1.5-7B of four layers against the peak resident memory of its prefill."""
+    config = architecture("llava15_7b")
+    config.text_config.num_hidden_layers = 4
+    config.save_pretrained(tmp_path)
+    cost = estimate(str(tmp_path), 1.0)
+    told = cost["weights_gib"] + cost["kv_cache_mib"]["full"] / 1024
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert float(done.stdout) == pytest.approx(told, rel=0.1)

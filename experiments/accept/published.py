@@ -1,0 +1,18 @@
+"""Published scores of unpruned models, with their sources: published.csv."""
+
+import csv
+from pathlib import Path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file by its header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+PUBLISHED = read(Path(__file__).with_name("published.csv"))
+
+
+def published(model: str, dataset: str) -> list[dict[str, str]]:
+    """Rows of published.csv of one model and data set."""
+    return [row for row in PUBLISHED if (row["model"], row["dataset"]) == (model, dataset)]

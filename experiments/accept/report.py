@@ -1,0 +1,134 @@
+"""The acceptance report: lines with what was expected and found, saved after each section, as JSON and Markdown."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.base import BenchmarkError
+from experiments.results import write_atomic
+from mipruner.errors import InputError, ModelError
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One check.
+
+    Attributes
+    ----------
+    name : str
+    status : "pass", "fail" or "not run"
+    expected, found : str
+        In words and numbers; of a line that was not run, ``found`` is the reason.
+    tolerance : str
+        What difference still passes; empty if there is none to allow.
+    source : str
+        Where the expected value comes from.
+    """
+
+    name: str
+    status: str
+    expected: str
+    found: str
+    tolerance: str = ""
+    source: str = ""
+
+
+def check(name: str, passed: bool, expected: Any, found: Any, tolerance: str = "", source: str = "") -> Line:
+    """A line that passes or fails."""
+    return Line(name, PASS if passed else FAIL, str(expected), str(found), tolerance, source)
+
+
+def not_run(name: str, reason: str, expected: str = "", source: str = "") -> Line:
+    return Line(name, NOT_RUN, expected, reason, source=source)
+
+
+class Report:
+    """The lines of one acceptance, by section, in ``folder``/report.json and report.md.
+
+    A section that is in the file already and holds no failing line is not run again, so an interrupted acceptance goes
+    on where it stopped.
+
+    Parameters
+    ----------
+    folder : Path
+    head : dict
+        What the lines are about: command, model, versions, device, commit. A stored report with another ``identity``
+        in its head is started anew.
+    """
+
+    def __init__(self, folder: Path, head: dict[str, Any]):
+        self.folder, self.head = folder, head
+        self.sections: dict[str, list[Line]] = {}
+        self.seconds: dict[str, float] = {}
+        path = folder / "report.json"
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored["head"]["identity"] == head["identity"]:
+                sections = {name: [Line(**line) for line in lines] for name, lines in stored["sections"].items()}
+                self.sections = {
+                    name: lines for name, lines in sections.items() if all(line.status != FAIL for line in lines)
+                }
+                self.seconds = stored["seconds"]
+
+    @property
+    def lines(self) -> list[Line]:
+        return [line for lines in self.sections.values() for line in lines]
+
+    @property
+    def failed(self) -> list[Line]:
+        return [line for line in self.lines if line.status == FAIL]
+
+    def run(self, section: str, checks: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+        """Run the checks of a section, unless they are stored; what they raise is a failing line of its own."""
+        if section in self.sections:
+            yield from self.sections[section]
+            return
+        started, lines = time.perf_counter(), []
+        try:
+            for line in checks():
+                lines.append(line)
+                yield line
+        except (InputError, ModelError, BenchmarkError) as error:
+            lines.append(Line(f"{section} could be checked", FAIL, "no error", str(error)))
+            yield lines[-1]
+        except Exception as error:  # a report hides no fault, and one section's fault does not hide another's lines
+            lines.append(Line(f"{section} could be checked", FAIL, "no error", f"{type(error).__name__}: {error}"))
+            yield lines[-1]
+        self.sections[section] = lines
+        self.seconds[section] = round(time.perf_counter() - started, 1)
+        self.save()
+
+    def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stored = {
+            "head": self.head,
+            "verdict": self.verdict,
+            "seconds": self.seconds,
+            "sections": {name: [asdict(line) for line in lines] for name, lines in self.sections.items()},
+        }
+        write_atomic(self.folder / "report.json", json.dumps(stored, indent=1) + "\n")
+        write_atomic(self.folder / "report.md", self.markdown())
+
+    @property
+    def verdict(self) -> str:
+        counts = {status: sum(line.status == status for line in self.lines) for status in (PASS, FAIL, NOT_RUN)}
+        return f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_RUN]} not run"
+
+    def markdown(self) -> str:
+        head = [f"- {name}: {value}" for name, value in self.head.items() if name != "identity"]
+        blocks = [f"# Acceptance of {self.head['model']}: {self.verdict}", "\n".join(head)]
+        for section, lines in self.sections.items():
+            rows = [
+                "| check | result | expected | found | tolerance | source |",
+                "| --- | --- | --- | --- | --- | --- |",
+            ]
+            for line in lines:
+                words = (line.name, f"**{line.status}**", line.expected, line.found, line.tolerance, line.source)
+                rows.append("| " + " | ".join(w.replace("|", "\\|").replace("\n", " ") for w in words) + " |")
+            blocks += [f"## {section} ({self.seconds.get(section, 0):.1f} s)", "\n".join(rows)]
+        return "\n\n".join(blocks) + "\n"

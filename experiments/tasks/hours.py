@@ -1,0 +1,90 @@
+"""Calculate, for each experiment of the paper, its questions and the fewest hours that three GPUs need for them.
+
+    python run.py task=hours
+
+The hours are a lower bound from data sheets, not a measurement: FLOPs of vision and prefill at the peak rate of the
+tensor cores, one read of the weights a new token at the peak bandwidth, batch 1, no time for images or Python.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from experiments.estimate import estimate
+from experiments.results import ROOT
+from mipruner.errors import InputError
+
+CARDS = {"H100 SXM": (989, 3.35), "A100 80 GB": (312, 2.04), "RTX 4090": (165, 1.01)}
+"""Dense bfloat16 TFLOP/s and TB/s of each card's data sheet."""
+
+QUESTIONS = {
+    "gqa": 12578, "scienceqa": 2017, "textvqa": 5000, "mmvet": 218, "mme": 2114, "pope": 9000, "tgif": 1000,
+    "msvd": 1000, "msrvtt": 1000,
+}  # fmt: skip
+NEW_TOKENS = {"mmvet": 150}
+"""Tokens of an answer; 3 elsewhere."""
+
+N_VISUAL = {"qwen": 1024, "video": 2048}
+"""Visual tokens assumed for models whose images or videos have no fixed number, by the start of the model's name."""
+
+SEEDED = ("random",)
+"""Pruners that draw: they run once a seed, the others once."""
+
+
+@dataclass(frozen=True)
+class Row:
+    experiment: str
+    answers: int
+    hours: dict[str, float]
+
+
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    print("\n".join(table(rows())))
+
+
+def table(found: Sequence[Row]) -> Iterator[str]:
+    yield "| experiment | answers | " + " | ".join(f"{card}, h" for card in CARDS) + " |"
+    yield "| --- | ---: |" + " ---: |" * len(CARDS)
+    for row in found:
+        yield f"| `{row.experiment}` | {row.answers:,} | " + " | ".join(f"{row.hours[c]:.1f}" for c in CARDS) + " |"
+
+
+def rows() -> list[Row]:
+    """One row for each experiment that sweeps over models with a known shape and public benchmarks."""
+    found = []
+    for path in sorted((ROOT / "conf/experiment").glob("*.yaml")):
+        sweep = (yaml.safe_load(path.read_text()).get("hydra") or {}).get("sweeper", {}).get("params")
+        if not sweep or not set(words(sweep, "dataset")) <= QUESTIONS.keys() or "thinking" in path.stem:
+            continue  # how long a model thinks is not known
+        try:
+            found.append(row_of(path.stem, sweep))
+        except InputError:
+            continue
+    return found
+
+
+def words(sweep: dict[str, Any], key: str, default: str = "") -> list[str]:
+    return str(sweep.get(key, default)).split(",")
+
+
+def row_of(name: str, sweep: dict[str, Any]) -> Row:
+    answers, hours = 0, dict.fromkeys(CARDS, 0.0)
+    other = [key for key in sweep if key not in ("model", "dataset", "pruner", "keep", "seed")]
+    for model in words(sweep, "model"):
+        n_visual = next((n for start, n in N_VISUAL.items() if model.startswith(start)), None)
+        for pruner in words(sweep, "pruner", "mi"):
+            for keep in ["1.0"] if pruner == "none" else words(sweep, "keep", "64"):
+                cost = estimate(model, float(keep) if "." in keep else int(keep), n_visual)
+                repeats = len(words(sweep, "seed")) if pruner in SEEDED else 1
+                for key in other:
+                    repeats *= len(words(sweep, key))
+                for dataset in words(sweep, "dataset"):
+                    n = repeats * QUESTIONS[dataset]
+                    answers += n
+                    for card, (tflops, tb_per_s) in CARDS.items():
+                        prefill = (cost["prefill_tflop"]["pruned"] + (cost["vision_tflop"] or 0)) / tflops
+                        decode = NEW_TOKENS.get(dataset, 3) * cost["weights_gib"] * 2**30 / tb_per_s / 1e12
+                        hours[card] += n * (prefill + decode) / 3600
+    return Row(name, answers, hours)
