@@ -3,7 +3,7 @@
     python -m analysis.report                                       from results/ into docs/results/report.html
     python -m analysis.report --results results --out report.html --samples 6
 
-The page needs no server and no network: pictures and plots are inside it, and a mask is one path over its picture.
+The page needs no server and no network: pictures and plots are inside it, and the masks are drawn as in the explorer.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from PIL import Image
 from analysis import figures, load, masks, tables
 from experiments import build
 from experiments.benchmarks.base import BenchmarkError, SampleError
+from experiments.explorer import panels
 
 PICTURE_WIDTH = 448
 """Pictures wider than this are embedded smaller, in pixels."""
@@ -149,68 +150,45 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
                 yield Case(model, dataset, keep, picture.convert("RGB"), rows)
 
 
-def mask_path(box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> str:
-    """SVG path that covers ``box`` but for the kept patches, to be filled by the even-odd rule."""
-    rows, columns = grid[-2:]
-    left, top, right, bottom = box
-    width, height = (right - left) / columns, (bottom - top) / rows
-    path = [f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}z"]
-    kept = {k % (rows * columns) for k in kept}
-    for row in range(rows):
-        line = [column for column in range(columns) if row * columns + column in kept]
-        starts = [column for column in line if column - 1 not in line]
-        ends = [column + 1 for column in line if column + 1 not in line]
-        for start, end in zip(starts, ends, strict=True):
-            run = (end - start) * width
-            path.append(f"M{left + start * width:.5g} {top + row * height:.5g}h{run:.5g}v{height:.5g}h{-run:.5g}z")
-    return "".join(path)
-
-
 def picture_id(picture: Image.Image) -> str:
     """The same for equal pictures, so that a page holds each once."""
     return f"p{hashlib.sha256(picture.tobytes()).hexdigest()[:12]}"
 
 
-def pictures_html(pictures: Iterable[Image.Image]) -> str:
-    """Definitions of the pictures that the gallery refers to."""
-    images = []
-    for name, picture in {picture_id(picture): picture for picture in pictures}.items():
-        small, jpeg = picture.copy(), io.BytesIO()
-        small.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
-        small.save(jpeg, "JPEG", quality=80)
-        size = f"width={picture.width} height={picture.height}"
-        images.append(f"<image id={name} {size} href='{data_url(jpeg.getvalue(), 'image/jpeg')}'/>")
-    return f"<svg width=0 height=0 style='position:absolute'><defs>{''.join(images)}</defs></svg>"
+def show_case(case: Case) -> dict[str, Any]:
+    """What `panels.js` draws of a case, with the name of its picture as ``src``."""
+    first = next(iter(case.rows.values()))
+    runs = []
+    for method, row in case.rows.items():
+        run = {"pruner": method, "label": tables.METHODS.get(method, method), "keep": case.keep, "order": None}
+        if row["prediction"] is None:
+            runs.append(run | {"error": "failed"})
+            continue
+        right = None if row["correct"] is None else row["correct"] >= 0.5
+        said = {"answer": row["prediction"], "right": right, "kept": row["kept"][0], "n_visual": row["n_visual"]}
+        runs.append(run | said)
+    question = {"question": first["question"], "expected": masks.answer_text(first["answer"]), "words": [], "pmi": None}
+    grid, box = next((row["grids"][0], row["boxes"][0]) for row in case.rows.values() if "error" not in row)
+    where = {"src": picture_id(case.picture), "size": case.picture.size, "grid": grid, "box": box}
+    return where | {"vocabulary": None, "questions": [question | {"runs": runs}]}
 
 
 def case_html(case: Case) -> str:
-    width, height = case.picture.size
+    """Heading and place of a case; the script draws its panels there when it comes into view."""
     first = next(iter(case.rows.values()))
-    view, picture = f"viewBox='0 0 {width} {height}'", f"<use href='#{picture_id(case.picture)}'/>"
-    tiles = [
-        f"<figure><svg {view} role=img aria-label='the picture'>{picture}</svg>"
-        f"<figcaption>answer: <b>{html.escape(masks.answer_text(first['answer']))}</b></figcaption></figure>"
-    ]
-    for method, row in case.rows.items():
-        label = html.escape(tables.METHODS.get(method, method))
-        if row["prediction"] is None:
-            tiles.append(f"<figure class=wrong><figcaption><b>{label}</b><br>failed</figcaption></figure>")
-            continue
-        path = mask_path(row["boxes"][0], row["grids"][0], row["kept"][0])
-        right = row["correct"] is not None and row["correct"] >= 0.5
-        tiles.append(
-            f"<figure class={'right' if right else 'wrong'}><svg {view} role=img aria-label='{label}: what was kept'>"
-            f"{picture}<path class=dropped d='{path}'/></svg>"
-            f"<figcaption><b>{label}</b> {sum(map(len, row['kept']))} of {row['n_visual']}<br>"
-            f"{'✓' if right else '✗'} {html.escape(row['prediction']) or '<i>nothing</i>'}</figcaption></figure>"
-        )
     group = html.escape(f"{tables.MODELS.get(case.model, case.model)}, {case.dataset}, {tables.budget_name(case.keep)}")
     task = html.escape(first["task"])
     return (
-        f"<article class=case data-group='{group}' data-task='{task}'><h3>{html.escape(first['question'])}</h3>"
-        f"<p class=small>{group} tokens, {task}, sample {html.escape(str(first['id']))}</p>"
-        f"<div class=tiles>{''.join(tiles)}</div></article>"
+        f"<article class=case data-group='{group}' data-task='{task}'>"
+        f"<p class=small>{group} tokens, {task}, sample {html.escape(str(first['id']))}</p><div class=panels></div>"
+        "</article>"
     )
+
+
+def gallery_data(found: Sequence[Case]) -> str:
+    """The cases as JSON, each picture once."""
+    pictures = {picture_id(case.picture): panels.data_url(case.picture, PICTURE_WIDTH) for case in found}
+    return panels.embedded({"pictures": pictures, "views": [show_case(case) for case in found]})
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -244,17 +222,25 @@ figure { margin: 0 }
 figcaption { font-size: 13px; overflow-wrap: anywhere }
 .filters { display: flex; flex-wrap: wrap; gap: 12px; margin: 12px 0 }
 select { font: inherit; max-width: 100%; padding: 4px }
-.case { border-top: 1px solid var(--line); padding: 18px 0 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px }
-.tiles svg { width: 100%; display: block; background: #fff }
-.tiles figcaption { padding-top: 4px }
-.dropped { fill: #fff; fill-opacity: .82; fill-rule: evenodd }
-.right { border-bottom: 3px solid var(--good) }
-.wrong { border-bottom: 3px solid var(--bad) }
+.case { min-height: 300px; border-top: 1px solid var(--line); padding: 18px 0 }
+.panels .top { display: none }
+.panels .cells { grid-template-columns: 132px minmax(0, 1fr); max-width: none }
+.panels .others { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) }
+@media (max-width: 600px) { .panels .cells { grid-template-columns: minmax(0, 1fr) } }
 """
 
 SCRIPT = """
 const cases = [...document.querySelectorAll('.case')];
+const gallery = JSON.parse(document.getElementById('cases').textContent);
+const seen = new IntersectionObserver(entries => {
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) continue;
+    seen.unobserve(target);
+    const view = gallery.views[cases.indexOf(target)];
+    panels(target.querySelector('.panels'), { ...view, src: gallery.pictures[view.src] });
+  }
+}, { rootMargin: '600px' });
+cases.forEach(item => seen.observe(item));
 const filters = [...document.querySelectorAll('.filters select')];
 for (const select of filters) {
   const values = new Set(cases.map(item => item.dataset[select.name]));
@@ -280,7 +266,7 @@ def page(cells: pd.DataFrame, n_samples: int) -> str:
 <meta charset=utf-8>
 <meta name=viewport content="width=device-width, initial-scale=1">
 <title>MI-Pruner: what was measured</title>
-<style>{STYLE}</style>
+<style>{panels.style()}{STYLE}</style>
 <header><h1>MI-Pruner: what was measured</h1>
 <p>{html.escape(sources)} Numbers of the demo models come from small models on rendered scenes; they are no evidence
 about photographs.</p></header>
@@ -296,10 +282,10 @@ where a method prunes there: what is seen is what reached its last layer. This i
 hard cases, not a sample: the tables have the rates.</p>
 <div class=filters><label>Cells <select name=group><option value="">all</option></select></label>
 <label>Task <select name=task><option value="">all</option></select></label></div>
-{pictures_html(case.picture for case in found)}
 {gallery or "<p>No two methods have been run on the same questions.</p>"}
 </main>
-<script>{SCRIPT}</script>
+<script type=application/json id=cases>{gallery_data(found)}</script>
+<script>{panels.script()}{SCRIPT}</script>
 </html>
 """
 

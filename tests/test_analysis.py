@@ -535,17 +535,6 @@ def sample_row(sample, correct, prediction="yes", question="Is there a cup ?", t
     }
 
 
-def test_mask_path_covers_what_was_dropped_and_nothing_else():
-    def parts(kept):
-        path = report.mask_path([0, -10, 60, 50], [2, 3], kept)
-        return [[float(x) for x in re.findall(r"-?[\d.]+", part)] for part in path.split("z")[:-1]]
-
-    box, *holes = parts([5, 0, 5])
-    assert box == [0, -10, 60, 50, 0]
-    assert holes == [[0, -10, 20, 30, -20], [40, 20, 20, 30, -20]], "patch 0 top left, patch 5 bottom right, once each"
-    assert parts([2, 3, 4])[1:] == [[40, -10, 20, 30, -20], [0, 20, 40, 30, -40]], "neighbours in a row are one hole"
-
-
 def test_disagreements_come_first_by_spread_and_never_without():
     answered = [
         {s: sample_row(s, c) for s, c in {"a": 1, "b": 1, "c": 1, "d": 0, "only": 1}.items()},
@@ -566,7 +555,14 @@ def test_gallery_escapes_what_models_and_data_say():
     rows["none"] |= {"question": evil, "answer": evil, "task": evil, "id": evil}
     text = report.case_html(report.Case("demo_llava", evil, "16", Image.new("RGB", (60, 40)), rows))
     assert "<script" not in text and "alert(&#x27;&amp;&#x27;)" in text
-    assert text.count("<svg") == 3 and "class=right" in text and text.count("class=wrong") == 2
+    data = report.gallery_data([report.Case("demo_llava", evil, "16", Image.new("RGB", (60, 40)), rows)])
+    assert "<" not in data
+    (view,) = json.loads(data)["views"]
+    (question,) = view["questions"]
+    assert (question["question"], question["expected"], view["grid"]) == (evil, evil, [2, 3])
+    whole, pruned, failed = question["runs"]
+    assert (whole["right"], pruned["right"], pruned["answer"], pruned["kept"]) == (True, False, evil, [0, 5])
+    assert failed["error"] == "failed" and set(json.loads(data)["pictures"]) == {view["src"]}
 
 
 class Page(HTMLParser):
