@@ -2,7 +2,7 @@
 
 from mipruner.features import Features
 from mipruner.pruners import PRUNERS
-from mipruner.pruning import prune
+from mipruner.pruning import attach, prune
 from mipruner.selection import Selection, budget
 
-__all__ = ["PRUNERS", "Features", "Selection", "budget", "prune"]
+__all__ = ["PRUNERS", "Features", "Selection", "attach", "budget", "prune"]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mipruner.decoding import Decoding, decode, prefill
+from mipruner.door import Prompts
 from mipruner.features import Features
 from mipruner.models.base import Adapter
 from mipruner.prompt import Encoded, Picture, Prompt, Short, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Auto, Selection, budget, split_budget
-from mipruner.shortening import Prompts, Shortening, length
+from mipruner.shortening import Shortening, of_prefill
 from mipruner.timing import Stopwatch
 
 
@@ -131,9 +132,8 @@ class Pipeline:
             batch = collate([whole(sample) for sample in encoded])
             valid = torch.ones_like(batch.is_visual) if batch.attention_mask is None else batch.attention_mask.bool()
             chosen, selections = self.choose(encoded, valid)
-        choose = lambda kwargs, course: None if length(kwargs.get("past_key_values")) else chosen  # noqa: E731
         repack = self.adapter.positions == "repack"
-        with Shortening(self.adapter.language_model, self.pruner, choose, repack) as run:
+        with Shortening(self.adapter.language_model, self.pruner, of_prefill(chosen), repack) as run:
             with self.watch("prefill"):
                 state = prefill(self.adapter, batch)
             with self.watch("decode"):
@@ -193,6 +193,8 @@ class Pipeline:
 
     def select(self, encoded: Encoded) -> list[Selection]:
         """Prune each picture of one prompt by its share of the budget; not yet if the method does so in the decoder."""
+        if not encoded.visuals:
+            return []
         counts = [visual.n_visual for visual in encoded.visuals]
         shares = split_budget(budget(self.keep, sum(counts)), counts)
         pairs = list(zip(encoded.features(), shares, strict=True))
@@ -215,7 +217,7 @@ class Pipeline:
             selections = [self.select(sample) for sample in encoded]
         is_visual = torch.zeros_like(valid)
         for row, real, sample in zip(is_visual, valid, encoded, strict=True):
-            row[real.nonzero()[:, 0][torch.cat(sample.slots)]] = True
+            row[real.nonzero()[:, 0][sample.is_visual]] = True
         if isinstance(self.pruner, Pruner):
             return Prompts(is_visual, encoded=encoded, selections=selections), selections
         budgets = [
@@ -230,11 +232,15 @@ class Pipeline:
 
 def whole(sample: Encoded) -> Short:
     """A prompt of which everything is kept."""
-    is_visual = torch.zeros_like(sample.is_text)
-    is_visual[torch.cat(sample.slots)] = True
     layers = zip(*(visual.deepstack for visual in sample.visuals), strict=True)
-    deepstack = tuple(torch.cat(layer) for layer in layers)
-    return Short(sample.ids, sample.embeds, sample.position_ids, is_visual, deepstack, sample.sample)
+    return Short(
+        ids=sample.ids,
+        embeds=sample.embeds,
+        position_ids=sample.position_ids,
+        is_visual=sample.is_visual,
+        deepstack=tuple(torch.cat(layer) for layer in layers),
+        sample=sample.sample,
+    )
 
 
 def by_picture(kept: Tensor, encoded: Encoded) -> list[Selection]:

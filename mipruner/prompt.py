@@ -178,6 +178,14 @@ class Encoded:
         return sum(visual.n_visual for visual in self.visuals)
 
     @property
+    def is_visual(self) -> Tensor:
+        """The visual tokens [S] bool."""
+        is_visual = torch.zeros_like(self.is_text)
+        for slot in self.slots:
+            is_visual[slot] = True
+        return is_visual
+
+    @property
     def n_fixed(self) -> int:
         """Visual rows that are no candidates."""
         return sum(len(visual.rows) - visual.n_visual for visual in self.visuals)
@@ -211,6 +219,8 @@ class Short:
     is_visual : Tensor [S'] bool
     deepstack : tuple of Tensor [n_rows, d]
     sample : str
+    index : Tensor [S'], optional
+        Where in the full prompt each token stood.
     """
 
     ids: Tensor
@@ -219,6 +229,7 @@ class Short:
     is_visual: Tensor
     deepstack: tuple[Tensor, ...] = ()
     sample: str = ""
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +295,7 @@ def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Shor
         is_visual=is_visual[index],
         deepstack=deepstack,
         sample=encoded.sample,
+        index=index,
     )
 
 
@@ -307,7 +319,7 @@ def collate(shorts: Sequence[Short]) -> Batch:
         position_ids=position_ids[0] if len(position_ids) == 1 else position_ids,
         attention_mask=attention_mask if padded else None,
         is_visual=is_visual,
-        deepstack=[torch.cat(layer) for layer in zip(*(short.deepstack for short in shorts), strict=True)],
+        deepstack=[torch.cat(layer) for layer in zip(*(s.deepstack for s in shorts if s.deepstack), strict=True)],
         ids=[short.ids for short in shorts],
         samples=[short.sample for short in shorts],
     )

@@ -17,6 +17,7 @@ from experiments.results import ROOT
 from mipruner import PRUNERS
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
+from mipruner.intercept import Stepped
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import collate
@@ -57,6 +58,7 @@ def registered(model) -> Counter:
         for name, value in vars(module).items():
             if "hooks" in name and isinstance(value, dict):
                 hooks[name] += len(value)
+        hooks[f"class {type(module).__mro__[:2]}"] += isinstance(module, Stepped)
         hooks["methods"] += sum(callable(value) for name, value in vars(module).items() if name.startswith("get_"))
     return hooks
 
@@ -526,8 +528,7 @@ def test_what_does_not_fit_is_refused_on_entering(arguments, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_implementation": "static"}, "static cache"),
-        ({"prefill_chunk_size": 8}, "pictures that were|pictures encoded|the question is empty"),
+        ({"prefill_chunk_size": 8}, "prefill_chunk_size cuts a prompt before its question is known"),
     ],
 )
 def test_what_cannot_be_served_is_refused(options, message):
@@ -546,7 +547,7 @@ def test_pictures_and_prompts_must_come_together():
     elsewhere = {"image": adapter.model.model.get_image_features(inputs["pixel_values"])}
     ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with mipruner.prune(adapter.model, "mi", 0.4, tokenizer=adapter.tokenizer):
-        with pytest.raises(InputError, match="pictures encoded for them in this context 0"):
+        with pytest.raises(InputError, match="images encoded for them in this context 0"):
             adapter.model(**ids, mm_encoder_outputs=elsewhere)
         generated(adapter.model, reference("llava", [Prompt("What?", [picture(5, 84, 84)])]))
         with pytest.raises(InputError, match="were not encoded by this call"):
@@ -561,21 +562,21 @@ def test_pictures_and_prompts_must_come_together():
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
-def test_a_call_that_goes_back_is_refused(family):
-    """As assisted decoding does when a guess was wrong: it would crop the cache by the length of the full prompt."""
+@pytest.mark.parametrize("name", ["mi", "fastv"])
+def test_a_cache_counts_the_full_prompt_and_crops_what_came_after_it(family, name):
+    """As assisted decoding does when a guess was wrong."""
     adapter, inputs = tiny(family), reference(family, prompts_of(family)[:1])
-    with mipruner.prune(adapter.model, "mi", 0.4, tokenizer=adapter.tokenizer):
-        out = adapter.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
-        token, mask = out.sequences[:, -1:], torch.ones_like(out.sequences)
-        position_ids = torch.full((1, 1), out.sequences.shape[1] - 1)
-        if family == "qwen3_vl":
-            position_ids = position_ids.expand(4, 1, 1).clone()
-        call = dict(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
-        assert out.past_key_values.get_seq_length() < out.sequences.shape[1] - 1
-        adapter.model(**call, position_ids=position_ids)
-        call["attention_mask"] = torch.ones(1, out.sequences.shape[1] + 1, dtype=torch.long)
-        with pytest.raises(InputError, match="goes back to a token before the last one"):
-            adapter.model(**call, position_ids=position_ids)
+    options = dict(do_sample=False, min_new_tokens=4, return_dict_in_generate=True)
+    with mipruner.prune(adapter.model, name, 0.4, tokenizer=adapter.tokenizer):
+        out = adapter.model.generate(**inputs, max_new_tokens=4, **options)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == out.sequences.shape[1] - 1
+        assert cache.layers[-1].keys.shape[2] < out.sequences.shape[1] - 1, "nothing was pruned: this tests nothing"
+        cache.crop(-2)
+        again = adapter.model.generate(out.sequences[:, :-2], past_key_values=cache, max_new_tokens=2, do_sample=False)
+        assert again.tolist() == out.sequences.tolist()
+        with pytest.raises(InputError, match="a shortened prompt cannot be cropped"):
+            cache.crop(-5)
 
 
 # The real thing.

@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextConfig, Qw
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from mipruner.errors import InputError
+from mipruner.intercept import Stepped
 from mipruner.pruners import AutoPruner, DARTPruner, FastVPruner, SparseVLMPruner
 from mipruner.pruners.base import DecoderPruner, Reduction
 from mipruner.shortening import shorten
@@ -192,7 +193,8 @@ def prompts_of(family, n):
 
 
 def hook_count(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return hooks + sum(isinstance(m, Stepped) for m in model.modules())
 
 
 @pytest.mark.parametrize(("at", "merges"), [((2,), False), ((1, 2, 4), True)])
@@ -222,7 +224,7 @@ def test_shortened_is_masked(family, implementation, n_prompts, at, merges, meth
         assert run.per_layer[b] == counts
         assert len(run.kept[b]) == counts[-1] - (script[at[-1]].n_rows - len(script[at[-1]].indices)) or merges
     if n_prompts == 1:
-        lengths = [cache.get_seq_length(k) for k in range(N_LAYERS)]
+        lengths = [layer.keys.shape[-2] for layer in cache.layers]
         assert lengths == [prompt.n_before + c + prompt.n_after + N_NEW for c in run.per_layer[0]]
 
 

@@ -5,9 +5,8 @@ An adapter is the only place that knows a family, and it never branches on the p
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -16,36 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
+from mipruner.intercept import Call
 from mipruner.prompt import Encoded, Picture, Prompt, Short, Tokens, Video, Visual, cut
 from mipruner.selection import Selection
-
-
-@dataclass
-class Call:
-    """What went through a module in one forward pass: its keyword arguments and its (first) output."""
-
-    kwargs: dict[str, Any] | None = None
-    output: Tensor | None = None
-
-
-@contextmanager
-def captured(*modules: nn.Module) -> Iterator[list[Call]]:
-    """The calls of ``modules`` in one forward pass, by forward hooks that are gone afterwards."""
-    calls = [Call() for _ in modules]
-
-    def keep(call: Call):
-        def hook(module, args, kwargs, output):
-            call.kwargs, call.output = kwargs, output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [m.register_forward_hook(keep(call), with_kwargs=True) for m, call in zip(modules, calls, strict=True)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
 
 TEXT = "\N{LEFT WHITE CURLY BRACKET}text\N{RIGHT WHITE CURLY BRACKET}"
 """Stands for the user's text while the template around it is rendered."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
 from transformers.utils import ModelOutput
 
+from mipruner.intercept import Call, captured
 from mipruner.models.attention import cls_attention, received_attention
-from mipruner.models.base import Adapter, Call, captured
+from mipruner.models.base import Adapter
 from mipruner.models.clip import ClipSpace
 from mipruner.prompt import Picture, Prompt, Tokens, Visual
 

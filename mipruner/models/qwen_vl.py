@@ -16,8 +16,9 @@ from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
 
 from mipruner.errors import InputError
+from mipruner.intercept import Call, captured
 from mipruner.models.attention import received_attention
-from mipruner.models.base import Adapter, Call, captured
+from mipruner.models.base import Adapter
 from mipruner.prompt import Picture, Video, Visual
 
 

@@ -1,0 +1,149 @@
+"""The cache of a prompt that was shortened.
+
+Its caller, ``generate`` above all, counts the tokens of the full prompt; the language model counts those that are
+there. So the cache tells each of them the length that it knows. It can only be filled while a `Shortening` serves the
+call, and whatever selects, repeats or crops its rows does so with what became of their prompts.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from mipruner.errors import InputError
+
+
+@dataclass
+class Course:
+    """What became of the prompts of a cache.
+
+    Attributes
+    ----------
+    owner : Shortening
+        What pruned them, and serves the calls that follow.
+    removed : int
+        How many columns the full prompts have more than the first layer's cache.
+    last : Tensor [P, B]
+        Position of the last token of each prompt.
+    layers : list of Tensor [B, n] bool
+        For each layer, which of the columns that its cache had after the prompt are no padding; one entry if they are
+        the same for all.
+    renumbered : bool
+        Whether layers behind the first stage count positions anew.
+    serving : bool
+        True while the language model is at work on the cache.
+    """
+
+    owner: object
+    removed: int
+    last: Tensor
+    layers: list[Tensor]
+    renumbered: bool = False
+    serving: bool = field(default=False, compare=False)
+
+    def __post_init__(self):
+        full = {id(valid): bool(valid.all()) for valid in self.layers}
+        self.full = [full[id(valid)] for valid in self.layers]
+
+    @property
+    def valid(self) -> Tensor:
+        """Of the first layer."""
+        return self.layers[0]
+
+    @property
+    def padded(self) -> bool:
+        return not self.full[0]
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether later layers hold fewer columns than the first."""
+        return len(self.layers) > 1
+
+    def select(self, rows: Tensor) -> "Course":
+        """For other rows of the batch."""
+        known: dict[int, Tensor] = {id(valid): valid[rows.to(valid.device)] for valid in self.layers}
+        layers = [known[id(valid)] for valid in self.layers]
+        return replace(self, last=self.last[:, rows.to(self.last.device)], layers=layers)
+
+    def __deepcopy__(self, memo):
+        return replace(self, serving=False)
+
+
+class _Short:
+    """Comes before a cache's own class."""
+
+    course: Course
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        n = super().get_seq_length(layer_idx)
+        if self.course.serving:
+            return n
+        if layer_idx and self.course.is_staged:
+            n += self.course.valid.shape[1] - self.course.layers[layer_idx].shape[1]
+        return n + self.course.removed
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.course.serving:
+            raise InputError(
+                "this cache holds a prompt that mipruner.prune shortened, and its context is over: go on inside it, or "
+                "start with an empty cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens: int) -> None:
+        full = self.get_seq_length()
+        tokens = tokens if tokens <= 0 else min(tokens - full, 0)  # before 5.20, the length that is to be left
+        if full + tokens < self.course.valid.shape[1] + self.course.removed:
+            raise InputError("a shortened prompt cannot be cropped: only what came after it")
+        if tokens:
+            super().crop(tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.course = self.course.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.course = self.course.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(self.course.last.shape[1], device=self.course.last.device)
+        self.course = self.course.select(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        super().reset()
+        del self.course
+        self.__class__ = type(self).__bases__[1]
+
+
+@lru_cache
+def _short(cls: type) -> type:
+    return type(cls.__name__, (_Short, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def mark(cache: Cache, course: Course) -> None:
+    """Note on a cache what became of its prompts."""
+    if not isinstance(cache, _Short):
+        cache.__class__ = _short(type(cache))
+    cache.course = course
+
+
+def course_of(cache: Cache | None) -> Course | None:
+    return getattr(cache, "course", None) if isinstance(cache, _Short) else None
+
+
+def length(cache: Cache | None) -> int:
+    """Columns that are in the cache."""
+    if cache is None:
+        return 0
+    n, course = int(cache.get_seq_length()), course_of(cache)
+    return n if course is None or course.serving else n - course.removed
+
+
+def is_dynamic(cache: Cache) -> bool:
+    """Whether layers may hold caches of different lengths."""
+    own = type(cache).__bases__[1] if isinstance(cache, _Short) else type(cache)
+    return own is DynamicCache and not any(cache.is_sliding)

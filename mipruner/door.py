@@ -1,0 +1,202 @@
+"""Stage 0: what enters the language model of prompts that a `Pruner` shortened, and of the text that follows them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mipruner.caches import Course, length
+from mipruner.errors import InputError
+from mipruner.prompt import Batch, Encoded, Short, collate, cut
+from mipruner.selection import Selection
+
+
+@dataclass
+class Prompts:
+    """Prompts with images that a call brings, and what is kept of them.
+
+    Attributes
+    ----------
+    is_visual : Tensor [B, S] bool
+        The visual tokens of the prompts as they come.
+    budgets : sequence of int
+        Nominal number of visual tokens that a `DecoderPruner` keeps of each prompt.
+    attention : sequence of Tensor [n_visual] or None, optional
+        The vision encoder's, of each prompt as it enters, for methods that need it.
+    encoded, selections
+        What is kept at the door of each prompt, and of each image in it. Empty if all of it enters.
+    """
+
+    is_visual: Tensor
+    budgets: Sequence[int] = ()
+    attention: Sequence[Tensor | None] | None = None
+    encoded: Sequence[Encoded] = ()
+    selections: Sequence[Sequence[Selection]] = ()
+
+
+@dataclass
+class Entry:
+    """Prompts as they enter the first layer.
+
+    Attributes
+    ----------
+    changes : dict
+        Arguments of the language model that replace the caller's.
+    valid : Tensor [B, n_past + n] bool
+        Columns of the cache that are no padding, once the prompt is in.
+    columns : Tensor [B, n]
+        Where in the caller's prompt each row stood; -1 is padding.
+    is_visual : Tensor [B, n] bool
+    removed : int
+        How many columns the caller counts more.
+    last : Tensor [P, B]
+        Position of the last token.
+    """
+
+    changes: dict[str, Any]
+    valid: Tensor
+    columns: Tensor
+    is_visual: Tensor
+    removed: int
+    last: Tensor
+
+
+def enter(prompts: Prompts, kwargs: dict[str, Any], course: Course | None, repack: bool) -> Entry:
+    """The arguments of the short prompts, behind what the cache holds already."""
+    shape, n_past = prompts.is_visual.shape, length(kwargs.get("past_key_values"))
+    mask = padding(kwargs.get("attention_mask"), n_past + (course.removed if course else 0) + shape[1])
+    shorts = [cut(*pair, repack=repack) for pair in zip(prompts.encoded, prompts.selections, strict=True)]
+    if course is None and not _differ(shorts, prompts):
+        return _whole(prompts, kwargs, mask, n_past)
+    real = torch.ones_like(prompts.is_visual) if mask is None else mask[:, -shape[1] :]
+    batch = collate(shorts)
+    position_ids = _positions(batch, prompts.encoded, course, mask, n_past, repack)
+    new = torch.ones_like(batch.is_visual) if batch.attention_mask is None else batch.attention_mask.bool()
+    past = _past(course, mask, n_past, shape[1], new)
+    valid = new if past is None else torch.cat([past, new], 1)
+    # Without a cache, a mask is what tells gaps between positions from several prompts in one row.
+    plain = kwargs.get("past_key_values") is not None and bool(valid.all()) and not _is_given(kwargs)
+    return Entry(
+        changes=batch.language_model_inputs()
+        | {"position_ids": position_ids, "attention_mask": None if plain else valid.long()},
+        valid=valid,
+        columns=_columns(real, [short.index for short in shorts], new),
+        is_visual=batch.is_visual,
+        removed=(course.removed if course else 0) + shape[1] - new.shape[1],
+        last=_last(position_ids, new),
+    )
+
+
+def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tensor | None]:
+    """Positions and mask of text behind a short prompt, and which columns behind it are no padding, if some are."""
+    embeds = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    n_past, n_new = length(kwargs["past_key_values"]), embeds.shape[1]
+    rest = _rest(course, kwargs.get("attention_mask"), n_past, n_new)
+    position_ids = _ahead(course, rest, n_past, n_new)
+    mask = None
+    if rest is not None or course.padded:
+        behind = course.valid.new_ones(len(course.valid), n_past - course.valid.shape[1] + n_new)
+        mask = torch.cat([course.valid, behind if rest is None else rest], 1).long()
+    return {"attention_mask": mask, "position_ids": position_ids[0] if len(position_ids) == 1 else position_ids}, rest
+
+
+def padding(mask: Tensor | dict | None, n_columns: int) -> Tensor | None:
+    """Which columns [B, n_columns] of a caller's mask are no padding; None if all are.
+
+    Raises
+    ------
+    InputError
+        If the mask is of another length, or one of [.., query, key] that nobody made for a static cache.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if mask.ndim == 4:  # generate makes it for a static cache: what the last token sees
+        mask = mask[:, 0, -1, :n_columns]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+    elif mask.shape[1] != n_columns:
+        raise InputError(f"the attention mask has {mask.shape[1]} columns where the prompt has {n_columns}")
+    return mask.bool()
+
+
+def _differ(shorts: Sequence[Short], prompts: Prompts) -> bool:
+    merged = any(selection.embeds is not None for chosen in prompts.selections for selection in chosen)
+    return merged or any(len(s.embeds) < len(e.embeds) for s, e in zip(shorts, prompts.encoded, strict=True))
+
+
+def _is_given(kwargs: dict[str, Any]) -> bool:
+    return getattr(kwargs.get("attention_mask"), "ndim", 0) == 2
+
+
+def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past: int) -> Entry:
+    """Prompts of which everything enters."""
+    batch, n = prompts.is_visual.shape
+    valid = prompts.is_visual.new_ones(batch, n_past + n) if mask is None else mask.expand(batch, -1)
+    new, place = valid[:, n_past:], torch.arange(n, device=valid.device).expand(batch, n)
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = place + n_past
+    return Entry({}, valid, torch.where(new, place, -1), prompts.is_visual & new, 0, _last(position_ids, new))
+
+
+def _positions(
+    batch: Batch, encoded: Sequence[Encoded], course: Course | None, mask: Tensor | None, n_past: int, repack: bool
+) -> Tensor:
+    """Positions [B, n] or [P, B, n] of short prompts: those of the full ones, or numbered on from what is there."""
+    if not repack:
+        return batch.position_ids
+    if course is None:
+        starts = torch.stack([sample.position_ids[0, 0] for sample in encoded])
+    else:
+        n_since = n_past - course.valid.shape[1]
+        rest = None if mask is None else mask[:, course.valid.shape[1] + course.removed :]
+        starts = course.last[0] + 1 + (n_since if rest is None else rest[:, :n_since].sum(1))
+    return batch.position_ids + starts[:, None]
+
+
+def _past(course: Course | None, mask: Tensor | None, n_past: int, n_new: int, like: Tensor) -> Tensor | None:
+    """Which of the columns [B, n_past] that are in the cache already count."""
+    if not n_past:
+        return None
+    if course is None:
+        return like.new_ones(len(like), n_past) if mask is None else mask[:, :n_past]
+    n_since = n_past - course.valid.shape[1]
+    since = like.new_ones(len(like), n_since) if mask is None else mask[:, -n_new - n_since : -n_new]
+    return torch.cat([course.valid, since], 1)
+
+
+def _rest(course: Course, mask: Tensor | dict | None, n_past: int, n_new: int) -> Tensor | None:
+    """Which columns behind the prompts [B, k] count, from the caller's mask."""
+    if getattr(mask, "ndim", 0) != 2:  # none, or one for a static cache, which is made anew
+        return None
+    rest = padding(mask, n_past + course.removed + n_new)
+    return rest[:, course.valid.shape[1] + course.removed :]
+
+
+def _ahead(course: Course, rest: Tensor | None, n_past: int, n_new: int) -> Tensor:
+    """Positions [P, B, n_new] of text that follows."""
+    if rest is None:
+        n_since = n_past - course.valid.shape[1]
+        return course.last[..., None] + 1 + n_since + torch.arange(n_new, device=course.last.device)
+    return course.last[..., None] + rest.cumsum(1)[:, -n_new:].to(course.last)
+
+
+def _columns(real: Tensor, indices: Sequence[Tensor], new: Tensor) -> Tensor:
+    """Where in the caller's prompts each row [B, n] stood, from its place among the tokens that are no padding."""
+    columns = torch.full(new.shape, -1, device=new.device)
+    for row, places, index in zip(columns, real, indices, strict=True):
+        row[len(row) - len(index) :] = places.nonzero()[:, 0][index]
+    return columns
+
+
+def _last(position_ids: Tensor, valid: Tensor) -> Tensor:
+    """The highest position [P, B] of each prompt; text goes on behind the highest of time, height and width."""
+    position_ids = position_ids[None] if position_ids.ndim == 2 else position_ids
+    last = position_ids.expand(-1, *valid.shape).masked_fill(~valid, -1).amax(-1)
+    n_text = len(last) % 3
+    if len(last) > 2:
+        last = torch.cat([last[:n_text], last[n_text:].amax(0, keepdim=True).expand_as(last[n_text:])])
+    return last

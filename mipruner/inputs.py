@@ -1,0 +1,171 @@
+"""From the arguments that a model is called with to prompts: which image stands where, and what the question is."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from mipruner.errors import InputError
+from mipruner.intercept import Call
+from mipruner.models.base import Adapter
+from mipruner.prompt import Encoded, Prompt, Tokens, Visual
+from mipruner.question import Reader, between_special
+
+AROUND_IMAGES = ("image", "video", "vision_start", "vision_end")
+
+
+@dataclass
+class Seen:
+    """One pass of the vision encoder: the arguments of the model's method, what it returned, what was captured."""
+
+    inputs: dict[str, Any]
+    features: SimpleNamespace
+    calls: list[Call]
+
+
+def see(method: Callable, names: Sequence[str], args: tuple, kwargs: dict, calls: list[Call]) -> tuple[Any, Seen]:
+    """Call the model's own vision method, whose arguments have these names, and note it."""
+    out = method(*args, **kwargs)
+    inputs = dict(zip(names, args, strict=False)) | kwargs
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    features = SimpleNamespace(
+        pooler_output=out.pooler_output, deepstack_features=getattr(out, "deepstack_features", None)
+    )
+    return out, Seen(inputs, features, calls)
+
+
+@lru_cache(maxsize=8)
+def saved_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the weights, if it is on this machine."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True) if path else None
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def reader_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, model: PreTrainedModel) -> Reader | None:
+    """What finds questions in ids, if there is a tokenizer."""
+    if tokenizer is None:
+        return None
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    ids = {getattr(model.config, f"{name}_token_id", None) for name in AROUND_IMAGES} - {None}
+    marks = [getattr(words, f"{name}_image_token", None) for name in ("start", "end")]
+    marks += words.convert_ids_to_tokens(sorted(ids))
+    return Reader(words, words.chat_template or getattr(tokenizer, "chat_template", None), [m for m in marks if m])
+
+
+@dataclass
+class Inputs:
+    """Reads the prompts of one model.
+
+    Attributes
+    ----------
+    adapter : Adapter
+    reader : Reader, optional
+    texts : sequence of str, optional
+        The part of each prompt that is T.
+    signals : set of str
+        Optional fields of `Features` that the method reads.
+    """
+
+    adapter: Adapter
+    reader: Reader | None
+    texts: Sequence[str] | None
+    signals: frozenset[str]
+
+    def __call__(
+        self, ids: Tensor, embeds: Tensor, valid: Tensor, position_ids: Tensor, seen: dict[bool, Seen]
+    ) -> list[Encoded]:
+        """The prompts of one call: ids [B, S], embeds [B, S, d], valid [B, S], position_ids [P, B, S]."""
+        rows = (valid, ids, embeds, position_ids.unbind(1), self._images(ids, seen), self._texts(len(ids)))
+        return [self._encode(*row) for row in zip(*rows, strict=True)]
+
+    def _images(self, ids: Tensor, seen: dict[bool, Seen]) -> list[list[tuple[Visual, Tensor]]]:
+        """The images of each prompt with their places in it [n_rows], from those that the vision encoder saw."""
+        placeholders = self.adapter.is_placeholder(ids)
+        n_placeholders = int(placeholders.sum())
+        runs = [n for row in placeholders for is_run, n in zip(*_runs(row), strict=True) if is_run]
+        queues: dict[int, list[Visual]] = {}
+        for kind, k in self.adapter.placeholder_ids.items():
+            one = seen.get(kind == "video")
+            if one is not None and bool((ids == k).any()):
+                pixels = self.adapter.unbatch(kind == "video", one.inputs, runs)
+                queues[k] = self.adapter.visuals(one.features, one.calls, pixels, self.signals)
+        n_rows = sum(len(visual.rows) for queue in queues.values() for visual in queue)
+        copies = n_placeholders // max(n_rows, 1)  # beams: each prompt stands there several times
+        if n_rows * copies != n_placeholders or len(ids) % copies:
+            raise InputError(
+                f"the prompts have {n_placeholders} visual tokens, and the images encoded for them in this context "
+                f"{n_rows}: give pixel values with the prompt, and the prompt in one piece"
+            )
+        found = []
+        for prompt in ids[::copies]:
+            free = {k: (prompt == k).nonzero()[:, 0] for k in queues}
+            own = []
+            while any(len(places) for places in free.values()):
+                first = min((k for k in free if len(free[k])), key=lambda k: int(free[k][0]))
+                visual = queues[first].pop(0)
+                own.append((visual, free[first][: len(visual.rows)]))
+                free[first] = free[first][len(visual.rows) :]
+            found += [own] * copies
+        return found
+
+    def _encode(self, valid, ids, embeds, position_ids, images, text) -> Encoded:
+        """One prompt without its padding."""
+        rows = valid.nonzero()[:, 0]
+        ids, embeds, position_ids = ids[rows], embeds[rows], position_ids[:, rows]
+        places = [torch.searchsorted(rows, place) for _, place in images]
+        for (visual, _), place in zip(images, places, strict=True):
+            if len(place) != len(visual.rows) or not torch.equal(embeds[place], visual.rows.to(embeds)):
+                raise InputError("the images of this prompt were not encoded by this call inside this context")
+        is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
+        words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
+        tokens = Tokens(ids, is_text, torch.ones(int(is_text.sum()), dtype=torch.bool), words)
+        prompt = Prompt(self.reader.decode(ids[is_text].tolist()) if self.reader else "", ())
+        return Encoded(
+            ids=ids,
+            embeds=embeds,
+            position_ids=position_ids,
+            slots=tuple(
+                place if visual.is_candidate is None else place[visual.is_candidate]
+                for (visual, _), place in zip(images, places, strict=True)
+            ),
+            is_text=is_text,
+            visuals=tuple(visual for visual, _ in images),
+            signals=self.adapter.text_signals(prompt, tokens, self.signals),
+            sample=f"{zlib.crc32(ids.cpu().numpy().tobytes()):08x}",
+        )
+
+    def _texts(self, n_prompts: int) -> list[str | None]:
+        """The given text of each prompt."""
+        given = self.texts or [None]
+        if n_prompts % len(given):
+            raise InputError(f"{len(given)} texts were given, and there are {n_prompts} prompts")
+        return [text for text in given for _ in range(n_prompts // len(given))]
+
+    def _question(self, text: str | None, ids: Tensor) -> Tensor:
+        """T [S] bool of one prompt."""
+        is_visual = self.adapter.is_placeholder(ids)
+        if text is not None:
+            return self.reader.occurrence(ids, is_visual, text)
+        if self.reader is not None and self.reader.template is not None:
+            return self.reader.latest(ids, is_visual)
+        model = self.adapter.model
+        ends = model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        configs = (model.config, model.config.text_config, model.generation_config)
+        names = ("bos", "pad", *AROUND_IMAGES)
+        special = {getattr(config, f"{name}_token_id", None) for config in configs for name in names} - {None}
+        return between_special(ids, is_visual, ends, ends | special)
+
+
+def _runs(row: Tensor) -> tuple[list[bool], list[int]]:
+    """The values of row [S] and how often each is repeated."""
+    values, counts = row.unique_consecutive(return_counts=True)
+    return values.tolist(), counts.tolist()

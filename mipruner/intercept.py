@@ -1,0 +1,149 @@
+"""Stepping between one module and its callers, for as long as a context lasts.
+
+Hooks will not do: a graph that torch.compile made before never looks for them, and a copy or a pickle of the model
+takes them along. So the class of this one object becomes a subclass of the same name (what torch's parametrizations
+do), which looks up the steps at each call. Compiled graphs check the class: what was compiled before is traced anew,
+with a break at the step, and the old graph is used again afterwards. A copy of such a module is one of its own class.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial, wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+METHODS = ("generate", "get_image_features", "get_video_features")
+"""What a step may stand around, beside a call."""
+
+outside_graphs = torch.compiler.disable(reason="mipruner works between two graphs: compile without fullgraph=True")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What happens at each call of a module.
+
+    Attributes
+    ----------
+    before : callable, optional
+        Arguments and keyword arguments to those that the module gets.
+    after : callable, optional
+        The module's output to what its caller gets; None comes in if the module raised.
+    methods : dict
+        Name to a callable that gets the module's own method and the arguments.
+    """
+
+    before: Callable[[tuple, dict], tuple[tuple, dict]] | None = None
+    after: Callable[[Any], Any] | None = None
+    methods: dict[str, Callable] = field(default_factory=dict)
+
+
+_steps: "WeakKeyDictionary[nn.Module, tuple[Step, ...]]" = WeakKeyDictionary()
+_changing = threading.Lock()
+
+
+@contextmanager
+def intercept(module: nn.Module, step: Step) -> Iterator[None]:
+    """Take ``step`` at every call of ``module`` while the context lasts, in all threads."""
+    with _changing:
+        if not isinstance(module, Stepped):
+            module.__class__ = _stepped(type(module))
+        _steps[module] = (*_steps.get(module, ()), step)
+    try:
+        yield
+    finally:
+        with _changing:
+            left = tuple(other for other in _steps[module] if other is not step)
+            if left:
+                _steps[module] = left
+            else:
+                del _steps[module]
+                module.__class__ = type(module).__bases__[1]
+
+
+class Stepped:
+    """Comes before a module's own class."""
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = _before(self, args, kwargs)
+        try:
+            output = super().__call__(*args, **kwargs)
+        except BaseException:
+            _after(self, None)
+            raise
+        return _after(self, output)
+
+    def __reduce_ex__(self, protocol):
+        return _new, (type(self).__bases__[1],), self.__dict__
+
+
+def _new(cls: type) -> nn.Module:
+    return cls.__new__(cls)
+
+
+@lru_cache
+def _stepped(cls: type) -> type:
+    own = {name: _around(name, getattr(cls, name)) for name in METHODS if hasattr(cls, name)}
+    return type(cls.__name__, (Stepped, cls), own | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+@outside_graphs
+def _before(module, args, kwargs):
+    for step in _steps.get(module, ()):
+        if step.before is not None:
+            args, kwargs = step.before(args, kwargs)
+    return args, kwargs
+
+
+@outside_graphs
+def _after(module, output):
+    for step in reversed(_steps.get(module, ())):
+        if step.after is not None:
+            output = step.after(output)
+    return output
+
+
+def _around(name: str, method):
+    @outside_graphs
+    @wraps(method)
+    def stepped(self, *args, **kwargs):
+        call = partial(method, self)
+        for step in _steps.get(self, ()):
+            if name in step.methods:
+                call = partial(step.methods[name], call)
+        return call(*args, **kwargs)
+
+    return stepped
+
+
+@dataclass
+class Call:
+    """What went through a module in one forward pass: its keyword arguments and its (first) output."""
+
+    kwargs: dict[str, Any] | None = None
+    output: Tensor | None = None
+
+
+@contextmanager
+def captured(*modules: nn.Module) -> Iterator[list[Call]]:
+    """The calls of ``modules`` in one forward pass of this thread."""
+    calls, thread = [Call() for _ in modules], threading.get_ident()
+
+    def before(call, args, kwargs):
+        if threading.get_ident() == thread:
+            call.kwargs = kwargs
+        return args, kwargs
+
+    def after(call, output):
+        if threading.get_ident() == thread:
+            call.output = output[0] if isinstance(output, tuple) else output
+        return output
+
+    with ExitStack() as stack:
+        for module, call in zip(modules, calls, strict=True):
+            stack.enter_context(intercept(module, Step(partial(before, call), partial(after, call))))
+        yield calls

@@ -1,0 +1,80 @@
+"""What a forward pass is asked for by place in the full prompt, labels and logits, answered from the short one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mipruner.errors import InputError
+
+IGNORED = -100
+
+
+@dataclass
+class Asked:
+    """Arguments that are kept from the model until it is known which tokens are left.
+
+    Attributes
+    ----------
+    labels : Tensor [B, S], optional
+    places : int or Tensor [k]
+        ``logits_to_keep``: how many of the last logits, or places in the full prompt.
+    n_items : optional
+        ``num_items_in_batch``, by which the loss is divided.
+    """
+
+    labels: Tensor | None
+    places: int | Tensor
+    n_items: Any = None
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> "Asked | None":
+        labels, places = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        if labels is None and not isinstance(places, Tensor):
+            return None
+        if kwargs.get("output_router_logits"):
+            raise InputError("labels together with output_router_logits cannot be pruned: leave the router's loss out")
+        return cls(labels, places, kwargs.get("num_items_in_batch"))
+
+    def withhold(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
+
+    def answer(self, model: PreTrainedModel, output, columns: Tensor | None):
+        """The output with the loss and the logits asked for.
+
+        columns [B, S'] tells where in the full prompt each row stood; None if nothing was shortened.
+        """
+        logits = output[0]
+        found = {"logits": self.pick(logits, columns)}
+        if self.labels is not None:
+            found = {"loss": self.loss(model, logits, columns)} | found
+        if isinstance(output, tuple):
+            return (*found.values(), *output[1:])
+        return type(output)(**({**output} | found))
+
+    def loss(self, model: PreTrainedModel, logits: Tensor, columns: Tensor | None) -> Tensor:
+        """The model's own loss on the labels of the tokens that are left."""
+        labels = self.labels
+        if columns is not None:
+            columns = columns.to(labels.device)
+            labels = labels.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, IGNORED)
+        options = {} if self.n_items is None else {"num_items_in_batch": self.n_items}
+        size = model.config.get_text_config().vocab_size
+        return model.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
+
+    def pick(self, logits: Tensor, columns: Tensor | None) -> Tensor:
+        """The logits at the places asked for."""
+        if not isinstance(self.places, Tensor):
+            return logits[:, -self.places :] if self.places else logits
+        if columns is None:
+            return logits[:, self.places]
+        n_full = int(columns.max()) + 1
+        places = self.places.to(columns.device)
+        places = places.nonzero()[:, 0] if places.dtype == torch.bool else places % n_full
+        at = columns[:, None] == places[:, None]
+        if not bool(at.any(-1).all()):
+            raise InputError("logits_to_keep names a token that was dropped: name tokens of the text")
+        rows = at.int().argmax(-1)
+        return logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device))

@@ -1,0 +1,324 @@
+"""Between two layers: the rows of a prompt that a `DecoderPruner` drops on its way through the language model.
+
+Nothing is masked out: later layers compute and cache less. Attention is recomputed for the rows that a method asks for,
+from outputs of the query and key projections, so any attention implementation does, and no weights are stored.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mipruner.caches import Course, is_dynamic, length
+from mipruner.door import Entry, Prompts
+from mipruner.errors import InputError
+from mipruner.intercept import Call, captured
+from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+@dataclass
+class Segment:
+    """The sequence between two stages, as the prefill saw it: n rows a prompt, padded on the left.
+
+    columns tells where in the caller's prompt a row stood; padding and merged rows are -1.
+    """
+
+    valid: Tensor  # [B, n] bool
+    visual: Tensor  # [B, n] bool
+    columns: Tensor  # [B, n]
+    cos: Tensor  # [B, n, d_rotary]
+    sin: Tensor
+    position_ids: Tensor | None  # [B, n]
+    n_visual: list[int]
+
+    def to(self, device: torch.device) -> "Segment":
+        """For a model that is spread over several devices."""
+        if self.valid.device == device:
+            return self
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+@dataclass
+class _Plan:
+    """Which rows of one prompt's old segment make up its new one."""
+
+    index: Tensor  # [n_new] rows of the old one, merged rows counted on from its end
+    place: Tensor  # [n_new] the row whose position each takes
+    weights: Tensor  # [n_merged, n_old]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Apply to rows [n_old, d]."""
+        if len(self.weights):
+            rows = torch.cat([rows, (self.weights @ rows.float()).to(rows)])
+        return rows[self.index]
+
+
+class Layers:
+    """The decoder layers of one language model, and the method that drops tokens between them."""
+
+    def __init__(self, model: nn.Module, pruner: DecoderPruner):
+        self.model, self.pruner, self.layers = model, pruner, list(model.layers)
+        self.implementation = model.config._attn_implementation
+        if self.implementation not in IMPLEMENTATIONS:
+            raise InputError(f"pruning inside the decoder runs on {', '.join(IMPLEMENTATIONS)}: use sdpa")
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def stages(self, pairs: Sequence[tuple[int, int]]) -> set[int]:
+        """Layers whose input is shortened, for prompts of (visual tokens, budget)."""
+        pruned = [(count, n) for count, n in pairs if n < count]
+        wanted = sorted({layer for pair in pruned for layer in self.pruner.stages(*pair, len(self))})
+        # A method reads attention, which gated linear layers (Qwen3.5) do not have: its stage waits for one that has.
+        after_attention = [k for k in range(1, len(self)) if hasattr(self.layers[k - 1], "self_attn")]
+        stages = {min(after) for layer in wanted if (after := [k for k in after_attention if k >= layer])}
+        if wanted and (wanted[-1] >= len(self) or not stages):
+            raise InputError(f"cannot prune at layer {wanted[-1]} of a decoder of {len(self)} layers")
+        return stages
+
+    def check(self, prompts: Prompts, kwargs: dict[str, Any]) -> None:
+        """Refuse a prompt that no stage can shorten."""
+        cache, shape = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[:2]
+        if cache is not None and not is_dynamic(cache):
+            raise InputError(
+                "pruning inside the decoder leaves a cache of its own length to each layer: use a DynamicCache without "
+                f"sliding windows, not {type(cache).__name__}"
+            )
+        if length(cache):
+            raise InputError("methods inside the language model start with the prompt: no images after a cached prefix")
+        if shape != prompts.is_visual.shape:
+            raise InputError(f"is_visual {tuple(prompts.is_visual.shape)} is not of this prompt {tuple(shape)}")
+
+    def begin(self, prompts: Prompts, entry: Entry, kwargs: dict[str, Any]) -> tuple["Prefill | None", dict[str, Any]]:
+        """The prefill of prompts that lose rows on the way, and the arguments that it takes over; None if none do."""
+        counts = entry.is_visual.sum(1).tolist()
+        stages = self.stages(list(zip(counts, prompts.budgets, strict=True)))
+        if not stages:
+            return None, {}
+        position_ids = kwargs.get("position_ids")
+        renumbers = self.pruner.renumbers and not (position_ids is not None and position_ids.ndim == 3)
+        prefill = Prefill(self, prompts, entry, kwargs["inputs_embeds"], stages, counts, renumbers)
+        return prefill, prefill.take_deepstack(kwargs)
+
+    def mask(self, valid: Tensor, hidden: Tensor, n_past: int) -> Tensor | None:
+        """The mask [B, 1, n_query, n_past + n_query] of a layer, in the form that the implementation takes.
+
+        valid [B, n_past + n_query] are the columns that are no padding.
+        """
+        n_query, padded = hidden.shape[1], not bool(valid.all())
+        valid = valid.to(hidden.device)
+        if self.implementation.startswith("flash"):
+            return valid if padded else None
+        if not padded and (n_query == 1 or (self.implementation == "sdpa" and n_past == 0)):
+            return None
+        key = torch.arange(n_past + n_query, device=hidden.device)
+        query = key[n_past:, None]
+        allowed = (key <= query) & valid[:, None, None] | (key == query)  # a padding row sees itself: no NaN
+        if self.implementation == "sdpa":
+            return allowed
+        return torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+
+    def follow(self, k: int, hidden: Tensor, kwargs: dict[str, Any], course: Course, rest: Tensor | None) -> dict:
+        """What layer k gets for text behind prompts of which it holds fewer columns than the first layer."""
+        valid = course.layers[k]
+        if valid is course.layers[0]:
+            return {}
+        if not hasattr(self.layers[k], "self_attn"):
+            return {"attention_mask": None}
+        n_past, n_query = kwargs["past_key_values"].get_seq_length(k), hidden.shape[1]
+        if rest is None and n_query == 1 and course.full[k]:
+            changes = {"attention_mask": None}
+        else:
+            rest = valid.new_ones(len(valid), n_past - valid.shape[1] + n_query) if rest is None else rest
+            changes = {"attention_mask": self.mask(torch.cat([valid, rest.to(valid.device)], 1), hidden, n_past)}
+        if course.renumbered:
+            ahead = n_past - valid.shape[1] + torch.arange(n_query, device=valid.device)
+            position_ids = (valid.sum(1, keepdim=True) + ahead).to(hidden.device)
+            cos_sin = self.model.rotary_emb(hidden, position_ids)
+            changes |= {"position_embeddings": cos_sin, "position_ids": position_ids}
+        return changes
+
+
+@dataclass
+class Prefill:
+    """Prompts between the door and the last layer."""
+
+    layers: Layers
+    prompts: Prompts
+    entry: Entry
+    embeds: Tensor
+    stages: set[int]
+    counts: list[int]
+    renumbers: bool
+    segments: list[Segment] = field(default_factory=list)
+    deepstack: list[Tensor] = field(default_factory=list)
+    memory: list[dict] = field(default_factory=list)
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.memory = [{} for _ in self.counts]
+
+    def watch(self, stack: ExitStack) -> None:
+        """Capture the queries and keys of the layers before the stages."""
+        for stage in self.stages:
+            attn = self.layers.layers[stage - 1].self_attn
+            names = ("q_norm", "k_norm") if hasattr(attn, "q_norm") else ("q_proj", "k_proj")
+            self.calls[stage] = stack.enter_context(captured(*(getattr(attn, name) for name in names)))
+
+    def take_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Add deepstack here instead of in the model if tokens go before all of it is added."""
+        deepstack = kwargs.get("deepstack_visual_embeds") or []
+        if min(self.stages) >= len(deepstack):
+            return {}
+        slots = kwargs["visual_pos_masks"][..., None]
+        self.deepstack = [
+            torch.zeros_like(self.embeds).masked_scatter(slots, rows.to(self.embeds)) for rows in deepstack
+        ]
+        return {"visual_pos_masks": None, "deepstack_visual_embeds": None}
+
+    def before_layer(self, k: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Hand layer k fewer rows if it is a stage, and from the first stage on positions and mask of what is left."""
+        if k == 0:
+            self.segments.append(self.first_segment(kwargs))
+        elif k in self.stages:
+            hidden, segment = self.reduce(k, hidden)
+            self.segments.append(segment)
+        else:
+            self.segments.append(self.segments[-1])
+        segment = self.segments[k]
+        if segment is self.segments[0]:
+            return hidden, {}
+        if not hasattr(self.layers.layers[k], "self_attn"):
+            return hidden, {"attention_mask": segment.valid}
+        return hidden, {
+            "attention_mask": self.layers.mask(segment.valid, hidden, 0),
+            "position_embeddings": (segment.cos, segment.sin),
+            "position_ids": segment.position_ids,
+        }
+
+    def after_layer(self, k: int, output: Tensor) -> Tensor:
+        return output + self.deepstack[k].to(output.device) if k < len(self.deepstack) else output
+
+    @property
+    def per_layer(self) -> list[list[int]]:
+        """Visual tokens that entered each layer, one list a prompt."""
+        return [list(counts) for counts in zip(*(segment.n_visual for segment in self.segments), strict=True)]
+
+    @property
+    def kept(self) -> Iterator[Tensor]:
+        """The visual tokens (counted over the prompt as it came) that reached the last layer, merged ones left out."""
+        segment = self.segments[-1]
+        for visual, columns, at in zip(segment.visual, segment.columns, self.prompts.is_visual, strict=True):
+            place = columns[visual & (columns >= 0)]
+            yield (at.cumsum(0) - 1)[place]
+
+    def first_segment(self, kwargs: dict[str, Any]) -> Segment:
+        valid, position_ids = self.entry.valid, kwargs.get("position_ids")
+        cos, sin = (x.expand(*valid.shape, -1) for x in kwargs["position_embeddings"])
+        return Segment(
+            valid=valid,
+            visual=self.entry.is_visual & valid,
+            columns=self.entry.columns,
+            cos=cos,
+            sin=sin,
+            position_ids=None if position_ids is None else position_ids.expand(valid.shape),
+            n_visual=self.counts,
+        )
+
+    def reduce(self, k: int, hidden: Tensor) -> tuple[Tensor, Segment]:
+        """Let the method choose for each prompt, and build the next segment and its input."""
+        old, plans, n_visual = self.segments[-1].to(hidden.device), [], []
+        for b, n in enumerate(self.prompts.budgets):
+            pruned = n < self.counts[b]
+            with torch.no_grad():
+                reduction = self.layers.pruner.reduce(self.view(k, b, hidden, old), n) if pruned else None
+            n_visual.append(old.n_visual[b] if reduction is None else reduction.n_rows)
+            plans.append(_plan(old.valid[b], old.visual[b], reduction))
+        self.calls.pop(k)
+
+        def take(rows: Tensor) -> Tensor:
+            return _left_pad([x[plan.place] for x, plan in zip(rows, plans, strict=True)])
+
+        def merge(rows: Tensor) -> Tensor:
+            return _left_pad([plan(x) for x, plan in zip(rows, plans, strict=True)])
+
+        self.deepstack[k:] = [merge(rows.to(hidden.device)) for rows in self.deepstack[k:]]
+        valid = _left_pad([torch.ones_like(plan.index, dtype=torch.bool) for plan in plans])
+        merged = _left_pad([plan.index >= old.valid.shape[1] for plan in plans])
+        position_ids = old.position_ids
+        if self.renumbers:
+            position_ids = valid.cumsum(1).sub(1).clamp_min(0)
+            cos, sin = self.layers.model.rotary_emb(hidden, position_ids)
+        else:
+            cos, sin = take(old.cos), take(old.sin)
+            position_ids = None if position_ids is None else take(position_ids)
+        columns = take(old.columns).masked_fill(merged | ~valid, -1)
+        return merge(hidden), Segment(valid, take(old.visual), columns, cos, sin, position_ids, n_visual)
+
+    def view(self, k: int, b: int, hidden: Tensor, segment: Segment) -> DecoderView:
+        """Prompt b at the input of layer k, without its padding."""
+        rows, entered = segment.valid[b], self.entry.valid[b]
+        cos, sin = segment.cos[b, rows][:, None], segment.sin[b, rows][:, None]
+        attn = self.layers.layers[k - 1].self_attn
+        q, keys = (call.output[b, rows].view(len(cos), -1, attn.head_dim) for call in self.calls[k])
+        keys = _rotate(keys, cos, sin)
+
+        def attention(queries: Tensor) -> Tensor:
+            shared = keys.float().repeat_interleave(q.shape[1] // keys.shape[1], 1)
+            logits = torch.einsum("rhd,nhd->hrn", _rotate(q[queries], cos[queries], sin[queries]).float(), shared)
+            later = torch.arange(len(keys), device=keys.device) > queries[:, None]
+            return (logits * attn.scaling).masked_fill(later, -torch.inf).softmax(-1)
+
+        return DecoderView(
+            layer=k,
+            n_layers=len(self.layers),
+            n_start=self.counts[b],
+            hidden=hidden[b, rows],
+            visual=segment.visual[b, rows],
+            attention=attention,
+            keys=keys,
+            norm=self.layers.model.norm,
+            prompt=self.embeds[b, entered].to(hidden.device),
+            prompt_visual=self.entry.is_visual[b, entered].to(hidden.device),
+            encoder_attention=None if self.prompts.attention is None else self.prompts.attention[b],
+            memory=self.memory[b],
+        )
+
+
+def _plan(valid: Tensor, visual: Tensor, reduction: Reduction | None) -> _Plan:
+    none = torch.zeros(0, len(valid), device=valid.device)
+    if reduction is None:
+        rows = valid.nonzero()[:, 0]
+        return _Plan(rows, rows, none)
+    of_visual = (valid & visual).nonzero()[:, 0]
+    keep = valid & ~visual
+    keep[of_visual[reduction.indices]] = True
+    index = keep.nonzero()[:, 0]
+    if reduction.merge is None:
+        return _Plan(index, index, none)
+    before, after = index[index <= of_visual[-1]], index[index > of_visual[-1]]
+    merged = len(valid) + torch.arange(len(reduction.merge), device=valid.device)
+    weights = torch.zeros(len(merged), len(valid), device=valid.device)
+    weights[:, of_visual] = reduction.merge
+    return _Plan(torch.cat([before, merged, after]), torch.cat([before, of_visual[reduction.centres], after]), weights)
+
+
+def _left_pad(rows: Sequence[Tensor]) -> Tensor:
+    """Stack tensors [n_b, ..] of different lengths into [B, max n_b, ..], zeros first."""
+    length = max(len(x) for x in rows)
+    stacked = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+    for b, x in enumerate(rows):
+        stacked[b, length - len(x) :] = x
+    return stacked
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first d_rotary channels of x [n, n_heads, d_head] by cos, sin [n, 1, d_rotary]."""
+    turned, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, still], -1)
