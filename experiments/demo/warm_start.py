@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiments.demo.families import Llava
-from mipruner.models.base import captured
+from mipruner.intercept import captured
 
 
 @torch.no_grad()
