@@ -68,6 +68,9 @@ def intercept(module: nn.Module, step: Step) -> Iterator[None]:
 class Stepped:
     """Comes before a module's own class."""
 
+    def __init_subclass__(cls):
+        """Not a class of its own: transformers would put its checkpointing around ``forward`` a second time."""
+
     def __call__(self, *args, **kwargs):
         args, kwargs = _before(self, args, kwargs)
         try:
@@ -130,7 +133,7 @@ class Call:
 
 @contextmanager
 def captured(*modules: nn.Module) -> Iterator[list[Call]]:
-    """The calls of ``modules`` in one forward pass of this thread."""
+    """The calls of ``modules`` in one forward pass of this thread; outputs carry no gradient."""
     calls, thread = [Call() for _ in modules], threading.get_ident()
 
     def before(call, args, kwargs):
@@ -139,8 +142,8 @@ def captured(*modules: nn.Module) -> Iterator[list[Call]]:
         return args, kwargs
 
     def after(call, output):
-        if threading.get_ident() == thread:
-            call.output = output[0] if isinstance(output, tuple) else output
+        if threading.get_ident() == thread and output is not None:
+            call.output = (output[0] if isinstance(output, tuple) else output).detach()
         return output
 
     with ExitStack() as stack:

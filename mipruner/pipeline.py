@@ -142,7 +142,7 @@ class Pipeline:
             budgets = [sum(selection.n_rows for selection in chosen) for chosen in selections]
             per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
-            budgets = [budget(self.keep, sample.n_visual) for sample in encoded]
+            budgets = [budget(self.keep, sample.n_visual) if sample.visuals else 0 for sample in encoded]
             per_layer, selections = run.per_layer, [by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
@@ -154,7 +154,7 @@ class Pipeline:
                 grids=[visual.grid for visual in sample.visuals],
                 boxes=[self.adapter.box(image.size) for image in prompt.images],
                 visual_tokens_per_layer=[sample.n_fixed + n for n in layers],
-                notes=self.pruner.notes(sample.features()[0]),
+                notes=self.pruner.notes(sample.features()[0]) if sample.visuals else {},
             )
             for prompt, new, sample, chosen, n_keep, layers in zip(
                 prompts, tokens, encoded, selections, budgets, per_layer, strict=True
@@ -192,19 +192,25 @@ class Pipeline:
         return self.adapter.pixels(image)
 
     def select(self, encoded: Encoded) -> list[Selection]:
-        """Prune each picture of one prompt by its share of the budget; not yet if the method does so in the decoder."""
+        """What enters the language model of each image of one prompt, by its share of the budget.
+
+        All of it if the method prunes inside the decoder, unless another one is at its door.
+        """
         if not encoded.visuals:
             return []
         counts = [visual.n_visual for visual in encoded.visuals]
-        shares = split_budget(budget(self.keep, sum(counts)), counts)
-        pairs = list(zip(encoded.features(), shares, strict=True))
+        n_keep = budget(self.keep, sum(counts))
+        pairs = list(zip(encoded.features(), split_budget(n_keep, counts), strict=True))
         if isinstance(self.keep, Auto):
             pairs = [(features, self.enough(features, n)) for features, n in pairs]
         if isinstance(self.pruner, Pruner):
             return [self.pruner(features, n) for features, n in pairs]
         for features, n in pairs:
             self.pruner.check(features, n)
-        return [Selection(torch.arange(n, device=self.adapter.device)) for n in counts]
+        if self.pruner.door is None:
+            return [Selection(torch.arange(n, device=self.adapter.device)) for n in counts]
+        entering = split_budget(self.pruner.n_entering(sum(counts), n_keep), counts)
+        return [self.pruner.door(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
 
     def enough(self, features: Features, n_max: int) -> int:
         """What keep=auto makes of a budget for one picture."""
@@ -220,14 +226,22 @@ class Pipeline:
             row[real.nonzero()[:, 0][sample.is_visual]] = True
         if isinstance(self.pruner, Pruner):
             return Prompts(is_visual, encoded=encoded, selections=selections), selections
-        budgets = [
-            self.pruner.nominal(sample.n_visual, budget(self.keep, sample.n_visual), self.adapter.n_layers)
-            for sample in encoded
-        ]
-        attention = None
+        prompts = Prompts(is_visual, [self.nominal(sample) for sample in encoded])
         if "attention" in self.pruner.needs:
-            attention = [torch.cat([visual.signals["attention"] for visual in sample.visuals]) for sample in encoded]
-        return Prompts(is_visual, budgets, attention), selections
+            prompts.attention = [
+                torch.cat([v.signals["attention"][s.indices] for v, s in zip(sample.visuals, chosen, strict=True)])
+                if sample.visuals
+                else None
+                for sample, chosen in zip(encoded, selections, strict=True)
+            ]
+        if self.pruner.door is not None:
+            prompts.encoded, prompts.selections = encoded, selections
+        return prompts, selections
+
+    def nominal(self, sample: Encoded) -> int:
+        """What the budget of one prompt means to a method inside the decoder."""
+        n = sample.n_visual
+        return self.pruner.nominal(n, budget(self.keep, n), self.adapter.n_layers) if n else 0
 
 
 def whole(sample: Encoded) -> Short:

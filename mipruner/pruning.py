@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from mipruner.caches import Course, course_of, length
+from mipruner.composed import Composed
 from mipruner.door import Prompts, padding
 from mipruner.errors import InputError
 from mipruner.inputs import Inputs, reader_of, saved_tokenizer, see
@@ -36,17 +37,25 @@ from mipruner.loss import Asked
 from mipruner.models import FAMILIES
 from mipruner.pipeline import Pipeline, by_picture
 from mipruner.prompt import Encoded
-from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
+from mipruner.pruners import PRUNERS, DecoderPruner, Pruner, make
 from mipruner.selection import Auto, Selection, budget
 from mipruner.shortening import Shortening
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_sizes", "mm_encoder_outputs")
 
+UNSERVED = {
+    "prefill_chunk_size": "cuts a prompt before its question is known",
+    "assistant_model": "reads guesses together with the prompt, whose question it then does not end with",
+    "prompt_lookup_num_tokens": "reads guesses together with the prompt, whose question it then does not end with",
+    "assistant_early_exit": "reads guesses together with the prompt, whose question it then does not end with",
+}
+"""Options of ``generate`` that are refused for prompts with images, and why."""
+
 
 def prune(
     model: PreTrainedModel,
-    pruner: str | Pruner | DecoderPruner = "mi",
-    keep: int | float | Auto = 0.25,
+    pruner: str | Pruner | DecoderPruner | Sequence[str | Pruner | DecoderPruner] = "mi",
+    keep: int | float | Auto | Sequence[int | float] = 0.25,
     *,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     text: str | Sequence[str] | None = None,
@@ -74,9 +83,10 @@ def prune(
     model : PreTrainedModel
         Loaded, of a family in `mipruner.models.FAMILIES`; also inside PEFT, torch.compile or DistributedDataParallel.
     pruner : str or Pruner or DecoderPruner
-        A name of `mipruner.PRUNERS`, with its hyperparameters as ``options``, or an instance.
+        A name of `mipruner.PRUNERS`, with its hyperparameters as ``options``, or an instance. Two of them, one before
+        the language model and one inside it, work one after the other: ``["mi", "fastv"], keep=[0.5, 0.25]``.
     keep : int, float or Auto
-        Budget per prompt, see `mipruner.budget`.
+        Budget per prompt, see `mipruner.budget`; of two methods, what enters and what is left in the end.
     tokenizer : tokenizer or processor, optional
     text : str or sequence of str, optional
         The part of each prompt that is T, where it is not all that the user says.
@@ -141,9 +151,12 @@ class Pruning:
         self._stack: ExitStack | None = None
         self._used = True  # until the arguments are known to be good
         self.model = _unwrapped(model)
-        self.keep, self.name = keep, pruner if isinstance(pruner, str) else type(pruner).__name__
-        budget(keep, sys.maxsize)
-        pruner = _pruner(pruner, options)
+        methods = pruner if isinstance(pruner, list | tuple) else [pruner]
+        self.keep = keep
+        self.name = " then ".join(one if isinstance(one, str) else type(one).__name__ for one in methods)
+        for one in keep if isinstance(keep, list | tuple) else [keep]:
+            budget(one, sys.maxsize)
+        pruner, keep = _pruner(pruner, keep, options)
         self.adapter = FAMILIES[self.model.config.model_type](self.model, None, None, positions=positions)
         self.pipeline = Pipeline(self.adapter, pruner, keep)
         reader = reader_of(saved_tokenizer(self.model.name_or_path) if tokenizer is None else tokenizer, self.model)
@@ -271,12 +284,14 @@ class Pruning:
         return asked.answer(self.model, output, self.shortening.columns)
 
     def _generate(self, method: Callable, *args, **kwargs):
-        """`generate`, which may not cut a prompt in pieces before its question is known."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        if kwargs.pop("prefill_chunk_size", None) or getattr(config, "prefill_chunk_size", None):
-            raise InputError(
-                "prefill_chunk_size cuts a prompt before its question is known: leave it out, the prompt is short"
-            )
+        """`generate`, but for what reads a prompt in pieces, or more than the prompt."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if self.shortening.serves(kwargs.get("past_key_values")) and ids is not None:
+            config = kwargs.get("generation_config") or self.model.generation_config
+            asked = {name for name in UNSERVED if kwargs.get(name) or getattr(config, name, None)}
+            if asked and bool(self.adapter.is_placeholder(ids).any()):
+                name = asked.pop()
+                raise InputError(f"{name} {UNSERVED[name]}: leave it out, the prompt is short")
         return method(*args, **kwargs)
 
     def _look(self, name: str, method: Callable, *args, **kwargs):
@@ -360,16 +375,18 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     return model
 
 
-def _pruner(pruner: str | Pruner | DecoderPruner, options: dict[str, Any]) -> Pruner | DecoderPruner:
-    if not isinstance(pruner, str):
+def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict[str, Any]):
+    """The method, and the budget of what is left in the end."""
+    if isinstance(pruner, list | tuple):
         if options:
-            raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
-        if not isinstance(pruner, Pruner | DecoderPruner):
-            raise InputError(f"{pruner!r} is no pruner: give one of {', '.join(PRUNERS)}, or an instance")
-        return pruner
-    if pruner not in PRUNERS:
-        raise InputError(f"unknown pruner {pruner!r}: choose one of {', '.join(PRUNERS)}")
-    try:
-        return PRUNERS[pruner](**options)
-    except TypeError as error:
-        raise InputError(f"{pruner}: {str(error).split('() ')[-1]}") from error
+            raise InputError(f"{', '.join(options)}: give hyperparameters to each of the methods, as instances")
+        if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
+            raise InputError(f"{len(pruner)} methods need a budget each: keep=[0.5, 0.25]")
+        return Composed([_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True)], keep[0]), keep[-1]
+    if isinstance(pruner, str):
+        return make(pruner, **options), keep
+    if options:
+        raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
+    if not isinstance(pruner, Pruner | DecoderPruner):
+        raise InputError(f"{pruner!r} is no pruner: give one of {', '.join(PRUNERS)}, or an instance")
+    return pruner, keep

@@ -498,7 +498,7 @@ def test_one_context_at_a_time():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pruner": "mmi"}, "unknown pruner 'mmi': choose one of none, random"),
+        ({"pruner": "mmi"}, "unknown pruner 'mmi': "),
         ({"pruner": "mi", "lamda": 1}, "mi: .*unexpected keyword argument 'lamda'"),
         ({"pruner": MIPruner(), "lam": 1}, "lam: hyperparameters belong to the pruner"),
         ({"pruner": MIPruner}, "MIPruner'> is no pruner: give one of none, .* or an instance"),
@@ -529,6 +529,8 @@ def test_what_does_not_fit_is_refused_on_entering(arguments, message):
     ("options", "message"),
     [
         ({"prefill_chunk_size": 8}, "prefill_chunk_size cuts a prompt before its question is known"),
+        ({"assistant_model": tiny("llava").model}, "assistant_model reads guesses together with the prompt"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens reads guesses together with the prompt"),
     ],
 )
 def test_what_cannot_be_served_is_refused(options, message):

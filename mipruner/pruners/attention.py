@@ -15,6 +15,7 @@ class AttentionPruner(ScorePruner):
 
     title = "Attention"
     reads = "encoder attention"
+    reads_text = False
     cost = "one row of encoder attention"
     static = True
 

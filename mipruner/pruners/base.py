@@ -28,6 +28,8 @@ class Method:
     """Link to the paper that proposed the method; None for MI-Pruner and its controls."""
 
     reads: ClassVar[str] = "nothing"
+    reads_text: ClassVar[bool] = True
+    """Whether it cannot choose without a question."""
     """Inputs that the choice depends on, in words."""
 
     cost: ClassVar[str] = "none"
@@ -63,7 +65,7 @@ class Method:
             raise InputError(f"cannot keep {n_keep} of {features.n_visual} visual tokens")
         if n_keep == features.n_visual:
             return
-        if features.n_text == 0:
+        if features.n_text == 0 and self.reads_text:
             raise InputError("the question is empty: a pruner that reads the text needs at least one text token")
         if not (_all_finite(features.visual) and _all_finite(features.text)):
             raise InputError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
@@ -210,12 +212,19 @@ class DecoderPruner(Method, ABC):
 
     budget_match: Literal["nominal", "layer_mean"] = "nominal"
 
+    door: ClassVar[Pruner | None] = None
+    """A method that chooses what enters the language model, before this one drops more on the way."""
+
     renumbers: ClassVar[bool] = False
     """Whether the official code numbers the remaining tokens 0, 1, 2, ... again. Never done with M-RoPE."""
 
     def __post_init__(self):
         if self.budget_match not in ("nominal", "layer_mean"):
             raise InputError(f"unknown budget_match {self.budget_match!r}: choose nominal or layer_mean")
+
+    def n_entering(self, n_visual: int, n_keep: int) -> int:
+        """How many of ``n_visual`` tokens the `door` lets in for a budget of ``n_keep``."""
+        return n_visual
 
     @abstractmethod
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:

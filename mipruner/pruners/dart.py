@@ -36,6 +36,7 @@ class DARTPruner(DecoderPruner):
     title = "DART"
     paper = "https://arxiv.org/abs/2502.11494"
     reads = "decoder keys (partly the question)"
+    reads_text = False
     cost = "2 of L layers at full length, 8 N d"
 
     layer: int = 2

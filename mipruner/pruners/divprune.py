@@ -21,6 +21,7 @@ class DivPruner(Pruner):
     title = "DivPrune"
     paper = "https://arxiv.org/abs/2503.02175"
     reads = "nothing"
+    reads_text = False
     cost = "N² d + T N"
 
     def select(self, features: Features, n_keep: int) -> Selection:

@@ -25,6 +25,7 @@ class FastVPruner(DecoderPruner):
     title = "FastV"
     paper = "https://arxiv.org/abs/2403.06764"
     reads = "decoder attention (implicitly the question)"
+    reads_text = False
     cost = "2 of L layers at full length, one row of attention"
 
     layer: int = 2

@@ -10,6 +10,7 @@ class NoPruner(Pruner):
     """Keeps every token, whatever the budget: the untouched model."""
 
     title = "All tokens"
+    reads_text = False
     static = True
 
     def __call__(self, features: Features, n_keep: int) -> Selection:

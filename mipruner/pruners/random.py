@@ -17,6 +17,7 @@ class RandomPruner(ScorePruner):
 
     title = "Random"
     reads = "nothing"
+    reads_text = False
     cost = "none"
 
     seed: int = 0

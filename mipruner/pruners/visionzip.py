@@ -34,6 +34,7 @@ class VisionZipPruner(Pruner):
     title = "VisionZip"
     paper = "https://arxiv.org/abs/2412.04467"
     reads = "encoder attention, keys, features before the projector"
+    reads_text = False
     cost = "one row of encoder attention, N T d"
 
     contextual: float | None = None

@@ -30,6 +30,7 @@ class VisPruner(Pruner):
     title = "VisPruner"
     paper = "https://arxiv.org/abs/2412.01818"
     reads = "encoder attention, features before the projector"
+    reads_text = False
     cost = "one row of encoder attention, N³ d / 96"
 
     important: float = 0.5
