@@ -382,5 +382,5 @@ def test_ten_steps_of_lora(name):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
