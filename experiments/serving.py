@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/serving.json"))
     parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="last: further options of vLLM's server")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server is stopped on the way out
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.soak:
         setting = {"pruner": args.pruner, "options": json.loads(args.options)}
