@@ -34,7 +34,7 @@ DEMO_ABLATIONS = demo_fig6b demo_table5 demo_table6 demo_fig6a demo_table2 demo_
 
 reproduce-demo: demo
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 demo-methods demo-ablations
-	for n in 3 9; do $(BIN)/python -m experiments.efficiency experiment=demo_table$$n || exit 1; done
+	for n in 3 9; do $(BIN)/python run.py experiment=demo_table$$n || exit 1; done
 	$(BIN)/python -m analysis.tables --table demo_table3 demo_table9 $(DEMO_METHODS) $(DEMO_ABLATIONS)
 	$(BIN)/python -m analysis.figures
 	$(BIN)/python -m analysis.masks results/demo_llava/demo/mi/keep=16-* --heat --samples 3 --out docs/results/demo_heat.jpg
@@ -53,7 +53,7 @@ PAPER = table1 table5 table6 fig6a fig6b table10 table2 table11 fig4 table7 tabl
 
 reproduce: setup
 	-for e in $(PAPER); do $(BIN)/python run.py -m experiment=$$e; done
-	-for n in 3 9; do $(BIN)/python -m experiments.efficiency experiment=table$$n; done
+	-for n in 3 9; do $(BIN)/python run.py experiment=table$$n; done
 	$(BIN)/python -m analysis.tables
 	$(BIN)/python -m analysis.figures
 	$(BIN)/python -m analysis.report

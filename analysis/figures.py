@@ -192,7 +192,7 @@ def choices(table: pd.DataFrame) -> Figure:
 def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     """Accuracy against latency, a point a method, a panel per model, dataset and budget. Up and left is better.
 
-    The latency is that of single prompts where experiments/efficiency.py measured it, else the evaluation's.
+    The latency is that of single prompts where task=efficiency measured it, else the evaluation's.
     """
     table = headline(table)
     lam = {cell.path.as_posix(): cell.settings.get("lam") for cell in cells.itertuples()}

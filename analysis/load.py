@@ -1,7 +1,7 @@
 """Everything that was measured, and everything that the paper prints, as pandas frames.
 
 `cells` has one row per result record, `paper` one row per number. The records are described in experiments/results.py
-and experiments/efficiency.py.
+and task=efficiency.
 """
 
 import json
@@ -14,13 +14,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from experiments.results import NOT_IDENTITY
+from experiments.results import NOT_IDENTITY, parse_method
 
 HERE = Path(__file__).parent
 CONF = HERE.parent / "conf"
 
 EFFICIENCY = "efficiency"
-"""Folder and dataset of what experiments/efficiency.py measures."""
+"""Folder and dataset of what task=efficiency measures."""
 
 COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope", "quality", "keep_max")
 """The parts of a config in which two cells of the same name can differ."""
@@ -102,7 +102,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_costs(path: Path) -> list[dict[str, Any]]:
-    """What experiments/efficiency.py measured on the pipeline engine, which runs every method, as rows like a cell's.
+    """What task=efficiency measured on the pipeline engine, which runs every method, as rows like a cell's.
 
     The latency is the median over the repetitions, its error half the range from the 20th to the 80th percentile.
     """
@@ -111,8 +111,7 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
     for row in record["rows"]:
         if row["engine"] != "pipeline":
             continue
-        method, *options = row["method"].split()
-        settings = dict(option.split("=", 1) for option in options)
+        method, settings = parse_method(row["method"])
         stages = {f"{stage}_latency_ms": ms["median"] for stage, ms in row["latency_ms"].items() if stage != "total"}
         total = row["latency_ms"]["total"]
         keep = row["keep"]

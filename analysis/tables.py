@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import load
+from experiments.results import parse_method
 from mipruner.pruners import PRUNERS
 
 EXPERIMENTS = load.CONF / "experiment"
@@ -116,7 +117,7 @@ BETTER = {"latency_ms": "lower", "peak_memory_gib": "lower", "yes_rate": None}
 """Which direction is good, by the metric's name without a split; ``higher`` for those not listed."""
 
 COSTS = ("peak_memory_gib", "latency_ms")
-"""What experiments/efficiency.py measures, the latency also by stage (``vision_latency_ms``)."""
+"""What task=efficiency measures, the latency also by stage (``vision_latency_ms``)."""
 
 WANTED = ["table", "model", "keep", "method", "setting", "dataset", "metric"]
 
@@ -160,16 +161,17 @@ def sweep(experiment: dict) -> dict[str, list[str]]:
 
 
 def costs(table: str, experiment: dict) -> list[tuple]:
-    """The numbers that an experiment of experiments/efficiency.py measures, as rows of `WANTED`."""
+    """The numbers that an experiment of task=efficiency measures, as rows of `WANTED`."""
     model, dataset = (
         next(choice[f"override /{group}"] for choice in experiment["defaults"] if f"override /{group}" in choice)
         for group in ("model", "dataset")
     )
     rows = []
     for keep, method in itertools.product(experiment["keeps"], experiment["methods"]):
-        name, *options = method.split()
+        name, settings = parse_method(method)
         keep = "1.0" if name == "none" else str(keep)
-        rows += [(table, model, keep, name, ",".join(options), dataset, metric) for metric in COSTS]
+        setting = ",".join(f"{key}={value}" for key, value in settings.items())
+        rows += [(table, model, keep, name, setting, dataset, metric) for metric in COSTS]
     return list(dict.fromkeys(rows))
 
 
@@ -300,9 +302,7 @@ def ranks(values: pd.Series, better: str | None) -> pd.Series:
 def commands(table: pd.DataFrame) -> list[str]:
     """The commands that measure what is still empty: one per method and budget, or one for all costs."""
     empty = table[table.n_seeds == 0]
-    lines = [
-        f"python -m experiments.efficiency experiment={name}" for name in empty.table[empty.metric.isin(COSTS)].unique()
-    ]
+    lines = [f"python run.py experiment={name}" for name in empty.table[empty.metric.isin(COSTS)].unique()]
     for (model, keep, method, setting), row in empty[~empty.metric.isin(COSTS)].groupby(
         ["model", "keep", "method", "setting"], sort=False
     ):

@@ -6,12 +6,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError
-from experiments.results import ROOT
+from experiments.results import ROOT, parse_method
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import Adapter, load
@@ -99,6 +100,32 @@ def _benchmark(options: str) -> Benchmark:
 
 def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
     return make(**config["pruner"])
+
+
+def method(words: str, config: dict[str, Any]) -> Pruner | DecoderPruner:
+    """The pruner that words such as ``mi lam=1`` name, with the options of its file for the config's dataset and seed.
+
+    Raises
+    ------
+    InputError
+        If there is no such pruner, or it has no such option or refuses its value.
+    """
+    name, given = parse_method(words)
+    shared = {"dataset": config["dataset"], "seed": config["seed"]}
+    options = OmegaConf.to_container(OmegaConf.create(shared | {"pruner": _pruner_file(name)}), resolve=True)["pruner"]
+    return make(**options | {key: yaml.safe_load(value) for key, value in given.items()})
+
+
+def _pruner_file(name: str) -> dict[str, Any]:
+    """conf/pruner/<name>.yaml over the files that it names as its defaults; of another package's pruner the name."""
+    path = ROOT / "conf/pruner" / f"{name}.yaml"
+    if not path.exists():
+        return {"name": name}
+    own = yaml.safe_load(path.read_text())
+    for base in own.pop("defaults", []):
+        if base != "_self_":
+            own = _pruner_file(base) | own
+    return own
 
 
 def decoding(config: dict[str, Any]) -> Decoding:

@@ -1,7 +1,6 @@
 """One cell of a sweep: run it, resume it, name its folder, print its record."""
 
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from experiments.benchmarks.base import Benchmark
 from experiments.evaluate import evaluate, evaluate_server, subset
 from experiments.ranks import ALONE, Ranks
 from experiments.remote import Server
-from experiments.results import NOT_IDENTITY, Cell
+from experiments.results import NOT_IDENTITY, Cell, command
 from experiments.tracking import track
 from mipruner.errors import InputError
 from mipruner.pipeline import Pipeline
@@ -61,22 +60,21 @@ def run_cell(
     benchmark = build.benchmark(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
-    command = shlex.join(["python", "run.py", *overrides])
     if "engine" in config:
         if ranks.n > 1:
             raise InputError("engine=server needs one process: set engine.concurrency instead")
         server = Server(config)
         cell.open(config["overwrite"])
         with track(config["logger"], cell) as report:
-            record = evaluate_server(cell, server, benchmark, samples, command)
+            record = evaluate_server(cell, server, benchmark, samples, command(overrides))
             report(record)
         return record
     pipeline = Pipeline(build.model(config), *choices)
     if ranks.rank > 0:
-        return evaluate(cell, pipeline, benchmark, samples, command, ranks)
+        return evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
     cell.open(config["overwrite"])
     with track(config["logger"], cell) as report:
-        record = evaluate(cell, pipeline, benchmark, samples, command, ranks)
+        record = evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
         if draw is not None and config["n_masks"]:
             draw(cell.path, benchmark, config["n_masks"])
         report(record)

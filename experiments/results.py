@@ -47,10 +47,11 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def command(overrides: Sequence[str]) -> str:
+    """The command line of these overrides, without where the result goes."""
+    return shlex.join(["python", "run.py", *(word for word in overrides if not word.startswith("out="))])
+
+
+def parse_method(words: str) -> tuple[str, dict[str, str]]:
+    """A method with options as records name it: ``"mi lam=1"`` is ``("mi", {"lam": "1"})``."""
+    name, *options = words.split()
+    return name, dict(option.split("=", 1) for option in options)
 
 
 def versions() -> dict[str, str]:

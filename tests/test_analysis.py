@@ -356,11 +356,11 @@ def test_a_broken_record_is_named(results):
 
 
 def write_costs(results, model, rows, date="2026-11-24T10:00:00", device="NVIDIA H100", words=""):
-    """A file of experiments/efficiency.py: {(method, keep, engine): (median latency, memory)}."""
+    """A file of task=efficiency: {(method, keep, engine): (median latency, memory)}."""
     folder = results / "efficiency"
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": f"python -m experiments.efficiency {words}",
+        "command": f"python run.py {words}",
         "git_commit": "0" * 40,
         "date": date,
         "machine": {"device": device},
@@ -401,7 +401,7 @@ def test_costs_fill_the_efficiency_tables_and_the_newest_counts(results):
     assert number(results, "table3", keep="128", method="dart", metric="peak_memory_gib").ours == 14.5
     assert math.isnan(number(results, "table3", keep="128", method="mi", setting="lam=1", metric="latency_ms").ours)
     layout = tables.grid(tables.compare(tables.wanted("table3"), load.cells(results)))
-    assert layout.commands == ["python -m experiments.efficiency experiment=table3"]
+    assert layout.commands == ["python run.py experiment=table3"]
     assert "Measured on NVIDIA H100, one prompt at a time, median of 30" in " ".join(layout.remarks)
     assert number(results, "demo_table3", keep="64", method="mi", setting="lam=1", metric="latency_ms").n_seeds == 0
 

@@ -1,6 +1,9 @@
 """Every word of the command line composes, and names something that exists and takes what the file gives it."""
 
+import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -86,3 +89,33 @@ def test_another_judge_makes_another_cell_however_it_is_named(monkeypatch):
     openai, own = resolved("dataset=mmvet"), resolved("dataset=mmvet", "judge.base_url=http://localhost:8000/v1")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
     assert cell_id(openai) != cell_id(own) == cell_id(resolved("dataset=mmvet"))
+
+
+def test_a_method_by_its_words_is_that_of_its_file():
+    """A task that measures several methods builds them from words such as ``mi lam=1``, without their YAML files."""
+    for name in PRUNERS.keys() - {"mi"}:
+        assert build.method(name, resolved("dataset=gqa")) == build.pruner(resolved("dataset=gqa", f"pruner={name}"))
+    assert build.method("mi lam=1", resolved("dataset=gqa")) == build.pruner(resolved("pruner=mi", "pruner.lam=1"))
+
+
+@pytest.mark.parametrize("word", words("task"))
+def test_every_task_can_be_started_and_says_what_it_does(word):
+    with initialize_config_dir(str(CONF), version_base=None):
+        module = importlib.import_module(compose("config", [f"task={word}"]).task)
+    assert list(inspect.signature(module.run).parameters)[:2] == ["config", "overrides"]
+    head = (CONF / "task" / f"{word}.yaml").read_text().splitlines()
+    assert head[0] == "# @package _global_" and head[1].startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["efficiency", "experiment=table3"], "python run.py task=efficiency experiment=table3"),
+        (["efficiency", "estimate", "model=qwen3vl_8b"], "python run.py task=estimate model=qwen3vl_8b"),
+        (["train_demo"], "python run.py task=train_demo"),
+    ],
+)
+def test_old_commands_name_the_new_one(old, new):
+    command = [sys.executable, "-m", f"experiments.{old[0]}", *old[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().endswith(new)

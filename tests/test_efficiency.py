@@ -4,17 +4,27 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments import results
-from experiments.efficiency import machine, main, shortest_ms, spread
+from experiments.machine import machine, spread
+from experiments.results import ROOT
+from experiments.tasks import efficiency, estimate
+from experiments.tasks.efficiency import shortest_ms
 from mipruner.errors import InputError
 from mipruner.models import load
 
 SMALL = ["warmup=1", "repetitions=1", "keeps=[16]", "methods=[none,visionzip,dart,'mi lam=1']"]
 
 
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return OmegaConf.to_container(compose("config", ["task=efficiency", *overrides]), resolve=True)
+
+
 def run(tmp_path, capsys, *overrides):
-    main([*overrides, f"out={tmp_path}/record.json"])
+    efficiency.run(config(*overrides, f"out={tmp_path}/record.json"), overrides)
     *_, last = capsys.readouterr().out.strip().splitlines()
     record = json.loads(last)
     assert record == json.loads((tmp_path / "record.json").read_text())
@@ -69,7 +79,7 @@ def test_random_weights_and_longer_prompts(tmp_path, capsys):
 @pytest.mark.parametrize("override", ["clock=sun", "engines=[pipeline,steam]"])
 def test_unknown_words_are_named(override):
     with pytest.raises(InputError, match=r"unknown '(sun|steam)': choose (wall|generate|pipeline)"):
-        main([override])
+        efficiency.run(config(override))
 
 
 def test_the_floor_is_bytes_over_bandwidth_and_flops_over_speed():
@@ -99,5 +109,5 @@ def test_spread_is_median_and_the_middle_three_fifths():
 
 
 def test_estimate_on_the_command_line(capsys):
-    main(["estimate", "model=qwen3vl_8b", "keep=0.25", "n_visual=1024"])
+    estimate.run(config("task=estimate", "model=qwen3vl_8b", "keep=0.25", "n_visual=1024"))
     assert json.loads(capsys.readouterr().out)["n_keep"] == 256

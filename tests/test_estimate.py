@@ -8,8 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from experiments.estimate import Decoder, architecture, build, estimate, vision_flops
+from experiments.flops import Decoder, architecture, build, vision_flops
 from experiments.results import ROOT
+from experiments.tasks.estimate import estimate
 from mipruner.errors import InputError
 
 PUBLISHED = {

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from analysis import figures, load, tables
 from experiments import build
-from experiments.efficiency import read_config
 from mipruner.selection import budget
 
 FILES = sorted((load.CONF / "experiment").glob("*.yaml"))
@@ -29,7 +28,7 @@ def test_the_paper_is_covered_and_everything_has_a_twin():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_head(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    command = "python run.py -m" if path in SWEEPS else "python -m experiments.efficiency"
+    command = "python run.py -m" if path in SWEEPS else "python run.py"
     assert head[0] == "# @package _global_"
     assert any(line.startswith(f"#   {command} experiment={path.stem}") for line in head)
     if path.stem in PAPER:
@@ -64,11 +63,11 @@ OPEN_ENDED += ["gqa", "mmvet", "tgif", "msvd", "msrvtt"]
 
 @pytest.mark.parametrize("path", COSTS, ids=lambda path: path.stem)
 def test_dry_run_of_an_efficiency_table(path):
-    config = read_config([f"experiment={path.stem}"])
+    with initialize_config_dir(str(load.CONF), version_base=None):
+        config = OmegaConf.to_container(compose("config", [f"experiment={path.stem}"]), resolve=True)
+    assert config["task"] == "experiments.tasks.efficiency"
     for method in config["methods"]:
-        name, *options = method.split()
-        words = [f"experiment={path.stem}", f"pruner={name}", *(f"pruner.{option}" for option in options)]
-        build.pruner(read_config(words))
+        build.method(method, config)
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("table")])

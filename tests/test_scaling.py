@@ -6,20 +6,28 @@ import json
 import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from analysis import scaling as figure
-from experiments import scaling
-from experiments.estimate import Decoder, architecture
+from experiments.flops import Decoder, architecture
+from experiments.results import ROOT
+from experiments.tasks import scaling
 from mipruner.errors import InputError
 
-SMALL = ["n_visual=[32,64]", "keep=[8,0.5]", "width=48", "repetitions=2", "device=cpu"]
+SMALL = ["n_visual=[32,64]", "keeps=[8,0.5]", "width=48", "repetitions=2", "device=cpu"]
+
+
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return OmegaConf.to_container(compose("config", ["task=scaling", *overrides]), resolve=True)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("scaling") / "rows.csv"
     threads = torch.get_num_threads()
-    scaling.main([*SMALL, f"out={path}"])
+    scaling.run(config(*SMALL, f"out={path}"))
     torch.set_num_threads(threads)
     return path
 
@@ -58,7 +66,7 @@ def test_methods_choose_as_many_as_asked(method):
 
 
 def test_slow_methods_are_left_out_of_larger_pictures(tmp_path, capsys):
-    scaling.main([*SMALL, f"out={tmp_path}/rows.csv", "most_s=0"])
+    scaling.run(config(*SMALL, f"out={tmp_path}/rows.csv", "most_s=0"))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {(row["n_visual"], row["n_keep"]) for row in rows} == {(32, 8), (32, 16)}
 
@@ -81,7 +89,5 @@ def test_the_figure_draws_the_newest_rows_of_one_device(path, tmp_path):
 
 
 def test_unknown_options_are_named(tmp_path):
-    with pytest.raises(InputError, match="unknown option 'widht'"):
-        scaling.main(["widht=3"])
     with pytest.raises(InputError, match="unknown method 'fastv'"):
-        scaling.main(["methods=[mi,fastv]", f"out={tmp_path}/rows.csv"])
+        scaling.run(config("methods=[mi,fastv]", f"out={tmp_path}/rows.csv"))

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImagePr
 from experiments.demo.examples import IGNORE, Examples, cell_words, choose_questions
 from experiments.demo.families import Llava, Qwen3VL, Visual, patchify
 from experiments.demo.scenes import COLORS, NOUNS, glyph_mask, make_scene, render, scene_generators
-from experiments.train_demo import Learner, learning_rate, load_examples, take_step, train
+from experiments.tasks.train_demo import Learner, learning_rate, load_examples, take_step, train
 from mipruner.models import Prompt, load
 from mipruner.prompt import collate
 from mipruner.selection import Selection
@@ -43,7 +43,7 @@ def one_thread():
 
 def recipe(name, **changes):
     with initialize_config_dir(version_base=None, config_dir=str(ROOT / "conf")):
-        return OmegaConf.to_container(compose("train_demo", [f"recipe={name}"]), resolve=True) | changes
+        return OmegaConf.to_container(compose("config", ["task=train_demo", f"recipe={name}"]), resolve=True) | changes
 
 
 def examples(**changes):
@@ -290,7 +290,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_a_killed_run_ends_in_the_same_weights(tmp_path):
     whole = train(recipe("smoke", output=str(tmp_path / "whole"), device="cpu"))
-    command = [sys.executable, "-m", "experiments.train_demo", "recipe=smoke", f"output={tmp_path / 'cut'}"]
+    command = [sys.executable, "run.py", "task=train_demo", "recipe=smoke", f"output={tmp_path / 'cut'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "cut/checkpoint.safetensors"

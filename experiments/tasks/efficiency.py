@@ -1,12 +1,12 @@
-"""What a method costs on this machine: time of each stage, end to end, memory, all methods side by side in one process.
+"""Measure what a method costs on this machine: time of each stage, end to end, and memory.
 
-    python -m experiments.efficiency                                         the demo, on whatever is here
-    python -m experiments.efficiency experiment=table3                       Table 3: LLaVA-1.5-7B, random weights
-    python -m experiments.efficiency estimate model=qwen3vl_8b keep=0.25 n_visual=1024     no weights, no GPU
+    python run.py task=efficiency                          the demo, on this machine
+    python run.py experiment=table3                        Table 3: LLaVA-1.5-7B
+    python run.py experiment=table3 weights=random         without its weights
 
 Every combination of method, budget and engine answers one prompt `warmup` times, then `repetitions` times more in
-random order among all others, so that drift of clocks and caches hits all alike. Each repetition runs twice, once with
-a clock around each stage (at which the host waits for the device) and once with only two readings at the ends.
+random order among all others, so that drift of clocks and caches affects all alike. Each repetition runs twice, once
+with a clock around each stage (at which the host waits for the device) and once with only two readings at the ends.
 
 Engines: `pipeline` is what evaluations run, `engine` is `mipruner.engine`, `generate` gives the pipeline's short prompt
 to transformers' own `generate`. The floor of a combination is the time in which this device reads the weights of the
@@ -17,50 +17,34 @@ The last line printed is the result as JSON; it is also written to ``out``.
 """
 
 import json
-import os
 import random
-import shlex
-import shutil
-import subprocess
-import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean, median
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from experiments import build, results
-from experiments.estimate import Decoder, architecture, estimate, vision_flops
+from experiments.engines import ENGINES, Budget
+from experiments.flops import Decoder, architecture, vision_flops
+from experiments.machine import CLOCKS, Memory, machine, measure_limits, spread
 from experiments.results import ROOT
 from mipruner.decoding import Decoding
-from mipruner.engine import Engine
-from mipruner.errors import InputError, ModelError
+from mipruner.errors import InputError
 from mipruner.models import FAMILIES, Adapter, Prompt
-from mipruner.pipeline import Pipeline, VisionCache
-from mipruner.prompt import Visual, collate
-from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pipeline import Pipeline
+from mipruner.prompt import Visual
 from mipruner.timing import Stopwatch
 
 STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}
 """Whose tokenizer and image processor serve a model of random weights: the costs do not depend on which words."""
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""CPU time of the process is for one thread on a busy CPU: what others do there does not count."""
-
-Budget = int | float
-Method = Pruner | DecoderPruner
 
 
 @dataclass
@@ -105,64 +89,6 @@ class Subject:
         }
 
 
-def spread(ms: list[float]) -> dict[str, float]:
-    """Median, and the 20th and 80th percentile."""
-    cuts = quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else [ms[0]] * 4
-    return {"median": round(median(ms), 3), "p20": round(cuts[0], 3), "p80": round(cuts[3], 3)}
-
-
-class Memory:
-    """Memory in GiB: of the allocator on a GPU, of the process on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-
-    def reset_peak(self) -> None:
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark of resident memory
-
-    def peak(self) -> float:
-        return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else self._of_process("VmHWM")
-
-    def now(self) -> float:
-        return torch.cuda.memory_allocated() / 2**30 if self.on_gpu else self._of_process("VmRSS")
-
-    def reserved(self) -> float:
-        """With what recorded graphs keep for themselves, which no tensor holds."""
-        if not self.on_gpu:
-            return self.now()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved() / 2**30
-
-    def _of_process(self, key: str) -> float:
-        if sys.platform != "linux":
-            return results.peak_memory_gib(torch.device("cpu"))
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status[key].split()[0]) / 2**20
-
-
-def measure(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> dict[str, float]:
-    """Speed limits of the device: copy bandwidth in GB/s (bytes read and written), matrix product in TFLOP/s."""
-    n_bytes, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1536)
-    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a = torch.randn(side, side, device=device).to(dtype)
-    out = torch.empty_like(a)
-    copy_ms = fastest(Stopwatch(device, clock), lambda: target.copy_(source))
-    product_ms = fastest(Stopwatch(device, clock), lambda: torch.mm(a, a, out=out))
-    return {"copy_gb_per_s": 2 * n_bytes / copy_ms / 1e6, "product_tflop_per_s": 2 * side**3 / product_ms / 1e9}
-
-
-def fastest(watch: Stopwatch, function: Callable[[], Any], repetitions: int = 10) -> float:
-    """Shortest time of a call in ms."""
-    for repetition in range(repetitions):
-        with watch(str(repetition)):
-            function()
-    return min(watch.ms.values())
-
-
 def random_model(name: str, dtype: str, device: str, attn_implementation: str) -> Adapter:
     """A model with the shape of ``name`` and random weights, which take as long as trained ones."""
     config = architecture(name)
@@ -186,63 +112,6 @@ def n_text(adapter: Adapter, prompt: Prompt) -> int:
     """Tokens beside the picture."""
     nothing = [Visual(rows=torch.empty(0, 0), grid=None)] * len(prompt.images)
     return len(adapter.tokenize(prompt, nothing).ids)
-
-
-def pipeline_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
-    pipeline = Pipeline(adapter, pruner, keep, decoding)
-
-    def run(watch: Callable) -> int:
-        pipeline.cache, pipeline.watch = VisionCache(), watch
-        return len(pipeline([prompt])[0].tokens)
-
-    return run
-
-
-def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
-    engine = Engine(adapter, pruner, keep, decoding, compiled=adapter.device.type == "cuda")
-
-    def run(watch: Callable) -> int:
-        engine.watch = watch
-        return len(engine(prompt).tokens)
-
-    return run
-
-
-def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
-    if not isinstance(pruner, Pruner):
-        raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
-    pipeline = Pipeline(adapter, pruner, keep, decoding)
-
-    @torch.inference_mode()
-    def run(watch: Callable) -> int:
-        pipeline.cache, pipeline.watch = VisionCache(), watch
-        seen = pipeline.see(prompt.images)
-        with watch("scoring"):
-            encoded = adapter.read(prompt, [seen[id(image)] for image in prompt.images], pruner.signals)
-            selections = pipeline.select(encoded)
-        with watch("generate"):
-            batch = collate([adapter.shorten(encoded, selections)])
-            if batch.deepstack:
-                raise InputError("generate takes no deepstack rows beside embeddings")
-            new = adapter.model.generate(
-                inputs_embeds=batch.embeds,
-                position_ids=batch.position_ids,
-                attention_mask=torch.ones_like(batch.is_visual, dtype=torch.long),
-                max_new_tokens=decoding.max_new_tokens,
-                do_sample=False,
-            )[0].tolist()
-        end = adapter.model.generation_config.eos_token_id
-        return next((k for k, token in enumerate(new) if token in (end if isinstance(end, list) else [end])), len(new))
-
-    return run
-
-
-ENGINES = {"pipeline": pipeline_engine, "engine": static_engine, "generate": generate_engine}
-
-
-def read_config(overrides: list[str]) -> dict[str, Any]:
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return OmegaConf.to_container(compose("efficiency", overrides), resolve=True)
 
 
 def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
@@ -277,15 +146,15 @@ def shortest_ms(adapter: Adapter, limits: dict[str, float], n_visual: int, n_pre
 
 
 def subjects(
-    config: dict[str, Any], overrides: list[str], adapter: Adapter, prompt: Prompt, limits: dict[str, float]
+    config: dict[str, Any], adapter: Adapter, prompt: Prompt, limits: dict[str, float]
 ) -> tuple[list[Subject], list[str]]:
     """Every combination, warmed up; and a line for each that cannot be, with the reason."""
     decoding = Decoding(max_new_tokens=config["max_new_tokens"])
     memory = Memory(adapter.device)
     found, left_out = [], []
     for method in config["methods"]:
-        name, *changes = method.split()
-        pruner = build.pruner(read_config([*overrides, f"pruner={name}", *(f"pruner.{c}" for c in changes)]))
+        pruner = build.method(method, config)
+        name, _ = results.parse_method(method)
         budgets = [1.0] if name == "none" else config["keeps"]
         for keep in budgets:
             answer = Pipeline(adapter, pruner, keep, decoding)([prompt])[0]
@@ -326,29 +195,6 @@ def compare(
         subject.peak_gib.append(max(0.0, memory.peak() - before))
 
 
-def command(module: str, overrides: list[str]) -> str:
-    """What was typed, but for where the result went."""
-    return shlex.join(["python", "-m", module, *(word for word in overrides if not word.startswith("out="))])
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    found = {"device": results.device_name(device), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        fields = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"
-        found["cuda"] = torch.version.cuda
-        if shutil.which("nvidia-smi"):  # many containers are without it
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={uuid}"]
-            values = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
-            found |= dict(zip(fields.split(","), values, strict=False))
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["cpu"] = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-        found["load_average"] = os.getloadavg()[0]
-    return found
-
-
 def show(record: dict[str, Any]) -> str:
     """The table as a person reads it: medians in ms, fastest first."""
     stages = ("vision", "scoring", "prefill", "decode", "generate", "total")
@@ -363,21 +209,26 @@ def show(record: dict[str, Any]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def run(overrides: list[str]) -> dict[str, Any]:
-    """Measure everything that a config asks for."""
-    config = read_config(overrides)
+def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure everything that a config asks for.
+
+    Raises
+    ------
+    InputError
+        If it names an unknown clock, engine or method, or the model cannot be built.
+    """
     for word, known in [(config["clock"], CLOCKS), *((engine, ENGINES) for engine in config["engines"])]:
         if word not in known:
             raise InputError(f"unknown {word!r}: choose {', '.join(known)}")
     adapter, prompt = prepare(config)
     device, dtype = adapter.device, adapter.model.dtype
     clock = CLOCKS[config["clock"]]
-    limits = measure(device, dtype, clock)
+    limits = measure_limits(device, dtype, clock)
     model_gib = Memory(device).now()
-    found, left_out = subjects(config, overrides, adapter, prompt, limits)
+    found, left_out = subjects(config, adapter, prompt, limits)
     compare(found, config["repetitions"], config["seed"], device, clock)
     return {
-        "command": command("experiments.efficiency", overrides),
+        "command": results.command(overrides),
         "git_commit": results.git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": results.versions(),
@@ -394,24 +245,14 @@ def run(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["estimate"]:
-        print(json.dumps(estimate(**OmegaConf.to_container(OmegaConf.from_dotlist(arguments[1:]))), indent=1))
-        return
-    record = run(arguments)
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    record = measure(config, overrides)
     print(show(record))
     for line in record["left_out"]:
         print(f"left out: {line}")
     name = f"{record['model']}-{record['date'].replace(':', '')}.json"
-    out = Path(read_config(arguments)["out"] or f"results/efficiency/{name}")
+    out = Path(config["out"] or Path(config["results"]) / "efficiency" / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write_atomic(out, json.dumps(record, indent=1) + "\n")
     print(out)
     print(json.dumps(record))
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, ModelError, HydraException, TypeError) as error:
-        sys.exit(f"error: {error}")

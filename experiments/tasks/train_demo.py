@@ -1,9 +1,9 @@
 """Train the demo's model, or its twin of Qwen3-VL's architecture, from rendered scenes.
 
-python -m experiments.train_demo                        # LLaVA's architecture, for one GPU
-python -m experiments.train_demo recipe=qwen3vl         # Qwen3-VL's, from nothing, for one GPU
-python -m experiments.train_demo recipe=qwen3vl_warm    # Qwen3-VL's, from the shipped LLaVA, for two CPU cores
-python -m experiments.train_demo recipe=smoke           # a minute on a CPU, to see that it runs
+python run.py task=train_demo                        # LLaVA's architecture, for one GPU
+python run.py task=train_demo recipe=qwen3vl         # Qwen3-VL's, from nothing, for one GPU
+python run.py task=train_demo recipe=qwen3vl_warm    # Qwen3-VL's, from the shipped LLaVA, for two CPU cores
+python run.py task=train_demo recipe=smoke           # a minute on a CPU, to see that it runs
 
 A run that was cut goes on from its last checkpoint when the same command is given again, and ends in the same weights.
 Losses: the answers; each projected patch towards the embeddings of the words of what it shows (it aligns the two, which
@@ -17,16 +17,13 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,15 +36,21 @@ from experiments.demo.examples import IGNORE, THINGS, Examples
 from experiments.demo.families import FAMILIES, Llava, Visual, take
 from experiments.demo.scenes import COLORS, FULL_CANVAS, NOUNS
 from experiments.demo.warm_start import warm_start
+from experiments.results import ROOT
 from mipruner.decoding import Decoding
+from mipruner.errors import InputError
 from mipruner.models import Prompt, load
 from mipruner.models.weights import load_weights
 from mipruner.pipeline import Pipeline
 from mipruner.pruners import NoPruner
 
-ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.07  # of the cosines between patches and words
-NOT_RECIPE = ("output", "device", "workers", "checkpoint_every", "evaluate")
+RECIPE = (
+    "architecture", "betas", "canvases", "init", "questions", "seed", "shape", "stages", "weight_decay", "weights",
+    "output", "device", "workers", "checkpoint_every", "evaluate",
+)  # fmt: skip
+NOT_IDENTITY = ("output", "device", "workers", "checkpoint_every", "evaluate")
+"""Keys of a recipe that change no weight."""
 
 
 class Learner(nn.Module):
@@ -254,7 +257,9 @@ class Checkpoint:
 
     def __init__(self, path: Path, recipe: dict[str, Any]):
         self.path = path
-        self.recipe = json.dumps({key: value for key, value in recipe.items() if key not in NOT_RECIPE}, sort_keys=True)
+        self.recipe = json.dumps(
+            {key: value for key, value in recipe.items() if key not in NOT_IDENTITY}, sort_keys=True
+        )
 
     def save(self, learner: Learner, optimizer: torch.optim.Optimizer, step: int, losses: dict[str, float]) -> None:
         tensors = {f"weights.{name}": parameter for name, parameter in learner.named_parameters()}
@@ -333,22 +338,17 @@ def evaluate(folder: Path, n_scenes: int, canvases: list, device: str) -> dict[s
     return scores
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="train_demo")
-def main(cfg: DictConfig) -> None:
-    recipe = OmegaConf.to_container(cfg, resolve=True)
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    recipe = {key: config[key] for key in RECIPE}
     if recipe["seed"] == 0:
-        raise CompactHydraException("error: the demo's scenes have seed 0; train with another")
+        raise InputError("the demo's scenes have seed 0; train with another")
     try:
         folder = train(recipe)
     except (ValueError, FloatingPointError) as error:
-        raise CompactHydraException(f"error: {error}") from error
+        raise InputError(str(error)) from error
     device = "cuda" if recipe["device"] == "auto" and torch.cuda.is_available() else "cpu"
     scores = evaluate(folder, recipe["evaluate"], recipe["canvases"], device)
     (folder.parent / "evaluation.json").write_text(json.dumps(scores, indent=2))
     for density, metrics in scores.items():
         print(density, "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
     print(folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""How long the choice of tokens takes, over the number of visual tokens and of those kept.
+"""Measure how long the choice of tokens takes, by number of visual tokens and of kept tokens.
 
-    python -m experiments.scaling
-    python -m experiments.scaling n_visual=[576,2304] keep=[64,0.25] out=docs/results/scaling.csv
+    python run.py task=scaling
+    python run.py task=scaling n_visual=[576,2304] keeps=[64,0.25] out=docs/results/scaling.csv
 
 Methods see random features of LLaVA-1.5-7B's width. Each row of the CSV is one method at one size; rows are added to
 what is there, each with the device, the versions and the date. ``prefill_saved_ms`` is what pruning takes off the
@@ -12,9 +12,8 @@ The last line printed is the rows as JSON.
 
 import csv
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments import build, results
-from experiments.efficiency import Memory, machine, spread
-from experiments.estimate import Decoder, architecture
+from experiments.flops import Decoder, architecture
+from experiments.machine import Memory, machine, spread
 from mipruner import pmi
 from mipruner.engine import Graph
 from mipruner.errors import InputError
@@ -38,17 +36,6 @@ from mipruner.pruners.base import DecoderView
 from mipruner.selection import budget, greedy
 from mipruner.timing import Stopwatch
 
-DEFAULTS = {
-    "n_visual": [256, 576, 1024, 2304, 4096, 8192, 16384],
-    "keep": [64, 0.25],
-    "methods": None,  # all of them
-    "n_text": 20,
-    "width": 4096,
-    "repetitions": 10,
-    "most_s": 10.0,  # a method that takes longer is left out of larger pictures
-    "device": "auto",
-    "out": "results/scaling.csv",
-}
 SAVED_ON = "llava15_7b"
 
 
@@ -143,7 +130,7 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for n_visual in sorted(options["n_visual"]):
         slow = set()
         visual = tokens(n_visual, options["width"], device, seed=2)
-        for n_keep in sorted({budget(keep, n_visual) for keep in options["keep"]}):
+        for n_keep in sorted({budget(keep, n_visual) for keep in options["keeps"]}):
             saved = decoder.prefill_flops(n_visual + 60) - decoder.prefill_flops(n_keep + 60)
             for name, method in running.items():
                 call = method(visual, text, n_keep)
@@ -162,18 +149,14 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         running = {name: method for name, method in running.items() if name not in slow}
 
 
-def main(arguments: list[str]) -> None:
-    given = OmegaConf.from_dotlist(arguments)
-    if unknown := given.keys() - DEFAULTS.keys():
-        raise InputError(f"unknown option {unknown.pop()!r}: choose {', '.join(DEFAULTS)}")
-    options = OmegaConf.to_container(OmegaConf.merge(DEFAULTS, given))
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     torch.set_num_threads(1)
-    out = Path(options["out"])
+    out = Path(config["out"] or Path(config["results"]) / "scaling.csv")
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(f"{'n_visual':>8} {'n_keep':>7}  {'method':<14}{'ms':>11}")
     with out.open("a", newline="") as file:
-        for row in measure(options):
+        for row in measure(config):
             writer = csv.DictWriter(file, row)
             if file.tell() == 0:
                 writer.writeheader()
@@ -183,10 +166,3 @@ def main(arguments: list[str]) -> None:
             print(f"{row['n_visual']:>8} {row['n_keep']:>7}  {row['method']:<14}{row['median_ms']:>11.2f}", flush=True)
     print(out)
     print(json.dumps(rows))
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -1,9 +1,6 @@
-"""What a model costs, from its config alone: parameters, KV cache, and the FLOPs that pruning saves.
+"""FLOPs and KV cache of a model, from its config alone.
 
-python -m experiments.efficiency estimate model=qwen3vl_8b keep=0.25 n_visual=1024 n_text=60
-
-Needs neither weights nor a GPU nor a network: a model whose folder is not here is built on the meta device from
-experiments/architectures.yaml. Multiply-adds count as two FLOPs, attention as the full square (kernels that skip the
+Multiply-adds count as two FLOPs, attention as the full square (kernels that skip the
 causal half do less), in the way of torch's FlopCounterMode, which the tests compare with.
 """
 
@@ -17,7 +14,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from experiments.results import ROOT
 from mipruner.errors import InputError
-from mipruner.selection import budget
 
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 
@@ -120,38 +116,3 @@ def vision_flops(config: PreTrainedConfig, n_visual: int) -> int | None:
         blocks = sum(2 * n * (4 * d**2 + ffn * d) + 4 * n * keys * d for keys in seen)
         return 2 * n * patch * d + blocks + mergers * 2 * n_visual * (merge * d) * (merge * d + out)
     return None
-
-
-def estimate(
-    model: str, keep: int | float, n_visual: int | None = None, n_text: int = 60, dtype: str = "bfloat16"
-) -> dict[str, Any]:
-    """The cost of one prompt with ``n_visual`` visual and ``n_text`` other tokens, with and without pruning.
-
-    Raises
-    ------
-    InputError
-        If the model's pictures have no fixed number of tokens and ``n_visual`` is not given, and as `architecture`.
-    """
-    config = architecture(model)
-    if n_visual is None and config.model_type != "llava":
-        raise InputError(f"{model} takes pictures of any size: say how many visual tokens, for example n_visual=1024")
-    if n_visual is None:
-        n_visual = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    meta = build(config, getattr(torch, dtype))
-    decoder = Decoder.of(config.get_text_config())
-    parameters = sum(p.numel() for p in meta.parameters())
-    size = getattr(torch, dtype).itemsize
-    n_keep = budget(keep, n_visual)
-    lengths = {"full": n_text + n_visual, "pruned": n_text + n_keep}
-    vision = vision_flops(config, n_visual)
-    return {
-        "model": model,
-        "n_visual": n_visual,
-        "n_keep": n_keep,
-        "n_text": n_text,
-        "parameters_billion": round(parameters / 1e9, 4),
-        "weights_gib": round(parameters * size / 2**30, 3),
-        "kv_cache_mib": {name: decoder.kv_cache_bytes(n, size) / 2**20 for name, n in lengths.items()},
-        "prefill_tflop": {name: decoder.prefill_flops(n) / 1e12 for name, n in lengths.items()},
-        "vision_tflop": None if vision is None else vision / 1e12,
-    }

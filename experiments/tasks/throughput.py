@@ -1,15 +1,13 @@
-"""Questions per second of an evaluation, against the loop that most scripts are: one sample after the other, nothing
-pruned, transformers' own `generate`.
+"""Measure questions per second of an evaluation, against one unpruned `generate` call per question.
 
-    python -m experiments.throughput                                    the demo, MI-Pruner at 16 tokens
-    python -m experiments.throughput model=llava15_7b dataset=pope keep=64 batch_size=64 limit=2000
+    python run.py task=throughput                                    the demo, MI-Pruner at 16 tokens
+    python run.py task=throughput model=llava15_7b dataset=pope keep=64 batch_size=64 limit=2000
 
-Overrides are those of run.py. The same samples run in batches of ``batch_size`` and of one, which must give the same
+The same samples run in batches of ``batch_size`` and of one, which must give the same
 answers; the plain loop runs on `N_PLAIN` of them. The last line printed is the result as JSON.
 """
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,17 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-
 from experiments import build, results
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
+from experiments.benchmarks.base import Benchmark, Sample
 from experiments.cell import run_cell
-from experiments.efficiency import command, generate_engine, machine
+from experiments.engines import generate_engine
 from experiments.evaluate import subset
-from experiments.results import ROOT, Cell
+from experiments.machine import machine
+from experiments.results import Cell
 from mipruner.decoding import Decoding
-from mipruner.errors import InputError, ModelError
 from mipruner.models import Adapter, Prompt, Video
 from mipruner.pruners import NoPruner
 
@@ -64,9 +59,7 @@ def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, dict[str
         return seconds / record["n_samples"], {row["id"]: row["prediction"] for row in Cell(config).rows()}
 
 
-def measure(overrides: list[str]) -> dict[str, Any]:
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = build.resolve(compose("config", overrides))
+def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     benchmark, adapter = build.benchmark(config), build.model(config)
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     chosen = samples[:: max(1, len(samples) // N_PLAIN)][:N_PLAIN]
@@ -75,7 +68,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     batched, same = evaluation(config, config["batch_size"])
     is_table1 = config["model"]["name"] == "llava15_7b"
     return {
-        "command": command("experiments.throughput", overrides),
+        "command": results.command(overrides),
         "git_commit": results.git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": results.versions(),
@@ -92,20 +85,12 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def main(overrides: list[str]) -> None:
-    out = [word.removeprefix("out=") for word in overrides if word.startswith("out=")]
-    record = measure([word for word in overrides if not word.startswith("out=")])
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    record = measure(build.resolve(config), overrides)
     for way, rate in record["questions_per_s"].items():
         print(f"{way:<14}{rate:9.2f} questions a second{rate / record['questions_per_s']['plain']:9.2f} x")
     differ = record["answers_that_differ"]
     print(f"{len(differ)} of {record['n_samples']} answers differ between batches of 1 and {record['batch_size']}")
-    for path in out:
-        results.write_atomic(Path(path), json.dumps(record, indent=1) + "\n")
+    if config["out"] is not None:
+        results.write_atomic(Path(config["out"]), json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, ModelError, BenchmarkError, HydraException) as error:
-        sys.exit(f"error: {error}")

@@ -1,0 +1,68 @@
+"""Three ways to answer one prompt with a pruner: the pipeline, the engine, and transformers' `generate`."""
+
+from collections.abc import Callable
+
+import torch
+
+from mipruner.decoding import Decoding
+from mipruner.engine import Engine
+from mipruner.errors import InputError
+from mipruner.models import Adapter, Prompt
+from mipruner.pipeline import Pipeline, VisionCache
+from mipruner.prompt import collate
+from mipruner.pruners import DecoderPruner, Pruner
+
+Budget = int | float
+Method = Pruner | DecoderPruner
+
+
+def pipeline_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+    pipeline = Pipeline(adapter, pruner, keep, decoding)
+
+    def run(watch: Callable) -> int:
+        pipeline.cache, pipeline.watch = VisionCache(), watch
+        return len(pipeline([prompt])[0].tokens)
+
+    return run
+
+
+def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+    engine = Engine(adapter, pruner, keep, decoding, compiled=adapter.device.type == "cuda")
+
+    def run(watch: Callable) -> int:
+        engine.watch = watch
+        return len(engine(prompt).tokens)
+
+    return run
+
+
+def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+    if not isinstance(pruner, Pruner):
+        raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
+    pipeline = Pipeline(adapter, pruner, keep, decoding)
+
+    @torch.inference_mode()
+    def run(watch: Callable) -> int:
+        pipeline.cache, pipeline.watch = VisionCache(), watch
+        seen = pipeline.see(prompt.images)
+        with watch("scoring"):
+            encoded = adapter.read(prompt, [seen[id(image)] for image in prompt.images], pruner.signals)
+            selections = pipeline.select(encoded)
+        with watch("generate"):
+            batch = collate([adapter.shorten(encoded, selections)])
+            if batch.deepstack:
+                raise InputError("generate takes no deepstack rows beside embeddings")
+            new = adapter.model.generate(
+                inputs_embeds=batch.embeds,
+                position_ids=batch.position_ids,
+                attention_mask=torch.ones_like(batch.is_visual, dtype=torch.long),
+                max_new_tokens=decoding.max_new_tokens,
+                do_sample=False,
+            )[0].tolist()
+        end = adapter.model.generation_config.eos_token_id
+        return next((k for k, token in enumerate(new) if token in (end if isinstance(end, list) else [end])), len(new))
+
+    return run
+
+
+ENGINES = {"pipeline": pipeline_engine, "engine": static_engine, "generate": generate_engine}
