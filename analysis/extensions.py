@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import load
-from analysis.readme import replace
+from analysis.pages import replace
 from analysis.tables import DATASETS, MODELS, budget_name
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"

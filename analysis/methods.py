@@ -1,6 +1,7 @@
 """The table of methods in README.md: where each acts, what it needs and costs, and how it does on the demo.
 
-N visual tokens, T kept, d wide, m words, L decoder layers. `python -m analysis.readme` writes it from stored records.
+N visual tokens, T kept, d wide, m words, L decoder layers. `python -m analysis.pages methods` writes it from
+stored records.
 """
 
 import pandas as pd

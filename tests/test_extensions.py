@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from analysis import extensions, prior, readme
+from analysis import extensions, pages, prior
 from mipruner.prior import visual_prior
 
 
@@ -93,7 +93,7 @@ def test_a_run_over_part_of_the_samples_is_never_shown():
         (shown,) = extensions.select(frame, "demo_llava")["8"]
         assert shown.n_samples == 600
         default = frame.assign(differs=[set()] * 2)
-        assert readme.demo_cells(default).n_samples.tolist() == [600]
+        assert pages.demo_cells(default).n_samples.tolist() == [600]
 
 
 def test_nothing_measured_is_no_table():
@@ -139,3 +139,10 @@ def test_the_page_has_a_place_for_each_table():
     text = extensions.PAGE.read_text()
     for name in ("support", "sample", "prior", "auto"):
         assert f"<!-- begin {name} -->" in text and f"<!-- end {name} -->" in text
+
+
+def test_a_page_is_refused_where_a_record_is_missing():
+    frame = pd.DataFrame([{"method": name, "keep": keep} for name in ("mi", "random") for keep in pages.BUDGETS])
+    pages.check_complete(frame, ["mi", "random"])
+    with pytest.raises(ValueError, match=r"no record of random keep=8: python run.py"):
+        pages.check_complete(frame.iloc[:-1], ["mi", "random"])

@@ -1,10 +1,12 @@
-"""Fills the generated parts of README.md: two tables, from stored records, and the tree, from the files themselves.
+"""Fill the generated parts of pages: tables of README.md from stored records, and docs/tree.md from the files.
 
-    python -m analysis.readme              rewrite README.md
-    python -m analysis.readme --check      say whether tree and benchmarks are up to date, change nothing
+    python -m analysis.pages                   every part
+    python -m analysis.pages tree methods      these parts
+    python -m analysis.pages --check           exit with status 1 if the tree is out of date; write nothing
 
-A generated part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The purpose beside a file in the tree
-is the first line of its docstring, or of the comment at its top.
+A generated part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. A part whose records are incomplete
+is refused with the cells that are missing, and its page stays as it is. The purpose beside a file in the tree is the
+first line of its docstring, or of the comment at its top.
 """
 
 import argparse
@@ -12,18 +14,21 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import load, methods
 from analysis.tables import METHODS
+from mipruner.pruners import OWN
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = {"demo": "README.md", "methods": "README.md", "tree": "docs/tree.md"}
+"""The page that each generated part stands on."""
+
 BUDGETS = ("64", "32", "16", "8")
-OWN = ("random", "similarity", "attention", "mi_attention", "mi")
-SHOWN = ("run.py", "conf", "mipruner", "experiments", "analysis", "notebooks", "docs", "tests")
+SHOWN = ("run.py", "conf", "mipruner", "experiments", "analysis", "plugins", "notebooks", "docs", "tests")
 
 
 def replace(text: str, name: str, part: str) -> str:
@@ -74,12 +79,6 @@ def tree(files: list[str]) -> str:
     return "```\n" + "\n".join(f"{left:<{width}}{right}".rstrip() for left, right in lines) + "\n```"
 
 
-def benchmarks_table() -> str:
-    """The first table of docs/benchmarks.md, footnote included."""
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    return text[text.index("| `dataset=`") : text.index("\n\n", text.index("[1] "))]
-
-
 def tracked() -> list[str]:
     names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout
     return [name for name in names.splitlines() if name.split("/")[0] in SHOWN and not name.startswith("tests/data")]
@@ -91,6 +90,14 @@ def demo_cells(cells: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("there are no records of the demo: python run.py -m experiment=demo")
     found = cells[(cells.model == "demo_llava") & (cells.dataset == "demo") & (cells.differs.map(len) == 0)]
     return found[found.n_samples == found.n_samples.max()]
+
+
+def check_complete(cells: pd.DataFrame, names: Iterable[str]) -> None:
+    """Raise ValueError, naming what is missing, unless there is a record of every method at every budget."""
+    there = set(zip(cells.method, cells.keep, strict=True))
+    missing = [f"{name} keep={keep}" for name in names for keep in BUDGETS if (name, keep) not in there]
+    if missing:
+        raise ValueError(f"no record of {', '.join(missing)}: python run.py -m experiment=demo_table1")
 
 
 def demo_table(cells: pd.DataFrame) -> str:
@@ -122,17 +129,34 @@ def demo_table(cells: pd.DataFrame) -> str:
     )
 
 
+def part(name: str, results: Path) -> str:
+    """The text of a generated part. Raises ValueError if a record that it needs is missing."""
+    if name == "tree":
+        return tree(tracked())
+    cells = demo_cells(load.cells(results))
+    check_complete(cells, OWN if name == "demo" else [method for method in METHODS if method != "none"])
+    return demo_table(cells) if name == "demo" else methods.table(cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PAGES)}; all of them by default")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
-    text = README.read_text()
-    new = replace(replace(text, "tree", tree(tracked())), "benchmarks", benchmarks_table())
-    if args.check:
-        sys.exit(None if new == text else "README.md is out of date: python -m analysis.readme")
-    cells = demo_cells(load.cells(args.results))
-    README.write_text(replace(replace(new, "demo", demo_table(cells)), "methods", methods.table(cells)))
+    if unknown := set(args.parts) - PAGES.keys():
+        parser.error(f"unknown part {unknown.pop()!r}: choose {', '.join(PAGES)}")
+    for name in ["tree"] if args.check else args.parts or PAGES:
+        page = ROOT / PAGES[name]
+        text = page.read_text()
+        try:
+            new = replace(text, name, part(name, args.results))
+        except ValueError as error:
+            parser.exit(2, f"{PAGES[name]} keeps its part {name}: {error}\n")
+        if args.check:
+            sys.exit(None if new == text else f"{PAGES[name]} is out of date: python -m analysis.pages {name}")
+        page.write_text(new)
+        print(PAGES[name], name)
 
 
 if __name__ == "__main__":
