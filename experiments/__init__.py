@@ -1,12 +1,13 @@
-"""Everything that is measured. `python run.py task=...` starts it; no module here is a command of its own."""
+"""Everything that is measured. `python run.py task=...` starts it."""
 
 import sys
+from pathlib import Path
 
-if sys.argv[:1] == ["-m"]:  # python is looking for the module of `python -m experiments.x`
+if sys.argv[:1] == ["-m"]:  # python is looking for the module of `python -m experiments.x`, which was a command once
     module, *words = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
-    if module.startswith(f"{__name__}."):
-        task = module.rpartition(".")[2]
-        if words[:1] == ["estimate"]:
-            task, *words = words
+    task = module.rpartition(".")[2]
+    if words[:1] == ["estimate"]:
+        task, *words = words
+    if module.startswith(f"{__name__}.") and (Path(__file__).parent / "tasks" / f"{task}.py").exists():
         sys.stderr.write(f"{module} is a task of run.py now: {' '.join(['python run.py', f'task={task}', *words])}\n")
         sys.exit(2)

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImagePr
 from experiments.demo.examples import IGNORE, Examples, cell_words, choose_questions
 from experiments.demo.families import Llava, Qwen3VL, Visual, patchify
 from experiments.demo.scenes import COLORS, NOUNS, glyph_mask, make_scene, render, scene_generators
-from experiments.tasks.train_demo import Learner, learning_rate, load_examples, take_step, train
+from experiments.tasks.train_demo import RECIPE, Learner, learning_rate, load_examples, take_step, train
 from mipruner.models import Prompt, load
 from mipruner.prompt import collate
 from mipruner.selection import Selection
@@ -43,7 +43,8 @@ def one_thread():
 
 def recipe(name, **changes):
     with initialize_config_dir(version_base=None, config_dir=str(ROOT / "conf")):
-        return OmegaConf.to_container(compose("config", ["task=train_demo", f"recipe={name}"]), resolve=True) | changes
+        config = OmegaConf.to_container(compose("config", ["task=train_demo", f"recipe={name}"]), resolve=True)
+    return {key: config[key] for key in RECIPE} | changes
 
 
 def examples(**changes):
