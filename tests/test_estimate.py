@@ -96,7 +96,7 @@ def test_what_cannot_be_estimated_is_said():
 MEASURE = """
 import json, sys, torch
 from pathlib import Path
-from experiments.estimate import architecture, build
+from experiments.flops import architecture, build
 
 def gib(key):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -9,8 +9,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from experiments.accept.exactness import NEW_TOKENS
 from experiments.accept.scores import LIMIT, PAPER_BUDGETS, PAPER_METHODS, WHOLE, datasets
-from experiments.efficiency import CLOCKS, measure
-from experiments.estimate import Decoder, architecture, estimate
+from experiments.flops import Decoder, architecture
+from experiments.machine import CLOCKS, measure_limits
+from experiments.tasks.estimate import estimate
 from mipruner.errors import InputError
 from mipruner.models.hub import lacking
 
@@ -43,7 +44,7 @@ def announce(
     if cost is None:
         return f"{download}; the time is not known, since no shape of {model['name']} is"
     dtype = getattr(torch, model["dtype"]) if model["dtype"] != "auto" else torch.bfloat16
-    limits = measure(device, dtype, CLOCKS["wall"])
+    limits = measure_limits(device, dtype, CLOCKS["wall"])
     weights_ms = cost["weights_gib"] * 2**30 / limits["copy_gb_per_s"] / 1e6
     decoder = Decoder.of(architecture(model["name"]).get_text_config())
     flops = decoder.prefill_flops(cost["n_visual"] + cost["n_text"]) + (cost["vision_tflop"] or 0) * 1e12

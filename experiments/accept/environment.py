@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from experiments.accept.report import Line, check, not_run
-from experiments.estimate import architecture, build
+from experiments.flops import architecture, build
 from experiments.results import versions
 from mipruner.errors import InputError, ModelError
 from mipruner.models.hub import locate

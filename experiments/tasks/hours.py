@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from experiments.estimate import estimate
 from experiments.results import ROOT
+from experiments.tasks.estimate import estimate
 from mipruner.errors import InputError
 
 CARDS = {"H100 SXM": (989, 3.35), "A100 80 GB": (312, 2.04), "RTX 4090": (165, 1.01)}
