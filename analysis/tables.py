@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from analysis import load
+from analysis import load, paired
 from experiments.results import parse_method
 from mipruner.pruners import PRUNERS
 
@@ -342,6 +342,7 @@ class Row:
     tokens: str
     layer_mean: str
     entries: list[Entry]
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -356,6 +357,17 @@ class Grid:
     remarks: list[str]
     commands: list[str]
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether any row was compared with MI-Pruner question by question."""
+        return any(row.against for _, rows in self.groups for row in rows)
+
+
+AGAINST = (
+    "Against MI-Pruner: the difference in correct answers at the same budget, in points, paired question by question"
+    " over all datasets of the row; ± is its standard error, clustered by image."
+)
+
 
 def grid(table: pd.DataFrame) -> Grid:
     """Lay out a compared table."""
@@ -365,6 +377,7 @@ def grid(table: pd.DataFrame) -> Grid:
     )
     marks, footnotes = place_footnotes(table)
     columns = list(dict.fromkeys(table.column))
+    gains = paired.against(table)
     groups: dict[str, list[Row]] = {}
     for key, numbers in table.groupby("row", sort=False):
         model, keep, method, setting = key
@@ -372,7 +385,8 @@ def grid(table: pd.DataFrame) -> Grid:
         label = METHODS.get(method, method) + (f" ({setting})" if setting else "")
         entries = {number.column: entry(number, marks.get((key, number.column), "")) for number in numbers.itertuples()}
         cells = [entries.get(column, Entry()) for column in columns]
-        row = Row(label, marks.get(key, ""), span(numbers.n_kept), span(numbers.layer_mean), cells)
+        gain = "{:+.1f} ± {:.1f}".format(*gains[key]) if key in gains else ""
+        row = Row(label, marks.get(key, ""), span(numbers.n_kept), span(numbers.layer_mean), cells, gain)
         groups.setdefault(title, []).append(row)
     name = table.table.iloc[0]
     return Grid(
@@ -381,7 +395,7 @@ def grid(table: pd.DataFrame) -> Grid:
         [(column_name(*column), marks.get(column, "")) for column in columns],
         [*groups.items()],
         footnotes,
-        remarks(table),
+        remarks(table) + ([AGAINST] if gains else []),
         commands(table),
     )
 
@@ -503,11 +517,13 @@ def markdown(grid: Grid) -> str:
         return "| " + " | ".join(cells) + " |"
 
     head = ["", "tokens", "per layer", *(title + sup(marks) for title, marks in grid.heads)]
+    head += ["against MI-Pruner"] * grid.is_paired
     lines = [f"### {grid.title}", "", line(head), line(["---", *["---:"] * (len(head) - 1)])]
     for title, rows in grid.groups:
         lines.append(line([f"*{title}*", *[""] * (len(head) - 1)]))
         for row in rows:
-            lines.append(line([row.label + sup(row.marks), row.tokens, row.layer_mean, *map(cell, row.entries)]))
+            cells = [row.label + sup(row.marks), row.tokens, row.layer_mean, *map(cell, row.entries)]
+            lines.append(line(cells + [row.against] * grid.is_paired))
     lines += ["", " ".join(grid.remarks), ""]
     lines += [f"<sup>{mark}</sup> {text}  " for mark, text in grid.footnotes.items()]
     if grid.commands:
@@ -545,8 +561,9 @@ def latex(grid: Grid) -> str:
             small(ranked(entry.paper, entry.paper_rank) + spread + difference + sup(entry.marks)) if entry.paper else ""
         )
 
-    width = 3 + len(grid.heads)
+    width = 3 + len(grid.heads) + grid.is_paired
     head = ["", "tokens", "per layer", *(escape(title) + sup(marks) for title, marks in grid.heads)]
+    head += ["against MI-Pruner"] * grid.is_paired
     lines = [
         "% needs \\usepackage{booktabs,graphicx}",
         r"\begin{table}",
@@ -562,9 +579,11 @@ def latex(grid: Grid) -> str:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\textit{{{escape(title)}}}}} \\"]
         for row in rows:
             cells = [escape(row.label) + sup(row.marks), escape(row.tokens), escape(row.layer_mean)]
-            lines.append(" & ".join([*cells, *map(ours, row.entries)]) + r" \\")
+            gain = [escape(row.against)] * grid.is_paired
+            lines.append(" & ".join([*cells, *map(ours, row.entries), *gain]) + r" \\")
             if any(entry.paper for entry in row.entries):
-                lines.append(" & ".join([r"\quad{\scriptsize paper}", "", "", *map(paper, row.entries)]) + r" \\")
+                papers = [r"\quad{\scriptsize paper}", "", "", *map(paper, row.entries), *[""] * grid.is_paired]
+                lines.append(" & ".join(papers) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}}"]
     if grid.footnotes:
         notes = [rf"\textsuperscript{{{mark}}} {escape(text)}" for mark, text in grid.footnotes.items()]

@@ -23,6 +23,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 PANEL = 96
 """Rows a product: small enough to skip nearly half of rho, large enough for full speed."""
 
+ROWS = 512
+"""Rows of rho whose log-sum-exp is taken at a time: it holds their exponentials, for all rows a second rho."""
+
 
 def mi_picks(
     visual: Tensor,
@@ -117,7 +120,8 @@ def _relevance(rho_text: Tensor) -> Tensor:
 def _picks(rho: Tensor, relevance: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
     # The gain of eq. 22 is `gain - (1 - lam) running` with the running maximum over rho alone.
     score = lam * relevance
-    gain = score + (1 - lam) * (rho.logsumexp(-1) - math.log(len(rho)))
+    lse = torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
+    gain = score + (1 - lam) * (lse - math.log(len(rho)))
     running = torch.full_like(gain, -torch.inf)
     picks = list(given)
     for k in range(len(given) + n_keep):

@@ -1,0 +1,59 @@
+"""Paired differences of two cells: question by question, with standard errors clustered by image."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+
+@cache
+def answers(folder: Path) -> pd.DataFrame:
+    """Per question of a cell, by id: its image and whether the answer is correct. Empty without ``samples.jsonl``."""
+    path = folder / "samples.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [(row["id"], row["image_id"], row["correct"]) for row in map(json.loads, lines)]
+    return pd.DataFrame(rows, columns=["id", "image", "correct"]).set_index("id").dropna()
+
+
+def gains(cell: Path, other: Path) -> pd.DataFrame:
+    """``gain`` in points of ``cell`` over ``other``, and ``image``, for every question that both have answered."""
+    both = answers(cell).join(answers(other), how="inner", rsuffix="_other")
+    gain = 100 * (both.correct.astype(float) - both.correct_other.astype(float))
+    return pd.DataFrame({"image": [f"{cell}:{image}" for image in both.image], "gain": gain})
+
+
+def clustered(gains: pd.DataFrame) -> tuple[float, float]:
+    """Mean gain over the questions, and its standard error where the questions of an image are not independent.
+
+    With residuals e_i, n questions, C images: sqrt(C / (C - 1) sum_c (sum_{i in c} e_i)^2) / n. NaN for one image.
+    """
+    mean = gains.gain.mean()
+    by_image = (gains.gain - mean).groupby(gains.image).sum()
+    if (n_images := len(by_image)) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(n_images / (n_images - 1) * (by_image**2).sum()) / len(gains)
+
+
+def against(table: pd.DataFrame, method: str = "mi") -> dict[tuple, tuple[float, float]]:
+    """Of each row of a compared table (model, keep, method, setting) the gain over ``method`` at the same budget.
+
+    Over the questions of all datasets that both have; the first row of ``method`` where there are several. Cells of
+    several seeds are compared seed by seed, as far as both have them.
+    """
+    measured = table[table.cell != ""].drop_duplicates(["model", "keep", "method", "setting", "dataset"])
+    base: dict[tuple, str] = {}
+    for number in measured[measured.method == method].itertuples():
+        base.setdefault((number.model, number.keep, number.dataset), number.cell)
+    found: dict[tuple, list[pd.DataFrame]] = {}
+    for number in measured.itertuples():
+        other = base.get((number.model, number.keep, number.dataset), number.cell)
+        if other == number.cell:
+            continue
+        cells, others = number.cell.split(), other.split()
+        others = others * len(cells) if len(others) == 1 else others
+        pairs = [gains(Path(a), Path(b)) for a, b in zip(cells, others, strict=False)]
+        key = (number.model, number.keep, number.method, number.setting)
+        found.setdefault(key, []).extend(pair for pair in pairs if len(pair))
+    return {key: clustered(pd.concat(pairs)) for key, pairs in found.items() if pairs}
