@@ -15,9 +15,9 @@ from statistics import fmean, stdev
 import numpy as np
 import pandas as pd
 
-from analysis import load
+from analysis import load, paired
 from analysis.pages import replace
-from analysis.tables import DATASETS, MODELS, budget_name
+from analysis.tables import DATASETS, METHODS, MODELS, budget_name
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
 DEMOS = {"demo_llava": "demo", "demo_qwen3vl": "demo_canvases"}
@@ -156,12 +156,48 @@ def automatic(cells: pd.DataFrame) -> str:
     return markdown(header, rows) if rows else ""
 
 
+def cover(cells: pd.DataFrame) -> str:
+    """Cover minus each method that has the same draws, by type of question and budget."""
+    rows, tasks, n_contrasts = [], {}, 0
+    for model in DEMOS:
+        ours = select(cells, model, method="cover")
+        named = cells[(cells.model == model) & (cells.dataset == DEMOS[model])]
+        for keep, draws in sorted(ours.items(), key=lambda item: -float(item[0])):
+            for method in sorted(set(named.method) - {"cover", "none"}):
+                others = {c.settings["seed"]: c for c in select(cells, model, method=method).get(keep, [])}
+                pairs = [(c, others[c.settings["seed"]]) for c in draws if c.settings["seed"] in others]
+                if len(pairs) < len(draws):
+                    continue
+                gains = pd.concat(
+                    paired.gains(a.path, b.path).assign(task=task_of(a.path), draw=a.settings["seed"]) for a, b in pairs
+                )
+                gains["image"] = [f"{d}:{i}" for d, i in zip(gains.draw, gains.image, strict=True)]
+                parts = {"all": gains} | {task: part for task, part in gains.groupby("task")}
+                tasks |= {task: len(part) for task, part in parts.items()}
+                n_contrasts += len(parts)
+                label = f"{MODELS[model]}, {budget_name(keep)}: {METHODS[method]}"
+                shown = {task: "{:+.1f} ± {:.1f}".format(*paired.clustered(part)) for task, part in parts.items()}
+                rows.append((label, number([b for _, b in pairs]), number([a for a, _ in pairs]), shown))
+    if not rows:
+        return ""
+    header = ["", "accuracy", "cover", *(f"{DATASETS.get(t, t)} ({n:,})" for t, n in tasks.items())]
+    table = markdown(header, [[*row, *(shown.get(task, "") for task in tasks)] for *row, shown in rows])
+    return f"{table}\n\n{n_contrasts} contrasts were looked at, so that a few lie beyond two standard errors by chance."
+
+
+def task_of(folder: Path) -> pd.Series:
+    """The type of each question of a cell, by id."""
+    rows = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    return pd.Series({row["id"]: row["task"] for row in rows})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"))
     cells = load.cells(parser.parse_args().results)
     text = PAGE.read_text()
-    for name, table in {"support": support, "sample": sample, "prior": prior, "auto": automatic}.items():
+    parts = {"support": support, "sample": sample, "prior": prior, "auto": automatic, "cover": cover}
+    for name, table in parts.items():
         if part := table(cells):
             text = replace(text, name, part)
         else:

@@ -21,7 +21,7 @@ def gains(cell: Path, other: Path) -> pd.DataFrame:
     """``gain`` in points of ``cell`` over ``other``, and ``image``, for every question that both have answered."""
     both = answers(cell).join(answers(other), how="inner", rsuffix="_other")
     gain = 100 * (both.correct.astype(float) - both.correct_other.astype(float))
-    return pd.DataFrame({"image": [f"{cell}:{image}" for image in both.image], "gain": gain})
+    return pd.DataFrame({"image": both.image, "gain": gain})
 
 
 def clustered(gains: pd.DataFrame) -> tuple[float, float]:
@@ -55,5 +55,7 @@ def against(table: pd.DataFrame, method: str = "mi") -> dict[tuple, tuple[float,
         others = others * len(cells) if len(others) == 1 else others
         pairs = [gains(Path(a), Path(b)) for a, b in zip(cells, others, strict=False)]
         key = (number.model, number.keep, number.method, number.setting)
-        found.setdefault(key, []).extend(pair for pair in pairs if len(pair))
+        found.setdefault(key, []).extend(
+            pair.assign(image=[f"{number.dataset}:{image}" for image in pair.image]) for pair in pairs if len(pair)
+        )
     return {key: clustered(pd.concat(pairs)) for key, pairs in found.items() if pairs}

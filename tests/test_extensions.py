@@ -135,9 +135,35 @@ def test_auto_stands_beside_the_fixed_budget_of_its_mean(tmp_path):
     assert "+25.0 ± 50.0" in line  # by picture: (0.5 + 1) / 2 and (0 - 0.5) / 2, mean 0.25, deviation 0.707
 
 
+def test_cover_is_compared_by_type_only_where_both_have_every_draw(tmp_path):
+    def write(method, seed, correct):
+        path = tmp_path / f"{method}{seed}"
+        path.mkdir()
+        rows = zip("abcd", "xxyy", ("gqa", "pope", "gqa", "pope"), correct, strict=True)
+        lines = [json.dumps({"id": i, "image_id": image, "task": task, "correct": c}) for i, image, task, c in rows]
+        (path / "samples.jsonl").write_text("\n".join(lines))
+        return cell("8", seed, 25.0 * sum(correct)) | {
+            "method": method,
+            "path": path,
+            "differs": set(),
+            "settings": {"seed": seed},
+        }
+
+    rows = [write("cover", 0, [1, 1, 1, 1]), write("cover", 1, [1, 0, 1, 0])]
+    rows += [write("mi", 0, [1, 0, 1, 0]), write("mi", 1, [0, 0, 0, 0]), write("random", 0, [0, 0, 0, 0])]
+    table = extensions.cover(pd.DataFrame(rows))
+    (line,) = (line for line in table.splitlines() if "keep" not in line and "demo LLaVA" in line)
+    entries = line.strip("| ").split(" | ")
+    assert entries[1:3] == ["25.0 ± 35.4", "75.0 ± 35.4"]
+    assert [entry.split(" ± ")[0] for entry in entries[3:]] == ["+50.0", "+50.0", "+50.0"]
+    assert [entry.split(" ± ")[1] for entry in entries[3:]] == ["0.0", "28.9", "28.9"]
+    assert "3 contrasts" in table
+    assert extensions.cover(pd.DataFrame(rows[2:])) == ""
+
+
 def test_the_page_has_a_place_for_each_table():
     text = extensions.PAGE.read_text()
-    for name in ("support", "sample", "prior", "auto"):
+    for name in ("support", "sample", "prior", "auto", "cover"):
         assert f"<!-- begin {name} -->" in text and f"<!-- end {name} -->" in text
 
 
