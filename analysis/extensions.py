@@ -182,7 +182,9 @@ def cover(cells: pd.DataFrame) -> str:
         return ""
     header = ["", "accuracy", "cover", *(f"{DATASETS.get(t, t)} ({n:,})" for t, n in tasks.items())]
     table = markdown(header, [[*row, *(shown.get(task, "") for task in tasks)] for *row, shown in rows])
-    return f"{table}\n\n{n_contrasts} contrasts were looked at, so that a few lie beyond two standard errors by chance."
+    return (
+        f"{table}\n\n{n_contrasts} contrasts were looked at; by chance one in twenty lies beyond two standard errors."
+    )
 
 
 def task_of(folder: Path) -> pd.Series:
