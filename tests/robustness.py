@@ -21,7 +21,7 @@ OURS = (InputError, ModelError, BenchmarkError, SampleError)
 AREAS = {
     "The command line": ("run", "answer", "launchers", "auto"),
     "Models": ("models", "engine", "trained"),
-    "`mipruner.prune`": ("attach",),
+    "`mipruner.prune`": ("attach", "ways"),
     "Data": ("benchmarks", "benchmarks_run", "video", "demo"),
     "Judges": ("judge",),
     "Methods": ("pruners", "pmi", "prior", "selection", "baselines", "decoder", "fused", "kernels", "methods"),
