@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from mipruner.errors import InputError
 from mipruner.intercept import Call
 from mipruner.models.base import Adapter
 from mipruner.prompt import Encoded, Prompt, Tokens, Visual
 from mipruner.question import Reader, between_special
-
-AROUND_IMAGES = ("image", "video", "vision_start", "vision_end")
 
 
 @dataclass
@@ -29,15 +27,14 @@ class Seen:
     calls: list[Call]
 
 
-def see(method: Callable, names: Sequence[str], args: tuple, kwargs: dict, calls: list[Call]) -> tuple[Any, Seen]:
+def see(
+    adapter: Adapter, method: Callable, names: Sequence[str], args: tuple, kwargs: dict, calls: list[Call]
+) -> tuple[Any, Seen]:
     """Call the model's own vision method, whose arguments have these names, and note it."""
     out = method(*args, **kwargs)
     inputs = dict(zip(names, args, strict=False)) | kwargs
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    features = SimpleNamespace(
-        pooler_output=out.pooler_output, deepstack_features=getattr(out, "deepstack_features", None)
-    )
-    return out, Seen(inputs, features, calls)
+    return out, Seen(inputs, adapter.noted(out), calls)
 
 
 @lru_cache(maxsize=8)
@@ -49,14 +46,13 @@ def saved_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def reader_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, model: PreTrainedModel) -> Reader | None:
+def reader_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, adapter: Adapter) -> Reader | None:
     """What finds questions in ids, if there is a tokenizer."""
     if tokenizer is None:
         return None
     words = getattr(tokenizer, "tokenizer", tokenizer)
-    ids = {getattr(model.config, f"{name}_token_id", None) for name in AROUND_IMAGES} - {None}
     marks = [getattr(words, f"{name}_image_token", None) for name in ("start", "end")]
-    marks += words.convert_ids_to_tokens(sorted(ids))
+    marks += words.convert_ids_to_tokens(sorted(adapter.around_ids))
     return Reader(words, words.chat_template or getattr(tokenizer, "chat_template", None), [m for m in marks if m])
 
 
@@ -122,7 +118,7 @@ class Inputs:
         ids, embeds, position_ids = ids[rows], embeds[rows], position_ids[:, rows]
         places = [torch.searchsorted(rows, place) for _, place in images]
         for (visual, _), place in zip(images, places, strict=True):
-            if len(place) != len(visual.rows) or not torch.equal(embeds[place], visual.rows.to(embeds)):
+            if len(place) != len(visual.rows) or not self.adapter.placed(ids[place], embeds[place], visual.rows):
                 raise InputError("the images of this prompt were not encoded by this call inside this context")
         is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
@@ -159,9 +155,9 @@ class Inputs:
         model = self.adapter.model
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-        configs = (model.config, model.config.text_config, model.generation_config)
-        names = ("bos", "pad", *AROUND_IMAGES)
-        special = {getattr(config, f"{name}_token_id", None) for config in configs for name in names} - {None}
+        configs = (model.config, model.config.get_text_config(), model.generation_config)
+        special = {getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "pad")}
+        special = (special - {None}) | self.adapter.around_ids
         return between_special(ids, is_visual, ends, ends | special)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from mipruner.arguments import Masks
 from mipruner.caches import Course, course_of, length
 from mipruner.composed import Composed
 from mipruner.door import Prompts, padding
@@ -35,6 +36,7 @@ from mipruner.inputs import Inputs, reader_of, saved_tokenizer, see
 from mipruner.intercept import Step, intercept
 from mipruner.loss import Asked
 from mipruner.models import FAMILIES
+from mipruner.models.generic import PAGE, GenericAdapter, refusal
 from mipruner.pipeline import Pipeline, by_picture
 from mipruner.prompt import Encoded
 from mipruner.pruners import PRUNERS, DecoderPruner, Pruner, make
@@ -157,9 +159,12 @@ class Pruning:
         for one in keep if isinstance(keep, list | tuple) else [keep]:
             budget(one, sys.maxsize)
         pruner, keep = _pruner(pruner, keep, options)
-        self.adapter = FAMILIES[self.model.config.model_type](self.model, None, None, positions=positions)
+        family = FAMILIES.get(self.model.config.model_type, GenericAdapter)
+        self.adapter = family(self.model, None, None, positions=positions)
+        if not self.adapter.reads_inside:
+            _check_generic(self.model, pruner)
         self.pipeline = Pipeline(self.adapter, pruner, keep)
-        reader = reader_of(saved_tokenizer(self.model.name_or_path) if tokenizer is None else tokenizer, self.model)
+        reader = reader_of(saved_tokenizer(self.model.name_or_path) if tokenizer is None else tokenizer, self.adapter)
         if text is not None and reader is None:
             raise InputError("text is found in the prompt by its tokens: give tokenizer, too")
         if text is None and (reader is None or reader.template is None):
@@ -170,7 +175,7 @@ class Pruning:
             )
         self.reader = reader
         self._inputs = Inputs(self.adapter, reader, [text] if isinstance(text, str) else text, pruner.signals)
-        outer, inner = type(self.model), type(self.model.model)
+        outer, inner = type(self.model), type(self.adapter.owner)
         self._names = {"call": _names(outer.forward), "model": _names(inner.forward)}
         self._vision = [f"get_{kind}_features" for kind in ("image", "video") if hasattr(inner, f"get_{kind}_features")]
         self._names |= {name: _names(getattr(inner, name)) for name in self._vision}
@@ -206,6 +211,7 @@ class Pruning:
             repack=self.adapter.positions == "repack",
             own=own,
             shared=True,
+            masks=Masks(self.model, lambda: getattr(self._here, "outer", None)),
         )
         shortening.check_alone()
         self._used, self.shortening = True, shortening
@@ -214,7 +220,7 @@ class Pruning:
             stack.enter_context(shortening)
             for module, step in (
                 (self.model, Step(self._before_call, self._after_call, {"generate": self._generate})),
-                (self.model.model, Step(self._before_model, self._after_model, vision)),
+                (self.adapter.owner, Step(self._before_model, self._after_model, vision)),
             ):
                 stack.enter_context(intercept(module, step))
             self._stack = stack.pop_all()
@@ -302,7 +308,7 @@ class Pruning:
         here.looking, is_video = True, name == "get_video_features"
         try:
             with self.adapter.watched(is_video, self._inputs.signals) as calls:
-                out, seen = see(method, self._names[name], args, kwargs, calls)
+                out, seen = see(self.adapter, method, self._names[name], args, kwargs, calls)
         finally:
             here.looking = False
         here.seen = getattr(here, "seen", {}) | {is_video: seen}
@@ -311,7 +317,7 @@ class Pruning:
     def _before_model(self, args, kwargs):
         bound = dict(zip(self._names["model"], args, strict=False)) | kwargs
         cache = bound.get("past_key_values")
-        self._here.ids = None
+        self._here.ids = self._here.outer = None
         if not self.shortening.serves(cache):
             return args, kwargs
         if bound.get("input_ids") is None and not length(cache):
@@ -319,20 +325,31 @@ class Pruning:
         ids = self._here.ids = bound.get("input_ids")
         if ids is not None and course_of(cache) is not None and not bool(self.adapter.is_placeholder(ids).any()):
             bound = {name: value for name, value in bound.items() if name not in PIXELS}  # of an earlier turn
+        self._here.outer = bound
         return (), bound
 
     def _after_model(self, output):
-        self._here.ids = None
+        self._here.ids = self._here.outer = None
         return output
 
     def _choose(self, kwargs: dict[str, Any], course: Course | None) -> Prompts | None:
         """What is kept of the prompts with images that a call brings."""
         ids = getattr(self._here, "ids", None)
+        if not self.adapter.reads_inside and getattr(self._here, "outer", None) is None:
+            raise InputError(
+                f"{self.model.config.model_type}: the language model was called around the model's own forward, where "
+                f"nothing tells the image tokens; {PAGE}"
+            )
         cache, mask, given = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         n_past = length(cache)
         answering = ids is None or (n_past > 0 and ids.shape[1] == 1)  # whatever the model says, it is no image
         if answering or not bool(self.adapter.is_placeholder(ids).any()):
             return None
+        if not self.adapter.reads_inside and getattr(cache, "is_compileable", False):
+            raise InputError(
+                f"{self.model.config.model_type}: a static cache is only served for {', '.join(sorted(FAMILIES))}: "
+                "leave cache_implementation at dynamic"
+            )
         if getattr(mask, "ndim", 2) != 2 and not getattr(cache, "is_compileable", False):
             raise InputError("pruning takes an attention mask [batch, length] that tells the padding")
         n_before = n_past + (course.removed if course else 0)
@@ -363,16 +380,27 @@ def _unwrapped(model: Any) -> PreTrainedModel:
             model = model.get_base_model()
         elif isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and hasattr(model, "module"):
             model = model.module
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "model"):
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise InputError(
             f"{type(model).__name__} cannot be pruned: give the transformers model that has generate (of an adapter or "
             "a pipeline, its .model)"
         )
-    if model.config.model_type not in FAMILIES:
+    if model.config.model_type not in FAMILIES and (reason := refusal(model)):
         raise InputError(
-            f"{model.config.model_type!r} has no adapter; there are those for {', '.join(sorted(FAMILIES))}"
+            f"{model.config.model_type!r} has no adapter, and cannot be pruned without one: {reason}; {PAGE}"
         )
     return model
+
+
+def _check_generic(model: PreTrainedModel, pruner: Pruner | DecoderPruner) -> None:
+    """Refuse methods that look inside a model of which only image rows and text are known."""
+    missing = set(pruner.needs) - {"vocabulary", "grid", "words", "question"}
+    if isinstance(pruner, DecoderPruner | Composed) or missing:
+        what = ", ".join(sorted(missing)) or "the decoder's layers"
+        raise InputError(
+            f"{type(pruner).__name__} reads {what}, and of a {model.config.model_type!r} only image rows and text are "
+            f"known: use mi, similarity, divprune, cdpruner or random; {PAGE}"
+        )
 
 
 def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict[str, Any]):

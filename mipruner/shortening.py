@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mipruner.arguments import SERVED, Cut, Masks
 from mipruner.caches import Course, course_of, length, mark
 from mipruner.door import Entry, Prompts, enter, follow
 from mipruner.errors import InputError
@@ -50,6 +51,8 @@ class Served:
         If a method drops rows between layers.
     rest : Tensor [B, k] bool or None
         Which columns behind the prompt are no padding, if some are.
+    cut : Cut or None
+        Which columns of the prompts are left, if some are dropped.
     """
 
     old: Course | None = None
@@ -57,6 +60,7 @@ class Served:
     entry: Entry | None = None
     prefill: Prefill | None = None
     rest: Tensor | None = None
+    cut: Cut | None = None
     stack: ExitStack = field(default_factory=ExitStack)
 
 
@@ -73,6 +77,8 @@ class Shortening:
         Whether what enters short is numbered anew, see `Adapter`.
     own, shared : bool
         Whether the calls of the thread that enters it are served, and those of threads without a context of their own.
+    masks : Masks, optional
+        Makes masks anew for a model that makes them before it calls the language model.
 
     Attributes
     ----------
@@ -97,7 +103,9 @@ class Shortening:
         repack: bool = False,
         own: bool = True,
         shared: bool = False,
+        masks: Masks | None = None,
     ):
+        self.masks = masks
         self.model, self.choose, self.repack = language_model, choose, repack
         self.own, self.shared = own, shared
         self.layers = Layers(language_model, pruner) if isinstance(pruner, DecoderPruner) else None
@@ -171,17 +179,37 @@ class Shortening:
         if not self.serves(cache):
             return args, kwargs
         call = Served(old=course_of(cache))
-        prompts = self.choose(kwargs, call.old)
+        own = self.masks.given(kwargs) if self.masks else None  # where the model made masks of the caller's
+        arguments = kwargs if own is None else own
+        prompts = self.choose(arguments, call.old)
         if prompts is not None:
-            changes = self._take_in(prompts, kwargs, call)
+            changes = self._take_in(prompts, arguments, call)
         elif call.old is not None:
-            changes, call.rest = follow(kwargs, call.old)
+            changes, call.rest = follow(arguments, call.old)
         else:
             return args, kwargs
         if call.old is not None:
             call.old.serving = True
         self._here.call = call
+        if own is not None and changes:
+            try:
+                changes["attention_mask"] = self._masks(kwargs, own, own | changes, call)
+            except BaseException:
+                self._after_model(None)
+                raise
         return args, kwargs | changes
+
+    def _masks(self, kwargs: dict[str, Any], own: dict[str, Any], short: dict[str, Any], call: Served) -> Any:
+        """The masks of the short prompt, or of text behind it."""
+        if call.entry is None:
+            return self.masks.make(short, {}, False)
+        if call.old is not None:
+            raise InputError(
+                "this model makes its own masks, and a further image behind a shortened prompt has no such mask: start "
+                "with an empty cache"
+            )
+        self.masks.check(kwargs, kwargs["attention_mask"], own)
+        return self.masks.make(short, {name: call.cut(name, x) for name, x in self.masks.types().items()}, True)
 
     def _take_in(self, prompts: Prompts, kwargs: dict[str, Any], call: Served) -> dict[str, Any]:
         """Let prompts in, shortened at the door and on their way."""
@@ -190,6 +218,10 @@ class Shortening:
             self.layers.check(prompts, kwargs)
         call.entry = entry = enter(prompts, kwargs, call.old, self.repack)
         changes = entry.changes
+        if changes:
+            call.cut = cut = Cut(entry.columns, prompts.is_visual)
+            others = {name: x for name, x in kwargs.items() if name not in SERVED and name not in changes}
+            changes = changes | {name: cut(name, x) for name, x in others.items()}
         if self.layers is not None:
             call.prefill, more = self.layers.begin(prompts, entry, kwargs | changes)
             changes = changes | more

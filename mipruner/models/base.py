@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence, Set
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,8 @@ class Adapter(ABC):
     image_processor_class: ClassVar[type]
     """Of transformers, on the PIL backend."""
     default_positions: ClassVar[str] = "repack"
+    reads_inside: ClassVar[bool] = True
+    """Whether signals of the vision encoder and the layers of the language model are known."""
 
     def __init__(
         self,
@@ -82,11 +85,22 @@ class Adapter(ABC):
 
     @property
     def n_layers(self) -> int:
-        return self.model.config.text_config.num_hidden_layers
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose forward puts image rows into the prompt and calls the language model."""
+        return self.model.model
 
     @property
     def language_model(self) -> nn.Module:
-        return self.model.model.language_model
+        return self.owner.language_model
+
+    @property
+    def around_ids(self) -> set[int]:
+        """Ids that stand for an image or around one."""
+        names = ("image", "video", "vision_start", "vision_end")
+        return {getattr(self.model.config, f"{name}_token_id", None) for name in names} - {None}
 
     @abstractmethod
     def pixels(self, image: Picture) -> dict[str, Any]:
@@ -118,6 +132,16 @@ class Adapter(ABC):
     @abstractmethod
     def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         """What the model's own ``get_image_features`` or ``get_video_features`` returns."""
+
+    def noted(self, out: ModelOutput) -> SimpleNamespace:
+        """What `visuals` needs of what the model's own vision method returned."""
+        return SimpleNamespace(
+            pooler_output=out.pooler_output, deepstack_features=getattr(out, "deepstack_features", None)
+        )
+
+    def placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
+        """Whether ``embeds`` at the placeholders ``ids`` are what the model makes of ``rows``."""
+        return torch.equal(embeds, rows.to(embeds))
 
     @abstractmethod
     def visuals(

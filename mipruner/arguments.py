@@ -1,0 +1,119 @@
+"""Arguments of a language model, beside embeddings, positions and mask, that are as long as the prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from mipruner.errors import InputError
+
+SERVED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "input_ids"}
+SERVED |= {"logits_to_keep", "labels"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which columns of a prompt are left.
+
+    Attributes
+    ----------
+    columns : Tensor [B, n]
+        Place in the full prompt of each column that is left; -1 is padding.
+    is_visual : Tensor [B, S] bool
+        Visual tokens of the full prompt.
+    """
+
+    columns: Tensor
+    is_visual: Tensor
+
+    def __call__(self, name: str, x: Any) -> Any:
+        """Argument ``x`` of the short prompt, from that of the full one.
+
+        A tensor [B, S, ..] loses columns, one [n_visual, ..] loses rows; dicts, lists and tuples are gone through.
+
+        Raises
+        ------
+        InputError
+            If a tensor is as long as the prompt, or as its visual tokens, along another dimension.
+        """
+        if isinstance(x, dict):
+            return type(x)((k, self(name, v)) for k, v in x.items())
+        if isinstance(x, list | tuple):
+            return type(x)(self(name, v) for v in x)
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            return x
+        n_visual = int(self.is_visual.sum())
+        if x.ndim > 1 and x.shape[:2] == self.is_visual.shape:
+            index = self.columns.clamp_min(0)
+            tail = [1] * (x.ndim - 2)
+            short = x.gather(1, index.reshape(*index.shape, *tail).expand(*index.shape, *x.shape[2:]))
+            return short.masked_fill(self.columns.reshape(*index.shape, *tail) < 0, 0)
+        if len(x) == n_visual:
+            return x[self.is_kept[self.is_visual]]
+        if {self.is_visual.shape[1], n_visual} & set(x.shape):
+            raise InputError(
+                f"the language model's argument {name} {list(x.shape)} is as long as the prompt ({n_visual} of "
+                f"{self.is_visual.shape[1]} tokens are visual) in a way that is not known; see docs/models.md"
+            )
+        return x
+
+    @property
+    def is_kept(self) -> Tensor:
+        kept = torch.zeros_like(self.is_visual)
+        for row, columns in zip(kept, self.columns, strict=True):
+            row[columns[columns >= 0]] = True
+        return kept
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks that a model makes of a prompt before it calls its language model (Gemma 3, PaliGemma).
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+    outer : callable
+        The keyword arguments of the running call of the module that holds the language model, or None.
+    """
+
+    model: PreTrainedModel
+    outer: Callable[[], dict[str, Any] | None]
+
+    def given(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """``kwargs`` of the language model with the caller's own mask, if the model made another of it."""
+        mask, outer = kwargs.get("attention_mask"), self.outer()
+        if outer is None or (not isinstance(mask, dict) and getattr(mask, "ndim", 2) == 2):
+            return None
+        own = outer.get("attention_mask")
+        if isinstance(own, dict) or getattr(own, "ndim", 2) != 2:  # made by generate for a static cache
+            return None
+        return kwargs | {"attention_mask": own}
+
+    def types(self) -> dict[str, Tensor]:
+        """Token types of the prompt [B, S]."""
+        outer = self.outer() or {}
+        return {name: x for name, x in outer.items() if name.endswith("token_type_ids") and x is not None}
+
+    def check(self, kwargs: dict[str, Any], made: Any, own: dict[str, Any]) -> None:
+        """Refuse masks that `make` does not reproduce exactly for the full prompt."""
+        if not _same(self.make(own, self.types(), True), made):
+            raise InputError(
+                f"{self.model.config.model_type}: the model makes its attention masks in a way that is not known, so "
+                "they cannot be shortened; see docs/models.md"
+            )
+
+    def make(self, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
+        """Masks for the arguments ``call`` of the language model."""
+        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+        own = {name: call.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")}
+        return make(config=self.model.config, is_first_iteration=is_first, **own, **types)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b

@@ -1,0 +1,145 @@
+"""Any model that puts rows of its vision encoder into its prompt: what no family says of itself is read from the call.
+
+It knows no image processor and nothing inside the vision encoder, so it serves `mipruner.prune` with the methods that
+read image rows, text, grid and vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from mipruner.errors import InputError
+from mipruner.intercept import Call
+from mipruner.models.base import Adapter
+from mipruner.prompt import Visual
+
+ROWS = {
+    "llama4": lambda owner, out: [owner.multi_modal_projector(image) for image in out.last_hidden_state],
+    "fuyu": lambda owner, out: out.last_hidden_state,
+    "granite4_vision": lambda owner, out: out.deepstack_features[0][1],
+}
+"""Where the image rows are, if not in ``pooler_output``."""
+
+PLACED = {
+    "molmo2": lambda embeds, rows, blank: torch.equal(embeds, blank + rows),
+    "granite4_vision": lambda embeds, rows, blank: not embeds.any(),
+}
+"""What the prompt must hold at the placeholders, if not the rows themselves."""
+
+OWN_GENERATE = {"janus"}
+"""Types whose own ``generate`` ends in the stock one."""
+
+AROUND = ("start", "end", "boi", "eoi", "newline", "indicator", "frame", "image", "video")
+"""Parts of the names of config entries that hold ids around an image."""
+
+PAGE = "see docs/models.md"
+
+
+def owner_of(model: PreTrainedModel) -> nn.Module:
+    """The innermost module with ``get_image_features``; its forward puts image rows into the prompt."""
+    owner = model
+    while isinstance(inner := getattr(owner, "model", None), nn.Module) and hasattr(inner, "get_image_features"):
+        owner = inner
+    return owner
+
+
+def language_model_of(owner: nn.Module) -> nn.Module | None:
+    names = ("language_model", "text_model")
+    return next((getattr(owner, name) for name in names if isinstance(getattr(owner, name, None), nn.Module)), None)
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be pruned before its language model, or None."""
+    config, owner = model.config, owner_of(model)
+    language_model = language_model_of(owner)
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, whose decoder reads the image by cross-attention"
+    if not hasattr(owner, "get_image_features") or language_model is None:
+        return "no module of it puts image rows into the prompt of a language model"
+    if getattr(config, "image_token_id", None) is None:
+        return "its config names no placeholder (image_token_id)"
+    if "inputs_embeds" not in inspect.signature(language_model.forward).parameters:
+        return "its language model takes no inputs_embeds"
+    if type(model).generate is not GenerationMixin.generate and config.model_type not in OWN_GENERATE:
+        return "its generate is not the one of transformers and may call the language model directly"
+    return None
+
+
+class GenericAdapter(Adapter):
+    """For `mipruner.prune` around a model of a type without an adapter of its own."""
+
+    default_positions = "keep"
+    reads_inside = False
+
+    @property
+    def owner(self) -> nn.Module:
+        return owner_of(self.model)
+
+    @property
+    def language_model(self) -> nn.Module:
+        return language_model_of(self.owner)
+
+    @property
+    def around_ids(self) -> set[int]:
+        """Every id that the config names as standing around or inside an image."""
+        found = set()
+        for name, value in self.model.config.to_dict().items():
+            if ("token_id" in name or "token_index" in name) and any(part in name for part in AROUND):
+                found |= set(value if isinstance(value, list) else [value])
+        return {k for k in found if isinstance(k, int)}
+
+    def pixels(self, image):
+        raise InputError(f"a {self.model.config.model_type} has no adapter: use mipruner.prune around its own generate")
+
+    features = pixels
+
+    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+        return nullcontext([])
+
+    def noted(self, out) -> SimpleNamespace:
+        find = ROWS.get(self.model.config.model_type, lambda owner, out: getattr(out, "pooler_output", None))
+        rows = find(self.owner, out)
+        if rows is None:
+            raise InputError(f"{self.model.config.model_type}: get_image_features returns no pooler_output; {PAGE}")
+        return SimpleNamespace(pooler_output=rows)
+
+    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        grids = inputs.get("video_grid_thw" if is_video else "image_grid_thw")
+        return [{"runs": list(runs), "grids": None if grids is None else grids.tolist()}]
+
+    def visuals(self, features, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
+        """One `Visual` for each entry of ``pooler_output``; rows of several images in one tensor part by the runs of
+        placeholders."""
+        rows, (one,) = features.pooler_output, pixels
+        if isinstance(rows, Tensor) and rows.ndim == 2:
+            ends = torch.tensor(one["runs"]).cumsum(0)
+            runs = one["runs"][: int((ends <= len(rows)).sum())]
+            rows = rows.split(runs) if sum(runs) == len(rows) else [rows]
+        rows = [image.flatten(0, -2) for image in rows]
+        grids = one["grids"] if one["grids"] is not None and len(one["grids"]) == len(rows) else [None] * len(rows)
+        return [Visual(rows=image, grid=grid_of(len(image), thw)) for image, thw in zip(rows, grids, strict=True)]
+
+    def placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
+        test = PLACED.get(self.model.config.model_type)
+        if test is None:
+            return super().placed(ids, embeds, rows)
+        return bool(test(embeds, rows.to(embeds), self.model.get_input_embeddings()(ids)))
+
+
+def grid_of(n: int, thw: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The grid of ``n`` tokens, from that of the patches (frames, rows, columns); without it a square, if n is one."""
+    if thw is None:
+        side = math.isqrt(n)
+        return (side, side) if side * side == n else None
+    merge = math.isqrt(math.prod(thw) // n)
+    if not merge or n * merge * merge != math.prod(thw):
+        return None
+    t, h, w = thw[0], thw[1] // merge, thw[2] // merge
+    return (h, w) if t == 1 else (t, h, w)
