@@ -36,7 +36,7 @@ from mipruner.inputs import Inputs, reader_of, saved_tokenizer, see
 from mipruner.intercept import Step, intercept
 from mipruner.loss import Asked
 from mipruner.models import FAMILIES
-from mipruner.models.generic import PAGE, GenericAdapter, refusal
+from mipruner.models.generic import PAGE, GenericAdapter, check, refusal
 from mipruner.pipeline import Pipeline, by_picture
 from mipruner.prompt import Encoded
 from mipruner.pruners import PRUNERS, DecoderPruner, Pruner, make
@@ -162,7 +162,7 @@ class Pruning:
         family = FAMILIES.get(self.model.config.model_type, GenericAdapter)
         self.adapter = family(self.model, None, None, positions=positions)
         if not self.adapter.reads_inside:
-            _check_generic(self.model, pruner)
+            check(self.model.config.model_type, pruner)
         self.pipeline = Pipeline(self.adapter, pruner, keep)
         reader = reader_of(saved_tokenizer(self.model.name_or_path) if tokenizer is None else tokenizer, self.adapter)
         if text is not None and reader is None:
@@ -390,17 +390,6 @@ def _unwrapped(model: Any) -> PreTrainedModel:
             f"{model.config.model_type!r} has no adapter, and cannot be pruned without one: {reason}; {PAGE}"
         )
     return model
-
-
-def _check_generic(model: PreTrainedModel, pruner: Pruner | DecoderPruner) -> None:
-    """Refuse methods that look inside a model of which only image rows and text are known."""
-    missing = set(pruner.needs) - {"vocabulary", "grid", "words", "question"}
-    if isinstance(pruner, DecoderPruner | Composed) or missing:
-        what = ", ".join(sorted(missing)) or "the decoder's layers"
-        raise InputError(
-            f"{type(pruner).__name__} reads {what}, and of a {model.config.model_type!r} only image rows and text are "
-            f"known: use mi, similarity, divprune, cdpruner or random; {PAGE}"
-        )
 
 
 def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict[str, Any]):

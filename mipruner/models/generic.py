@@ -6,6 +6,7 @@ read image rows, text, grid and vocabulary.
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from mipruner.errors import InputError
 from mipruner.intercept import Call
 from mipruner.models.base import Adapter
 from mipruner.prompt import Visual
+from mipruner.pruners.base import Method, Pruner
 
 ROWS = {
     "llama4": lambda owner, out: [owner.multi_modal_projector(image) for image in out.last_hidden_state],
@@ -27,7 +29,15 @@ ROWS = {
 }
 """Where the image rows are, if not in ``pooler_output``."""
 
-PLACED = {
+
+    aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid
+    emu3 ernie4_5_vl_moe exaone4_5 fast_vlm fuyu gemma3 gemma3n gemma4 glm46v glm4v glm4v_moe glm5_next
+    glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2
+    idefics3 janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava_next_video minicpm_ocr minicpmv4_6
+    minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 molmo2 muse_glimmer ovis2 paddleocr_vl paligemma
+    perception_lm pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen3_5_moe qwen3_omni_moe_thinker
+    shieldgemma2 smolvlm step3p7 video_llama_3 vipllava
+    D = {
     "molmo2": lambda embeds, rows, blank: torch.equal(embeds, blank + rows),
     "granite4_vision": lambda embeds, rows, blank: not embeds.any(),
 }
@@ -35,6 +45,9 @@ PLACED = {
 
 OWN_GENERATE = {"janus"}
 """Types whose own ``generate`` ends in the stock one."""
+
+TESTED = frozenset(["aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2", "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava_next_video", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3", "mistral_large4", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen3_5_moe", "qwen3_omni_moe_thinker", "shieldgemma2", "smolvlm", "step3p7", "video_llama_3", "vipllava"])
+"""Types that `tests/test_any_model.py` runs: everything kept is the untouched model, pruned is a prompt cut by hand."""
 
 AROUND = ("start", "end", "boi", "eoi", "newline", "indicator", "frame", "image", "video")
 """Parts of the names of config entries that hold ids around an image."""
@@ -127,7 +140,15 @@ class GenericAdapter(Adapter):
         return [Visual(rows=image, grid=grid_of(len(image), thw)) for image, thw in zip(rows, grids, strict=True)]
 
     def placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
-        test = PLACED.get(self.model.config.model_type)
+        test = 
+    aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid
+    emu3 ernie4_5_vl_moe exaone4_5 fast_vlm fuyu gemma3 gemma3n gemma4 glm46v glm4v glm4v_moe glm5_next
+    glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2
+    idefics3 janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava_next_video minicpm_ocr minicpmv4_6
+    minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 molmo2 muse_glimmer ovis2 paddleocr_vl paligemma
+    perception_lm pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen3_5_moe qwen3_omni_moe_thinker
+    shieldgemma2 smolvlm step3p7 video_llama_3 vipllava
+    D.get(self.model.config.model_type)
         if test is None:
             return super().placed(ids, embeds, rows)
         return bool(test(embeds, rows.to(embeds), self.model.get_input_embeddings()(ids)))
@@ -143,3 +164,19 @@ def grid_of(n: int, thw: Sequence[int] | None) -> tuple[int, ...] | None:
         return None
     t, h, w = thw[0], thw[1] // merge, thw[2] // merge
     return (h, w) if t == 1 else (t, h, w)
+
+
+def check(model_type: str, pruner: Method) -> None:
+    """Refuse methods that look inside a model of which only image rows and text are known; warn of untested types."""
+    missing = sorted(set(pruner.needs) - {"vocabulary", "grid", "words", "question"})
+    if not isinstance(pruner, Pruner) or missing:
+        what = ", ".join(missing) or "the layers of the language model"
+        raise InputError(
+            f"{type(pruner).__name__} reads {what}, and of a {model_type!r} only image rows and text are known: "
+            f"use mi, similarity, divprune, cdpruner or random; {PAGE}"
+        )
+    if model_type not in TESTED:
+        warnings.warn(
+            f"{model_type!r} is not among the model types that were tested: compare answers with keep=1.0; {PAGE}",
+            stacklevel=4,
+        )
