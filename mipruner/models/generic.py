@@ -29,15 +29,7 @@ ROWS = {
 }
 """Where the image rows are, if not in ``pooler_output``."""
 
-
-    aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid
-    emu3 ernie4_5_vl_moe exaone4_5 fast_vlm fuyu gemma3 gemma3n gemma4 glm46v glm4v glm4v_moe glm5_next
-    glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2
-    idefics3 janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava_next_video minicpm_ocr minicpmv4_6
-    minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 molmo2 muse_glimmer ovis2 paddleocr_vl paligemma
-    perception_lm pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen3_5_moe qwen3_omni_moe_thinker
-    shieldgemma2 smolvlm step3p7 video_llama_3 vipllava
-    D = {
+PLACED = {
     "molmo2": lambda embeds, rows, blank: torch.equal(embeds, blank + rows),
     "granite4_vision": lambda embeds, rows, blank: not embeds.any(),
 }
@@ -46,7 +38,68 @@ ROWS = {
 OWN_GENERATE = {"janus"}
 """Types whose own ``generate`` ends in the stock one."""
 
-TESTED = frozenset(["aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2", "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava_next_video", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3", "mistral_large4", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen3_5_moe", "qwen3_omni_moe_thinker", "shieldgemma2", "smolvlm", "step3p7", "video_llama_3", "vipllava"])
+TESTED = frozenset(
+    [
+        "aria",
+        "aya_vision",
+        "cohere2_vision",
+        "cohere_compass",
+        "cosmos3_edge",
+        "cosmos3_omni",
+        "deepseek_vl",
+        "deepseek_vl_hybrid",
+        "emu3",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "fast_vlm",
+        "fuyu",
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "glm46v",
+        "glm4v",
+        "glm4v_moe",
+        "glm5_next",
+        "glm_ocr",
+        "glmga",
+        "got_ocr2",
+        "granite4_vision",
+        "granite_docling",
+        "hunyuan_vl",
+        "hyperclovax_vision_v2",
+        "idefics2",
+        "idefics3",
+        "janus",
+        "kimi_k25",
+        "lfm2_vl",
+        "lfm3_vl",
+        "lighton_ocr",
+        "llama4",
+        "llava_next_video",
+        "minicpm_ocr",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "minimax_m3_vl",
+        "mistral3",
+        "mistral_large4",
+        "molmo2",
+        "muse_glimmer",
+        "ovis2",
+        "paddleocr_vl",
+        "paligemma",
+        "perception_lm",
+        "pp_chart2table",
+        "qianfan_ocr",
+        "qwen2_5_omni_thinker",
+        "qwen3_5_moe",
+        "qwen3_omni_moe_thinker",
+        "shieldgemma2",
+        "smolvlm",
+        "step3p7",
+        "video_llama_3",
+        "vipllava",
+    ]
+)
 """Types that `tests/test_any_model.py` runs: everything kept is the untouched model, pruned is a prompt cut by hand."""
 
 AROUND = ("start", "end", "boi", "eoi", "newline", "indicator", "frame", "image", "video")
@@ -140,15 +193,7 @@ class GenericAdapter(Adapter):
         return [Visual(rows=image, grid=grid_of(len(image), thw)) for image, thw in zip(rows, grids, strict=True)]
 
     def placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
-        test = 
-    aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid
-    emu3 ernie4_5_vl_moe exaone4_5 fast_vlm fuyu gemma3 gemma3n gemma4 glm46v glm4v glm4v_moe glm5_next
-    glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics2
-    idefics3 janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava_next_video minicpm_ocr minicpmv4_6
-    minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 molmo2 muse_glimmer ovis2 paddleocr_vl paligemma
-    perception_lm pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen3_5_moe qwen3_omni_moe_thinker
-    shieldgemma2 smolvlm step3p7 video_llama_3 vipllava
-    D.get(self.model.config.model_type)
+        test = PLACED.get(self.model.config.model_type)
         if test is None:
             return super().placed(ids, embeds, rows)
         return bool(test(embeds, rows.to(embeds), self.model.get_input_embeddings()(ids)))
