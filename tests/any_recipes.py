@@ -153,6 +153,7 @@ OVERRIDES = {
     "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_start_token_id": 490, "audio_start_token_id": 491},
     "qwen3_omni_moe_thinker": {"text_config": MROPE, "vision_start_token_id": 490, "audio_start_token_id": 491},
     "paddleocr_vl": {"text_config": MROPE},
+    "pp_chart2table": {"vision_config": {"image_size": 224, "patch_size": 14, "window_size": 2, "output_channels": 32}},
     "got_ocr2": {"vision_config": {"image_size": 224, "patch_size": 14, "window_size": 2, "output_channels": 32}},
     **{m: TILES for m in ("llava_next", "llava_next_video", "llava_onevision")},
     "llama4": {
