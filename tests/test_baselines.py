@@ -33,6 +33,7 @@ from mipruner.pruners import (
     VisPruner,
 )
 from mipruner.pruners.base import DecoderView
+from mipruner.pruners.mmtok import STOP_WORDS
 from mipruner.pruners.sparsevlm import density_peaks
 from tiny import picture, tiny, tokenizer
 
@@ -293,7 +294,7 @@ def test_a_clip_that_is_not_there_is_named_when_it_is_needed():
 # ------------------------------------------------------------------------------------------------------------- MMTok
 
 
-def mmtok(text, visual, hidden, n_keep, tau_text=0.02, tau_visual=0.2):
+def mmtok(text, visual, hidden, n_keep, tau_text=0.02, tau_visual=0.2, allowed=None):
     def soft(row, tau):
         top = max(row)
         e = [math.exp((x - top) / tau) for x in row]
@@ -305,7 +306,9 @@ def mmtok(text, visual, hidden, n_keep, tau_text=0.02, tau_visual=0.2):
     best, kept = [0.0] * len(table), []
     while len(kept) < n_keep:
         gain = [sum(max(0.0, m - b) for m, b in zip(column, best, strict=True)) for column in columns]
-        kept.append(first_max(gain, [j for j in range(len(columns)) if j not in kept]))
+        kept.append(
+            first_max(gain, [j for j in range(len(columns)) if j not in kept and (not allowed or j in allowed)])
+        )
         best = [max(m, b) for m, b in zip(columns[kept[-1]], best, strict=True)]
     return sorted(kept)
 
@@ -333,11 +336,20 @@ def test_mmtok_keeps_a_piece_of_a_word_that_looks_like_a_stop_word():
     assert MMTokPruner().content(sample).tolist() == [True, True, True]
 
 
-def test_mmtok_leaves_padding_out():
+def test_mmtok_reads_the_published_stop_words():
+    assert len(STOP_WORDS) == 47
+    words = [" Is", " there", " a", " snowboard", " in", " the", " image", "?"]
+    content = MMTokPruner().content(features(9, n_text=8, words=words)).tolist()
+    assert [w for w, said in zip(words, content, strict=True) if said] == [" there", " snowboard", " in", " image"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mmtok_never_picks_padding_but_covers_it(seed):
+    """Padding stays in both softmaxes and among the rows, each of which weighs 1 / N."""
     valid = torch.tensor([k % 3 > 0 for k in range(60)])
-    sample = features(60, d=32, valid=valid)
+    sample = features(60, d=32, valid=valid, seed=seed)
     inside = valid.nonzero()[:, 0]
-    expected = inside[mmtok(sample.text, sample.visual[inside], sample.hidden[inside], 11)].tolist()
+    expected = mmtok(sample.text, sample.visual, sample.hidden, 11, allowed=inside.tolist())
     assert MMTokPruner()(sample, 11).indices.tolist() == expected
     kept = MMTokPruner()(sample, 45).indices
     assert set(inside.tolist()) < set(kept.tolist())
@@ -347,7 +359,18 @@ def test_mmtok_leaves_padding_out():
 # ----------------------------------------------------------------------------------------------------- TrimTokenator
 
 
-def trimtokenator(visual, text, n_keep, multiple=2):
+def trimtokenator_port(visual, text, n_keep):
+    visual, text = visual.double(), text.double()
+    far = [sum(float((v - t).square().sum()) for t in text) / len(text) for v in visual]
+    pool = sorted(range(len(far)), key=lambda k: (far[k], k))[: max(n_keep, int(0.8 * len(far)))]
+    cosine = cosines(visual)
+    kept = [min(pool, key=lambda i: sum(cosine[i][j] for j in pool))]
+    while len(kept) < n_keep:
+        kept.append(min((j for j in pool if j not in kept), key=lambda j: sum(cosine[i][j] for i in kept)))
+    return sorted(kept)
+
+
+def trimtokenator_unit(visual, text, n_keep, multiple=2):
     visual, text = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (visual, text))
     far = [sum(float((v - t).norm()) for t in text) / len(text) for v in visual]
     pool = sorted(range(len(far)), key=lambda k: (far[k], k))[: multiple * n_keep]
@@ -362,8 +385,10 @@ def trimtokenator(visual, text, n_keep, multiple=2):
 @pytest.mark.parametrize(("n", "n_keep"), [(100, 24), *SIZES[3:]])
 def test_trimtokenator(n, n_keep):
     sample = features(n, d=32)
-    expected = trimtokenator(sample.visual, sample.text, n_keep)
-    assert TrimTokenatorPruner()(sample, n_keep).indices.tolist() == expected
+    for reading, rule in (("port", trimtokenator_port), ("unit", trimtokenator_unit)):
+        expected = rule(sample.visual, sample.text, n_keep)
+        assert TrimTokenatorPruner(reading)(sample, n_keep).indices.tolist() == expected
+    assert TrimTokenatorPruner() == TrimTokenatorPruner("port")
 
 
 # ------------------------------------------------------------------------------------------- inside the language model
@@ -547,8 +572,34 @@ def information(table):
         for x in range(n_rows):
             for y in range(n):
                 joint = float(table[h, x, y]) / n_rows
-                total += joint * math.log2(joint / (marginal[y] / n_rows))
+                total += joint * math.log2(max(joint / (marginal[y] / n_rows + 1e-6), 1e-6))
     return total
+
+
+def autoprune_leaving(keeps, n):
+    """Tokens that leave each layer: those kept, and one for each cluster of the recycled."""
+    out = []
+    for keep in keeps:
+        if keep < n:
+            n = keep + int((int(0.3 * (n - keep)) + 1) / 10) + 1
+        out.append(n)
+    return out
+
+
+def autoprune_curve(shape, first, n, wanted):
+    """The first scale, in small steps, by which enough tokens leave the layers, recycled ones counted."""
+    n_first = autoprune_leaving([first], n)[0]
+    for s in range(1, 40000):
+        keeps = [first, *(max(1, math.ceil((n_first - 1) * min(s / 2000 * y, 1))) for y in shape)]
+        if sum(autoprune_leaving(keeps, n)) >= wanted:
+            return keeps
+
+
+@pytest.mark.parametrize("n_keep", [64, 128, 192])
+@pytest.mark.parametrize("bits", [0.0, 0.5, 1.5])
+def test_autoprune_leaves_its_budget_on_average(n_keep, bits):
+    curve = AutoPruner().curve(bits, 576, n_keep, 32)
+    assert round(sum(autoprune_leaving(curve, 576)) / 32, 1) == n_keep
 
 
 def test_autoprune_first_and_second_stage():
@@ -565,11 +616,8 @@ def test_autoprune_first_and_second_stage():
     bits = information(text)
     k = max(0.4 - 0.2 * bits, 0)
     shape = [0.75 / (1 + math.exp(k * (layer - 14.9 - k))) for layer in range(1, 32)]
-    scale = next(s / 1000 for s in range(1, 200000) if 30 + sum(min(s / 1000 * y, 30) for y in shape) >= 32 * n_keep)
     curve = AutoPruner().curve(bits, n, n_keep, 32)
-    assert curve[0] == 30
-    assert max(abs(c - min(scale * y, 30)) for c, y in zip(curve[1:], shape, strict=True)) < 0.6
-    assert abs(sum(curve) - 32 * n_keep) < 16  # half a token a layer, from rounding
+    assert curve == autoprune_curve(shape, 30, n, 32 * n_keep)
     hidden, score = later.hidden[later.visual], text.mean((0, 1)).tolist()
     assert_reduces(AutoPruner().reduce(later, n_keep), hidden, recycled(hidden, score, curve[1]))
 

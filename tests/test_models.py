@@ -25,7 +25,7 @@ from mipruner.decoding import Decoding, inverse, prefill, step
 from mipruner.errors import InputError, ModelError
 from mipruner.intercept import Stepped
 from mipruner.models import PROMPTS, Prompt, Video, load
-from mipruner.models.llava import LlavaAdapter
+from mipruner.models.llava import LlavaAdapter, covered
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import Batch, collate
 from mipruner.pruners import NoPruner, Pruner, RandomPruner
@@ -698,6 +698,22 @@ def test_a_template_is_tokenized_around_its_pictures():
     tokens = adapter.tokenize(Prompt("a", [picture(0, 56, 56)]), visuals)
     assert tokens.ids.tolist() == [1, 4, 5] + [3] * 16 + [5, 6, 4]
     assert tokens.is_text.tolist() == [False] * 21 + [True]
+
+
+def padding_rows(length, side):
+    """The rows of 24 that MMTok's public code takes for padding: beyond the resized image, in whole pixels of 336."""
+    resized = round(length * 336 / side)
+    top = (336 - resized) // 2
+    return [14 * row + 13 < top or 14 * row >= top + resized for row in range(24)]
+
+
+def test_what_counts_as_padding():
+    for (width, height), n in {
+        (640, 427): 16, (640, 428): 17, (500, 375): 18, (500, 333): 16, (1024, 683): 16, (640, 480): 18, (300, 300): 24,
+    }.items():  # fmt: skip
+        inside = covered(height, width, 24, 336).tolist()
+        assert sum(inside) == n
+        assert inside == [not out for out in padding_rows(height, width)]
 
 
 def test_square_padding_with_the_mean_colour():

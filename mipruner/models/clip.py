@@ -24,7 +24,7 @@ class ClipSpace:
 
     @classmethod
     def load(cls, path: str, like: Tensor) -> "ClipSpace":
-        """From a folder or the hub (``id`` or ``id@revision``), to the device and dtype of ``like``.
+        """From a folder or the hub (``id`` or ``id@revision``), to the device of ``like``, in float32 as CDPruner does.
 
         Raises
         ------
@@ -34,7 +34,7 @@ class ClipSpace:
         name, _, revision = path.partition("@")
         folder = locate(name, revision or None)
         try:
-            clip = load_weights(CLIPModel, folder, dtype=like.dtype)
+            clip = load_weights(CLIPModel, folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
@@ -43,7 +43,7 @@ class ClipSpace:
 
     def visual(self, hidden: Tensor) -> Tensor:
         """Embeddings [.., d_clip] of patches from the encoder layer [.., d_encoder] that the projector reads."""
-        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(hidden))
+        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(hidden.float()))
 
     def text(self, question: str) -> Tensor:
         """Embeddings [n_segments, d_clip] of a question, cut into segments of the text tower's length (77 tokens)."""

@@ -65,11 +65,13 @@ class LlavaAdapter(Adapter):
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
         side = max(image.size)
         left, top = (int(-edge) for edge in self.box(image.size)[:2])
+        size = self.patch * self.side
         padded = Image.new("RGB", (side, side), colour)
         padded.paste(image.convert("RGB"), (left, top))
         return {
             "pixel_values": self.normalised([padded]),
-            "valid": covered(left, image.width, side, self.side) & covered(top, image.height, side, self.side)[:, None],
+            "valid": covered(image.width, side, self.side, size)
+            & covered(image.height, side, self.side, size)[:, None],
         }
 
     def normalised(self, images: Sequence[Image.Image]) -> Tensor:
@@ -86,11 +88,14 @@ class LlavaAdapter(Adapter):
         return (left, top, left + side, top + side)
 
     @property
+    def patch(self) -> int:
+        """Pixels along one side of a patch."""
+        return _first(self.model.config.vision_config.patch_size)
+
+    @property
     def side(self) -> int:
         """Patches along one side of a tile."""
-        config = self.model.config.vision_config
-        size, patch = (x[0] if isinstance(x, list | tuple) else x for x in (config.image_size, config.patch_size))
-        return size // patch
+        return _first(self.model.config.vision_config.image_size) // self.patch
 
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.vision_tower
@@ -179,7 +184,16 @@ class LlavaAdapter(Adapter):
         return found
 
 
-def covered(start: int, length: int, side: int, n: int) -> Tensor:
-    """Which of ``n`` equal parts of a line of ``side`` pixels the pixels start .. start + length touch. [n] bool"""
-    edges = torch.arange(n + 1) * side
-    return (edges[1:] > start * n) & (edges[:-1] < (start + length) * n)
+def _first(size: int | Sequence[int]) -> int:
+    return size[0] if isinstance(size, list | tuple) else size
+
+
+def covered(length: int, side: int, n: int, size: int) -> Tensor:
+    """Which of ``n`` patches along an edge of ``size`` pixels are not wholly padding. [n] bool
+
+    An image of ``length`` pixels stands in the middle of ``side``, resized to ``size``. As in MMTok's public code its
+    length is rounded to whole pixels of the resized square before the padding beside it is counted.
+    """
+    resized = round(length * size / side)
+    start, edges = (size - resized) // 2, torch.arange(n + 1) * (size // n)
+    return (edges[1:] > start) & (edges[:-1] < start + resized)

@@ -2,11 +2,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
-from mipruner.pruners.sparsevlm import recycle
+from mipruner.pruners.sparsevlm import n_recycled, recycle
+
+EPS = 1e-6
+"""Added to p(x) p(y), and the least that the ratio in the logarithm can be."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class AutoPruner(DecoderPruner):
 
     Differs from the public code in decoders of another depth than 32, where the curve is stretched, in encoders without
     CLS, where the attention received from all patches stands for the CLS row, and with M-RoPE, where positions are
-    kept. Recycled tokens come on top of the curve.
+    kept.
 
     Parameters
     ----------
@@ -45,23 +47,28 @@ class AutoPruner(DecoderPruner):
 
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
         """The curve of a prompt without mutual information, for want of the prompt."""
-        curve = self.curve(0.0, n_visual, n_keep, n_layers)
-        return {layer + 1: curve[layer] for layer in range(n_layers - 1)}
+        leaving = _leaving(self.curve(0.0, n_visual, n_keep, n_layers), n_visual)
+        return {layer + 1: leaving[layer] for layer in range(n_layers - 1)}
 
     def nominal(self, n_visual: int, n_keep: int, n_layers: int) -> int:
         return n_keep  # is a mean over layers as it stands
 
     def curve(self, information: float, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
-        """Visual tokens that each layer puts out, summing to n_layers * n_keep but for rounding."""
+        """Visual tokens that each layer keeps; with the recycled ones about n_layers * n_keep leave the layers."""
         first = min(int(2.5 * n_keep), n_visual)
+        (n_first,) = _leaving([first], n_visual)
         k = max(self.slope - self.sensitivity * information, 0.0)
         shape = [0.75 / (1 + math.exp(k * (layer * 32 / n_layers - self.centre - k))) for layer in range(1, n_layers)]
-        low, high = 0.0, first / shape[-1]
+
+        def scaled(scale: float) -> list[int]:
+            return [first, *(max(1, math.ceil((n_first - 1) * min(scale * y, 1.0))) for y in shape)]
+
+        low, high = 0.0, 1 / shape[-1]
         for _ in range(60):
             scale = (low + high) / 2
-            total = first + sum(min(scale * y, first) for y in shape)
-            low, high = (scale, high) if total < n_layers * n_keep else (low, scale)
-        return [first, *(max(1, min(round(scale * y), first)) for y in shape)]
+            enough = sum(_leaving(scaled(scale), n_visual)) >= n_layers * n_keep
+            low, high = (low, scale) if enough else (scale, high)
+        return scaled(high)
 
     def reduce(self, view: DecoderView, n_keep: int) -> Reduction | None:
         attention = view.attention(view.text_rows)[..., view.visual]
@@ -85,7 +92,18 @@ def mutual_information(attention: Tensor) -> Tensor:
     """Bits between text rows and visual columns of [n_heads, n_text, n_visual], summed over heads.
 
     p(x) is uniform over the rows, p(y | x) is a row as it stands: its mass on the visual tokens, not scaled to 1.
+    As in the public code `EPS` is added to p(x) p(y), which lowers the result where there are many visual tokens.
     """
-    marginal = attention.mean(1, keepdim=True)
-    terms = attention * (attention / marginal).log2()
-    return torch.where(attention > 0, terms, 0).sum() / attention.shape[1]
+    joint = attention.float() / attention.shape[1]
+    independent = joint.sum(1, keepdim=True) / attention.shape[1]
+    return (joint * (joint / (independent + EPS)).clamp_min(EPS).log2()).sum()
+
+
+def _leaving(keeps: list[int], n_visual: int) -> list[int]:
+    """Visual tokens that leave each layer, those recycled among them, where the layers keep ``keeps``."""
+    leaving = []
+    for keep in keeps:
+        if keep < n_visual:
+            n_visual = keep + n_recycled(n_visual - keep)[1]
+        leaving.append(n_visual)
+    return leaving

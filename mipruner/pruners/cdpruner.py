@@ -99,7 +99,7 @@ def dpp_map(similarity: Tensor, quality: Tensor, n_keep: int) -> Tensor:
         row = take_rows(kernel, pick)[..., 0, :]
         done = factors[..., :k, :]
         at_pick = done.gather(-1, pick[..., None, :].expand(*done.shape[:-1], 1))
-        update = (row - (at_pick * done).sum(-2)) / residual.gather(-1, pick).clamp_min(EPS**4).sqrt()
+        update = (row - (at_pick.mT @ done)[..., 0, :]) / residual.gather(-1, pick).clamp_min(EPS**4).sqrt()
         factors[..., k, :] = torch.where(spans.gather(-1, pick), update, 0)
         residual = residual - factors[..., k, :].square()
     return picks

@@ -16,15 +16,12 @@ STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
         """
-        a about above after again all also am an and any are as at be because been before being below between both but
-        by can could did do does doing done down during each else few for from further had has have having he her here
-        hers him his how i if in into is it its itself just me more most my no nor not now of off on once only or
-        other our ours out over own please same shall she should so some such than that the their theirs them then
-        there these they this those through to too under until up us very was we were what when where which while who
-        whom whose why will with would you your yours
+        a an and answer are at be been being but by did do does for from had has have he how i if into is it onto or
+        question she so the then they to upon was we were what when where which who why with you
         """,
     )
 )
+"""The 47 words of the method's published list."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,11 @@ class MMTokPruner(Pruner):
     A token covers a word by its share in a softmax over the visual tokens; the next pick is the token that adds most to
     the best coverage reached so far, summed over words and, at weight ``alpha``, over visual tokens.
 
-    Differs from the public code in the list of stop words, which is our own, and in what is left once the unpadded
-    patches are spent: padding then fills the budget.
+    Patches of padding are never picked, but stay in both softmaxes and stay to be covered, each at weight 1 / N.
+
+    Differs from the public code in what is left once the unpadded patches are spent: padding then fills the budget.
+    The public code for Qwen also puts "Question: " before the text, which is not part of T here, and reads the
+    answer-format sentence, which this leaves out.
 
     Parameters
     ----------
@@ -70,11 +70,12 @@ class MMTokPruner(Pruner):
         valid = features.valid
         if valid is None:
             valid = torch.ones_like(features.visual[..., 0], dtype=torch.bool)
-        words, visual = self.content(features), torch.where(valid.any(-1, keepdim=True), valid, True)
-        cover_text = _coverage(similarity(features.text, features.visual) / self.tau_text, words, visual)
-        cover_visual = _coverage(similarity(features.hidden, features.hidden) / self.tau_visual, visual, visual)
+        words = self.content(features)
+        cover_text = (similarity(features.text, features.visual) / self.tau_text).softmax(-1)
+        cover_text = cover_text * (words / words.sum(-1, keepdim=True))[..., None]
+        cover_visual = (similarity(features.hidden, features.hidden) / self.tau_visual).softmax(-1) / valid.shape[-1]
         cover = torch.cat([cover_text, self.alpha * cover_visual], -2).mT.contiguous()  # row = what one token covers
-        return facility_location(cover, visual, n_keep)
+        return facility_location(cover, valid, n_keep)
 
     def content(self, features: Features) -> Tensor:
         """Which text tokens [.., n_text] are to be covered: the question's, without stop words; all if none is left."""
@@ -105,12 +106,6 @@ def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
     if cover.device.type == "cpu":
         return lazy_greedy(gains, add, len(cover), n_keep)
     return dense_greedy(gains, add, n_keep)
-
-
-def _coverage(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Softmax over the ``columns`` of [.., n, n_visual], the ``rows`` weighted so that together they weigh 1."""
-    p = logits.masked_fill(~columns[..., None, :], -torch.inf).softmax(-1)
-    return p * (rows / rows.sum(-1, keepdim=True))[..., None]
 
 
 def _content(words: Sequence) -> list:

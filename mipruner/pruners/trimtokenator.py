@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from mipruner.errors import InputError
@@ -8,44 +9,72 @@ from mipruner.features import Features
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows, top_k
 
+EXACT = "donot_use_mm_for_euclid_dist"
+
 
 @dataclass(frozen=True)
 class TrimTokenatorPruner(Pruner):
     """TrimTokenator: first the tokens closest to the text, then among those the subset that is widest apart.
 
-    Stage 1 ranks by minus the L2 distance to the text, which is mutual information up to constants if v given t is
-    Gaussian. Stage 2 starts from the best aligned token and always adds the one with the largest summed distance to
-    what is kept (greedy maximum of the expected pairwise distance).
+    Stage 1 ranks by minus the distance to the text, which is mutual information up to constants if v given t is
+    Gaussian. Stage 2 always adds the candidate with the largest summed distance to what is kept (greedy maximum of the
+    expected pairwise distance).
 
-    Differs from the paper in what could not be recovered from it, there being no public code: rows are scaled to unit
-    length first, the distance to the text is the mean over its tokens, and stage 1 leaves a multiple of the budget.
+    The authors published no code. Differs from the paper in what it leaves open, and neither reading is sure. ``port``
+    is what a third party's public port reads: squared L2 distance of the rows as they are, mean over the text;
+    ``int(share N)`` candidates, or T if that is more; first the candidate of the lowest mean cosine to all of them,
+    then by 1 - cosine. ``unit`` scales rows to unit length, takes the mean L2 distance to the text, leaves
+    ``multiple`` T candidates, starts from the best aligned one and adds by L2 distance.
 
     Parameters
     ----------
-    candidates : float, at least 1
-        Tokens that stage 1 leaves, as a multiple of the budget.
+    reading : "port" or "unit"
+    share : float in (0, 1]
+        ``port``: share of the visual tokens that stage 1 leaves.
+    multiple : float, at least 1
+        ``unit``: tokens that stage 1 leaves, as a multiple of the budget.
     """
 
     title = "TrimTokenator"
     paper = "https://arxiv.org/abs/2509.00320"
     reads = "question"
-    cost = "N m d + T² d"
+    cost = "N m d + N² d"
 
-    candidates: float = 2.0
+    reading: str = "port"
+    share: float = 0.8
+    multiple: float = 2.0
 
     def __post_init__(self):
-        if not self.candidates >= 1:
-            raise InputError(f"candidates={self.candidates} is below 1")
+        if self.reading not in ("port", "unit"):
+            raise InputError(f"unknown reading {self.reading!r}: choose port or unit")
+        if not 0 < self.share <= 1:
+            raise InputError(f"share={self.share} is not in (0, 1]")
+        if not self.multiple >= 1:
+            raise InputError(f"multiple={self.multiple} is below 1")
 
     def select(self, features: Features, n_keep: int) -> Selection:
-        visual, text = (normalize(rows.float(), dim=-1) for rows in (features.visual, features.text))
-        aligned = top_k(-torch.cdist(visual, text).mean(-1), min(round(self.candidates * n_keep), features.n_visual))
-        rows = take_rows(visual, aligned)
-        distance = torch.cdist(rows, rows)
-        spread = torch.zeros_like(distance[..., 0])  # the first pick is candidate 0, the best aligned
+        aligned, distance, spread = (self._port if self.reading == "port" else self._unit)(features, n_keep)
         taken = torch.zeros_like(spread, dtype=torch.bool)
-        for _ in range(n_keep):
+        for k in range(n_keep):
             pick = spread.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
             taken.scatter_(-1, pick, True)
-            spread = spread + take_rows(distance, pick)[..., 0, :]
+            row = take_rows(distance, pick)[..., 0, :]
+            spread = row if k == 0 else spread + row
         return Selection(aligned[taken].reshape(*taken.shape[:-1], n_keep).sort(-1).values)
+
+    def _port(self, features: Features, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates [.., c] of stage 1, their distances [.., c, c], and the score [.., c] of the first pick."""
+        visual, text = features.visual.float(), features.text.float()
+        far = torch.cdist(visual, text, compute_mode=EXACT).square().mean(-1)
+        aligned = top_k(-far, max(n_keep, int(self.share * features.n_visual)))
+        rows = normalize(take_rows(visual, aligned), dim=-1)
+        distance = 1 - rows @ rows.mT
+        return aligned, distance, distance.mean(-1)
+
+    def _unit(self, features: Features, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in unit rows; the first pick is candidate 0, the best aligned."""
+        visual, text = (normalize(rows.float(), dim=-1) for rows in (features.visual, features.text))
+        aligned = top_k(-torch.cdist(visual, text).mean(-1), min(round(self.multiple * n_keep), features.n_visual))
+        rows = take_rows(visual, aligned)
+        distance = torch.cdist(rows, rows)
+        return aligned, distance, torch.zeros_like(distance[..., 0])
