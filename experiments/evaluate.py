@@ -117,7 +117,7 @@ def answer_batch(
                 text=sample.text,
                 images=images[sample.image_id],
                 query=sample.question if text_scope == "question" else None,
-                question=sample.question,
+                question=sample.content or sample.question,
                 sample=sample.id,
             )
             for sample in usable

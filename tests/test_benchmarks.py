@@ -126,6 +126,8 @@ def test_scienceqa_finds_equal_pictures_by_content(tmp_path):
 def test_textvqa():
     samples = benchmark("textvqa").samples()
     assert samples[0].text == f"What is the brand?\nReference OCR token: ACME, 12\n{SHORT}"
+    assert samples[0].content == "What is the brand?\nReference OCR token: ACME, 12", "CDPruner and MMTok keep the line"
+    assert samples[0].question == "What is the brand?"
     assert samples[2].text == f"Who made this?\nReference OCR token: \n{SHORT}"
     assert benchmark("textvqa", ocr=False).samples()[0].text == f"What is the brand?\n{SHORT}"
     assert benchmark("textvqa").score(samples, ["Acme.", "x", "bob", "ten past ten", "8oz"]) == [1, 0, 1, 1, 0.9]

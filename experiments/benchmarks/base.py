@@ -36,6 +36,9 @@ class Sample:
         Samples with the same image_id share one picture and one vision pass.
     task : str
         Category within the benchmark (POPE's split, MME's category, the demo's task).
+    content : str, optional
+        ``text`` without its answer-format sentence, where that is more than ``question`` (TextVQA's OCR line): what
+        CDPruner and MMTok read. A substring of ``text``.
     meta : dict
         Whatever else the metric or the judge needs, JSON only.
     """
@@ -46,6 +49,7 @@ class Sample:
     answer: Any
     image_id: str
     task: str = ""
+    content: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 

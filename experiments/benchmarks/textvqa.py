@@ -37,6 +37,7 @@ class TextVQA(TableBenchmark):
                     id=str(row["question_id"]),
                     text="\n".join([question, *ocr, SHORT_ANSWER]),
                     question=question,
+                    content="\n".join([question, *ocr]),
                     answer=row["answers"],
                     image_id=image_id,
                 )

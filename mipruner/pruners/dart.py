@@ -21,8 +21,9 @@ class DARTPruner(DecoderPruner):
     stay.
 
     Differs from the public code, which is read through a fork, where fewer than four text tokens follow the picture:
-    the pivots there are then share the budget. As in that code the pivots take turns in the order of a Python set of
-    their places in the prompt, which decides who picks first.
+    the pivots there are then share the budget. Its code for Qwen cuts a fraction of the visual tokens off to a whole
+    number, where ``keep`` is rounded here: of 576 tokens keep=0.222 leaves 132, there 124. As in that code the pivots
+    take turns in the order of a Python set of their places in the prompt, which decides who picks first.
 
     Parameters
     ----------

@@ -30,8 +30,8 @@ class SparseVLMPruner(DecoderPruner):
 
     Differs from the public code in the random noise that breaks ties between cluster densities (here: lowest index
     first), in budgets other than 192, 128, 96 and 64 of 576 (each layer's number is interpolated linearly between the
-    published ones, and scaled with the picture), in decoders of another depth than 32 (layers are scaled), and with
-    M-RoPE (positions are kept, a cluster stands at its centre).
+    published ones, and scaled with the image; below T = 64 of 576 more than T leave a layer on average), in decoders of
+    another depth than 32 (layers are scaled), and with M-RoPE (positions are kept, a cluster stands at its centre).
     """
 
     title = "SparseVLM"
