@@ -346,3 +346,29 @@ def test_a_padded_batch_is_each_prompt_alone(kind):
         together = generate(model, both | {k: torch.cat([v, v]) for k, v in px.items()})[1]
         apart = [generate(model, {**one, **px})[1] for one in (inputs, alone)]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "granite4_vision", "molmo2", "idefics3", "lfm2_vl:conv", "exaone4_5"])
+def test_bfloat16_and_beams(kind):
+    """Everything kept is the untouched model."""
+    model = made(kind)
+    inputs, px = inputs_of(kind, model)
+    call, options = {**inputs, **px}, dict(max_new_tokens=STEPS, num_beams=2, do_sample=False, pad_token_id=0)
+    stock = model.generate(**call, **options)
+    with mipruner.prune(model, "random", 1.0):
+        assert torch.equal(model.generate(**call, **options), stock)
+    model = model.to(torch.bfloat16)
+    call |= {k: v.to(torch.bfloat16) for k, v in px.items() if v.is_floating_point()}
+    stock = generate(model, call)[1]
+    with mipruner.prune(model, "random", 1.0):
+        assert torch.equal(generate(model, call)[1], stock)
+    with mipruner.prune(model, "mi", 0.5):
+        assert generate(model, call)[1].isfinite().all()
+
+
+def test_beams_that_mix_up_images_are_refused():
+    """transformers itself gives the beams of two images to the wrong prompts in GLM-4V."""
+    model = made("glm4v")
+    inputs, px = inputs_of("glm4v", model)
+    with mipruner.prune(model, "mi", 0.5), pytest.raises(InputError, match="were not encoded by this call"):
+        model.generate(**inputs, **px, max_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0)
