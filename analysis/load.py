@@ -25,7 +25,7 @@ EFFICIENCY = "efficiency"
 COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope", "quality", "keep_max")
 """The parts of a config in which two cells of the same name can differ."""
 
-WHERE = ("path", "hub", "revision", "device_map")
+WHERE = ("path", "hub", "revision", "device_map", "digest")
 """Keys that say where something comes from, or where it lies."""
 
 SEEDS = ("pruner.seed", "decoding.seed")

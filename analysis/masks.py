@@ -49,11 +49,15 @@ def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept:
     return pixels * shown + (pixels * (1 - DIM) + DIM) * (1 - shown)
 
 
-def read_cell(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+ReadCell = tuple[dict[str, Any], dict[str, dict[str, Any]]]
+"""The record of a cell, and its rows by sample id."""
+
+
+def read_cell(path: Path) -> ReadCell:
     """The record of a finished cell and its rows by sample id. Raises ValueError, naming the folder, if it is none."""
     try:
-        record = json.loads((path / "record.json").read_text())
-        rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no folder of a finished cell: {error}") from error
     if "server" in record:
@@ -87,10 +91,9 @@ def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list
     return choose([answered[0][sample] for sample in ranked[: 8 * n]], n)
 
 
-def draw(cells: Sequence[Path], benchmark, samples: Sequence[str], out: Path) -> None:
-    """For each sample the whole picture, then one panel a cell; blue titles are right answers, orange ones wrong."""
-    read = [read_cell(cell) for cell in cells]
-    width = 1 + len(cells)
+def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path) -> None:
+    """For each sample the whole image, then one panel a cell; blue titles are right answers, orange ones wrong."""
+    width = 1 + len(read)
     per_line = max(1, 6 // width)
     lines = -(-len(samples) // per_line)
     size = (2.5 * width * per_line, 3.1 * lines)
@@ -257,11 +260,10 @@ def answer_text(answer: Any) -> str:
     return str(max(set(answer), key=answer.count) if isinstance(answer, list) else answer)
 
 
-def draw_cell(path: Path, benchmark, n_samples: int) -> None:
-    """``masks.png`` of one finished cell."""
-    rows = read_cell(path)[1]
-    if samples := choose(list(rows.values()), n_samples):
-        draw([path], benchmark, samples, path / "masks.png")
+def draw_cell(record: dict[str, Any], rows: Sequence[dict[str, Any]], benchmark, out: Path) -> None:
+    """Some samples of one cell, as many as its config says."""
+    if samples := choose(rows, record["config"]["n_masks"]):
+        draw([(record, {row["id"]: row for row in rows})], benchmark, samples, out)
 
 
 def main() -> None:
@@ -295,7 +297,7 @@ def draw_asked(args: argparse.Namespace) -> None:
     elif args.dialogue:
         draw_dialogue(args.cells, benchmark, samples[0], args.out)
     else:
-        draw(args.cells, benchmark, samples, args.out)
+        draw([read_cell(cell) for cell in args.cells], benchmark, samples, args.out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """One cell of a sweep: run it, resume it, name its folder, print its record."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import build
 from experiments.accept.published import published
-from experiments.benchmarks.base import Benchmark
+from experiments.benchmarks.base import Benchmark, digest, read_samples
 from experiments.evaluate import evaluate, evaluate_server, subset
 from experiments.ranks import ALONE, Ranks
 from experiments.remote import Server
@@ -16,8 +17,11 @@ from experiments.tracking import track
 from mipruner.errors import InputError
 from mipruner.pipeline import Pipeline
 
-Draw = Callable[[Path, Benchmark, int], None]
-"""Draws some samples of a finished cell into its folder."""
+Draw = Callable[[dict[str, Any], list[dict[str, Any]], Benchmark, Path], None]
+"""Draws some samples of a cell, whose record and rows are given, into a file."""
+
+WARN_ABOVE = 0.05
+"""The share of empty or unreadable answers from which on they are worth a line."""
 
 
 def differs(overrides: Sequence[str], seed: int = 0) -> str:
@@ -50,35 +54,61 @@ def run_cell(
 
     ``draw`` writes the image of ``n_masks`` samples into the folder of the finished cell.
     """
+    benchmark = build.benchmark(config)
+    samples = read_samples(benchmark)
+    if (data := digest(benchmark, samples)) is not None:
+        config["dataset"]["digest"] = data
     ranks.wait()
     cell = Cell(config, differs(overrides, config["seed"]))
-    if cell.is_done and not config["overwrite"]:
+    if cell.is_done and not config["overwrite"] and not cell.record()["failed"]:
         if ranks.rank > 0:
             return None
         print(f"finished before: {cell.path} (overwrite=true runs it again)")
         return cell.record()
-    benchmark = build.benchmark(config)
-    samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
+    samples = subset(samples, config["limit"], config["shard"], config["seed"])
     choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
     if "engine" in config:
         if ranks.n > 1:
             raise InputError("engine=server needs one process: set engine.concurrency instead")
         server = Server(config)
-        cell.open(config["overwrite"])
-        with track(config["logger"], cell) as report:
+        with cell.alone(), track(config["logger"], cell) as tracker:
+            cell.open(config["overwrite"])
             record = evaluate_server(cell, server, benchmark, samples, command(overrides))
-            report(record)
+            record |= tracker.report(record)
+            cell.finish(record)
         return record
     pipeline = Pipeline(build.model(config), *choices)
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
-    cell.open(config["overwrite"])
-    with track(config["logger"], cell) as report:
+    with cell.alone(), track(config["logger"], cell) as tracker:
+        cell.open(config["overwrite"])
         record = evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
         if draw is not None and config["n_masks"]:
-            draw(cell.path, benchmark, config["n_masks"])
-        report(record)
+            draw_masks(draw, record, cell, benchmark)
+        record |= tracker.report(record)
+        cell.finish(record)
     return record
+
+
+def draw_masks(draw: Draw, record: dict[str, Any], cell: Cell, benchmark: Benchmark) -> None:
+    """Draw what was kept of some samples; a drawing that cannot be made takes no answer with it."""
+    try:
+        draw(record, cell.rows(), benchmark, cell.path / "masks.png")
+    except Exception as error:
+        print(f"warning: masks.png was not drawn: {error!r}", file=sys.stderr)
+
+
+def warnings(record: dict[str, Any]) -> list[str]:
+    """What a reader of the metrics should know: failed samples, rows left out, answers that are none."""
+    lines = []
+    if failed := record["failed"]:
+        lines.append(f"  {len(failed)} samples failed and count as wrong, see failed in record.json")
+    if skipped := record.get("skipped"):
+        lines.append(f"  {len(skipped)} bad rows were left out, see skipped in record.json")
+    for kind, count in record.get("unusable", {}).items():
+        if count > WARN_ABOVE * record["n_samples"]:
+            lines.append(f"  warning: {count} of {record['n_samples']} answers are {kind}: look at samples.jsonl")
+    return lines
 
 
 def show(record: dict[str, Any], path: str) -> str:
@@ -100,8 +130,7 @@ def show(record: dict[str, Any], path: str) -> str:
         known = {"tokens": server["prompt_tokens"], "ms": server["request_ms"]}
         means = "  ".join(f"{value:.1f} {name}" for name, value in known.items() if value is not None)
         lines.append(f"  {server['model']} at {server['base_url']}, a prompt on average: {means}")
-    if record["failed"]:
-        lines.append(f"  {len(record['failed'])} samples failed and count as wrong, see failed in record.json")
+    lines += warnings(record)
     lines += [f"  published, all tokens: {row}" for row in beside_published(record)]
     lines.append(f"  {path}/record.json")
     if os.path.exists(f"{path}/masks.png"):

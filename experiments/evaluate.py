@@ -19,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import remote, results
-from experiments.benchmarks.base import Benchmark, Sample, SampleError
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError, sample_digest
 from experiments.ranks import Ranks
 from experiments.results import Cell
-from mipruner.errors import InputError
+from mipruner.errors import InputError, PromptError
 from mipruner.models import Prompt, Video
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Picture
@@ -87,17 +87,50 @@ class Pictures:
         for image_id in dict.fromkeys(sample.image_id for sample in samples):
             if image_id not in self._held:
                 try:
-                    frames = self.benchmark.images(image_id)
+                    self._held[image_id] = self._prepared(image_id)
                 except SampleError as error:
                     errors[image_id] = str(error)
                     continue
-                self._held[image_id] = [Video(frames)] if self.benchmark.is_video else frames
-                self.pipeline.prepare(self._held[image_id])
             self._held.move_to_end(image_id)
             images[image_id] = self._held[image_id]
         while len(self._held) > MAX_PICTURES:
             self._held.popitem(last=False)
         return images, errors
+
+    def _prepared(self, image_id: str) -> list[Picture]:
+        """One image or video, processed. Raises SampleError if it cannot be read or the processor refuses it."""
+        frames = self.benchmark.images(image_id)
+        images = [Video(frames)] if self.benchmark.is_video else frames
+        self.pipeline.adapter.kinds(images)
+        try:
+            self.pipeline.prepare(images)
+        except Exception as error:
+            sizes = ", ".join(f"{width} x {height}" for width, height in (image.size for image in images))
+            raise SampleError(f"the model's image processor refuses {image_id}, {sizes}: {error}") from error
+        return images
+
+
+def prompts_of(
+    pipeline: Pipeline, samples: Sequence[Sample], images: dict[str, list[Picture]], text_scope: str
+) -> tuple[dict[str, Prompt], dict[str, str]]:
+    """The prompts of the samples that have an image, and what is wrong with the text of others, by sample id."""
+    prompts, errors = {}, {}
+    for sample in samples:
+        if sample.image_id not in images:
+            continue
+        prompt = Prompt(
+            text=sample.text,
+            images=images[sample.image_id],
+            query=sample.question if text_scope == "question" else None,
+            question=sample.content or sample.question,
+            sample=sample.id,
+        )
+        try:
+            pipeline.adapter.check_text(prompt)
+            prompts[sample.id] = prompt
+        except PromptError as error:
+            errors[sample.id] = str(error)
+    return prompts, errors
 
 
 def answer_batch(
@@ -108,22 +141,12 @@ def answer_batch(
     text_scope: str,
 ) -> list[dict[str, Any]]:
     """Rows of samples.jsonl for one batch, ``correct`` still open."""
-    usable = [sample for sample in samples if sample.image_id in images]
+    prompts, text_errors = prompts_of(pipeline, samples, images, text_scope)
     before = dict(pipeline.watch.ms)
     answers: dict[str, Answer] = {}
-    if usable:
-        prompts = [
-            Prompt(
-                text=sample.text,
-                images=images[sample.image_id],
-                query=sample.question if text_scope == "question" else None,
-                question=sample.content or sample.question,
-                sample=sample.id,
-            )
-            for sample in usable
-        ]
-        answers = dict(zip((sample.id for sample in usable), pipeline(prompts), strict=True))
-    latency_ms = {k: round((ms - before.get(k, 0)) / max(1, len(usable)), 3) for k, ms in pipeline.watch.ms.items()}
+    if prompts:
+        answers = dict(zip(prompts, pipeline(list(prompts.values())), strict=True))
+    latency_ms = {k: round((ms - before.get(k, 0)) / max(1, len(prompts)), 3) for k, ms in pipeline.watch.ms.items()}
     rows = []
     for sample in samples:
         row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
@@ -142,15 +165,19 @@ def answer_batch(
                 "notes": answer.notes,
             }
         else:
-            row["error"] = errors[sample.image_id]
+            row["error"] = text_errors.get(sample.id) or errors[sample.image_id]
+        shown = images.get(sample.image_id, ())
+        if notes := [image.info["note"] for image in shown if getattr(image, "info", {}).get("note")]:
+            row["image_notes"] = notes
         rows.append(row)
     return rows
 
 
 def answer_rest(cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks) -> None:
     """Write this process's share of what is not answered yet."""
+    digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
     if ranks.rank == 0:
-        cell.keep_rows(cell.rows())
+        cell.keep_answers(digests)
     ranks.wait()
     done = {row["id"] for row in cell.rows()}
     ranks.wait()
@@ -166,14 +193,22 @@ def answer_rest(cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: S
             images, errors = loading.result()
             loading = ahead.submit(pictures.load, following)
             new = answer_batch(pipeline, batch, images, errors, cell.config["text_scope"])
-            cell.append(new, ranks.rank)
+            cell.append([row | {"digest": digests[row["id"]]} for row in new], ranks.rank)
             bar.update(len(new))
 
 
 def evaluate(
     cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Answer what is not answered yet, score everything, write and return the record; None for ranks but the first."""
+    """Answer what is not answered yet, score everything and return the record; None for ranks but the first.
+
+    The record is not written: its presence says that nothing is left to do, so it is written last.
+
+    Raises
+    ------
+    BenchmarkError
+        If every sample failed.
+    """
     samples = by_length(samples)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     answer_rest(cell, pipeline, benchmark, samples, ranks)
@@ -206,15 +241,17 @@ def evaluate_server(
 
 
 def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:
-    """Score the answered samples and write the record, which says ``run`` of how they were answered."""
+    """Score the answered samples and return the record, which says ``run`` of how they were answered."""
     answered = {row["id"]: row for row in cell.rows()}
     rows = [answered[sample.id] for sample in samples]
+    if all("error" in row for row in rows):
+        raise BenchmarkError(f"none of the {len(rows)} samples could be run; the first: {rows[0]['error']}")
     predictions = [row["prediction"] for row in rows]
     scores = benchmark.score(samples, predictions)
     for row, score in zip(rows, scores, strict=True):
         row["correct"] = score
     cell.keep_rows(rows)
-    record = {
+    return {
         "schema": results.SCHEMA,
         "id": cell.id,
         "cell": cell.cell,
@@ -224,14 +261,22 @@ def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dic
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "n_samples": len(samples),
         "failed": [{"id": row["id"], "error": row["error"]} for row in rows if "error" in row],
+        "skipped": list(benchmark.skipped),
+        "unusable": unusable(benchmark, samples, predictions),
         "metrics": benchmark.metrics(samples, predictions, scores),
         "standard_errors": benchmark.standard_errors(samples, scores),
         "provenance": benchmark.provenance(),
         **_means([row for row in rows if "error" not in row]),
         **run,
     }
-    cell.finish(record)
-    return record
+
+
+def unusable(benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[str | None]) -> dict[str, int]:
+    """How many answers are empty, and how many others the benchmark's rule finds no answer in."""
+    answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
+    said = [(sample, prediction) for sample, prediction in answered if prediction]
+    unread = sum(not benchmark.is_readable(sample, prediction) for sample, prediction in said)
+    return {"empty": len(answered) - len(said), "unreadable": unread}
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from openai import OpenAI
 from PIL import Image
 from tqdm import tqdm
 
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError, sample_digest
 from experiments.results import Cell
 from mipruner.errors import InputError
 from mipruner.models.base import END_OF_THINKING
@@ -192,14 +192,15 @@ def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, sa
     """
     if benchmark.is_video:
         raise InputError("videos need engine=pipeline: the plug-in of vLLM prunes images only")
-    cell.keep_rows(cell.rows())
+    digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
+    cell.keep_answers(digests)
     done = {row["id"] for row in cell.rows()}
     rest = [sample for sample in samples if sample.id not in done]
     urls = Urls(benchmark)
 
     def answer(sample: Sample) -> dict[str, Any]:
         row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
-        row |= {"prediction": None, "correct": None}
+        row |= {"prediction": None, "correct": None, "digest": digests[sample.id]}
         try:
             images = urls(sample.image_id)
         except SampleError as error:

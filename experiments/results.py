@@ -24,6 +24,9 @@ device            str, "4 x ..." if that many processes shared the samples
 started, finished str, ISO 8601
 n_samples         int, the denominator of every metric
 failed            [{id, error}], samples that could not be run; they count as wrong
+skipped           [str], rows of the data that could not be used, if dataset.on_bad_row=skip left them out
+unusable          {empty, unreadable}: answers without a word, and those in which the rule finds no yes, no or letter
+reported          {tracker: null, or why it was not}, only if a tracker was asked for
 metrics           {name: number}, accuracies in percent, the headline first
 standard_errors   {name: number}, of those metrics that are a mean over samples
 provenance        {}, what else the benchmark says of how its numbers came about (the judge)
@@ -39,7 +42,9 @@ samples.jsonl
 id, image_id, task, question, answer, prediction (null if failed), correct (0..1; null until a judge has spoken),
 n_visual, grids ([rows, columns] per picture), boxes ([left, top, right, bottom] of the picture that the grid covers),
 n_keep (nominal budget), kept (indices per picture, up to the last layer), per_layer, latency_ms, notes,
-error (if failed), prompt_tokens and request_ms (of a server, which leaves n_visual to latency_ms null)
+prompt_tokens and request_ms (of a server, which leaves n_visual to latency_ms null),
+error (if failed), image_notes (if an image was shown in another form than it has), digest (of question, answer and
+image: an answer to another question of the same id is not used)
 """
 
 import hashlib
@@ -51,16 +56,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
+
+from mipruner.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
+LOCK = ".lock"
 NOT_IDENTITY = (
     "task",
     "batch_size",
@@ -132,7 +142,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def write_atomic(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     scratch = path.with_suffix(path.suffix + ".tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -163,17 +173,38 @@ class Cell:
 
     def open(self, overwrite: bool = False) -> None:
         """Make the folder; with ``overwrite`` forget what is in it."""
-        if overwrite:
-            shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        for path in self.path.iterdir() if overwrite else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink()
         write_atomic(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of this cell; the system lets them in when the process ends, however it does.
+
+        Raises
+        ------
+        InputError
+            If another run is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / LOCK, timeout=0):
+                yield
+        except Timeout:
+            raise InputError(f"another run is answering {self.path}: wait for it, or end it") from None
+
     def record(self) -> dict[str, Any]:
-        return json.loads((self.path / "record.json").read_text())
+        return json.loads((self.path / "record.json").read_text(encoding="utf-8"))
 
     def rows(self) -> list[dict[str, Any]]:
         """The samples answered so far, by any process. A last line that a kill cut short is not counted."""
-        lines = [line for path in (self._part(0), *self._parts()) if path.exists() for line in path.open()]
+        lines = [
+            line for path in (self._part(0), *self._parts()) if path.exists() for line in path.open(encoding="utf-8")
+        ]
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_rows(self, rows: list[dict[str, Any]]) -> None:
@@ -182,9 +213,14 @@ class Cell:
         for path in self._parts():
             path.unlink()
 
+    def keep_answers(self, digests: Mapping[str, str]) -> None:
+        """Of the samples on disk keep those that need no second try: not failed, and of this digest by id."""
+        rows = self.rows()
+        self.keep_rows([row for row in rows if "error" not in row and row.get("digest") == digests.get(row["id"])])
+
     def append(self, rows: Iterable[dict[str, Any]], part: int = 0) -> None:
         """Add samples answered by process number ``part``; on disk when this returns."""
-        with open(self._part(part), "a") as file:
+        with open(self._part(part), "a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())

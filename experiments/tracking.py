@@ -1,49 +1,84 @@
-"""Weights & Biases, if asked for: config, metrics, timing, mask picture, predictions. Offline without an account."""
+"""Weights & Biases, if asked for: config, metrics, timing, mask image, predictions. It never stops an evaluation."""
 
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from experiments.results import Cell
 
-Report = Callable[[dict[str, Any]], None]
+
+class Tracker:
+    """A run of W&B for one cell, or none. What goes wrong with it is one warning, and is said in the record."""
+
+    def __init__(self, logger: dict[str, Any], cell: Cell):
+        self.name, self.cell, self.run, self.problem = logger["name"], cell, None, None
+        if self.name != "none":
+            self._try(lambda: self._start(logger))
+
+    def report(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Send the record and close the run; returns what the record should say of that."""
+        if self.name == "none":
+            return {}
+        if self.run is not None:
+            self._try(lambda: self._send(record))
+        self.close(failed=False)
+        return {"reported": {self.name: self.problem}}
+
+    def close(self, failed: bool) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code=int(failed)))
+            self.run = None
+
+    def _try(self, step) -> None:
+        try:
+            step()
+        except Exception as error:
+            self.problem = " ".join(str(error).split())[:200] or type(error).__name__
+            print(f"warning: nothing is reported to {self.name}: {self.problem}", file=sys.stderr)
+            self.run = None
+
+    def _start(self, logger: dict[str, Any]) -> None:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or logger["mode"]
+        if mode == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("there is no key: run wandb login, or set logger.mode=offline")
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or logger["project"],
+            entity=os.environ.get("WANDB_ENTITY") or logger["entity"],
+            mode=mode,
+            group=os.environ.get("WANDB_RUN_GROUP") or logger["group"] or "/".join(map(str, self._group())),
+            name=f"{self.cell.cell['pruner']} {self.cell.path.name}",
+            id=self.cell.id if mode == "online" else None,
+            resume="allow" if mode == "online" else None,
+            dir=str(self.cell.path),
+            config=self.cell.config,
+        )
+
+    def _group(self) -> tuple[str, str]:
+        return self.cell.cell["model"], self.cell.cell["dataset"]
+
+    def _send(self, record: dict[str, Any]) -> None:
+        import wandb
+
+        latency = {f"latency_ms/{stage}": ms for stage, ms in (record["latency_ms"] or {}).items()}
+        tokens = {f"tokens/{key}": n for key, n in (record["tokens"] or {}).items() if key != "per_layer"}
+        self.run.summary.update({**record["metrics"], **latency, **tokens})
+        columns = ["id", "task", "question", "answer", "prediction", "correct"]
+        rows = [[str(row[c]) if c == "answer" else row[c] for c in columns] for row in self.cell.rows()]
+        log = {"predictions": wandb.Table(columns=columns, data=rows)}
+        if (self.cell.path / "masks.png").exists():
+            log["masks"] = wandb.Image(str(self.cell.path / "masks.png"))
+        self.run.log(log)
 
 
 @contextmanager
-def track(logger: dict[str, Any], cell: Cell) -> Iterator[Report]:
-    """A run of its own for one cell, closed whatever happens. Yields the function that takes the finished record."""
-    if logger["name"] == "none":
-        yield lambda record: None
-        return
-    import wandb
-
-    run = wandb.init(
-        project=logger["project"],
-        entity=logger["entity"],
-        mode=logger["mode"],
-        group=logger["group"] or f"{cell.cell['model']}/{cell.cell['dataset']}",
-        name=f"{cell.cell['pruner']} {cell.path.name}",
-        id=cell.id if logger["mode"] == "online" else None,
-        resume="allow" if logger["mode"] == "online" else None,
-        dir=str(cell.path),
-        config=cell.config,
-    )
-
-    def report(record: dict[str, Any]) -> None:
-        run.summary.update(
-            {**record["metrics"], **{f"latency_ms/{k}": v for k, v in (record["latency_ms"] or {}).items()}}
-        )
-        run.summary.update({f"tokens/{k}": v for k, v in (record["tokens"] or {}).items() if k != "per_layer"})
-        columns = ["id", "task", "question", "answer", "prediction", "correct"]
-        rows = [[str(row[c]) if c == "answer" else row[c] for c in columns] for row in cell.rows()]
-        log = {"predictions": wandb.Table(columns=columns, data=rows)}
-        if (cell.path / "masks.png").exists():
-            log["masks"] = wandb.Image(str(cell.path / "masks.png"))
-        run.log(log)
-
-    failed = True
+def track(logger: dict[str, Any], cell: Cell) -> Iterator[Tracker]:
+    """A tracker for one cell, closed whatever happens."""
+    tracker = Tracker(logger, cell)
     try:
-        yield report
-        failed = False
+        yield tracker
     finally:
-        run.finish(exit_code=int(failed))
+        tracker.close(failed=True)

@@ -5,5 +5,9 @@ class InputError(ValueError):
     """A question, picture, budget or feature that cannot be used."""
 
 
+class PromptError(InputError):
+    """One question or image that cannot be used; the next one may be."""
+
+
 class ModelError(Exception):
     """The model cannot be loaded."""

@@ -668,7 +668,7 @@ def test_pictures_of_real_records(demo, real_defaults, tmp_path):
     paths = list(cells[cells.method != "none"].path)
     benchmark = report.build.benchmark(cells.iloc[0].config)
     sample = masks.choose(list(masks.read_cell(paths[0])[1].values()), 1)
-    masks.draw(paths, benchmark, sample, tmp_path / "masks.png")
+    masks.draw([masks.read_cell(path) for path in paths], benchmark, sample, tmp_path / "masks.png")
     masks.draw_dialogue(paths, benchmark, sample[0], tmp_path / "dialogue.png")
     masks.draw_heat(paths[0], benchmark, sample, [], tmp_path / "heat.png")
     sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}

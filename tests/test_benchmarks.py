@@ -20,8 +20,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from experiments import images
 from experiments.benchmarks import table
-from experiments.benchmarks.base import BenchmarkError, Sample, SampleError
+from experiments.benchmarks.base import BenchmarkError, Sample, SampleError, digest, read_samples
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "tests/data/schemas"
@@ -137,7 +138,9 @@ def test_textvqa_without_answers(tmp_path):
     def change(rows):
         rows[1]["answers"] = []
 
-    with pytest.raises(BenchmarkError, match="question 34603 has 0 answers"):
+    with pytest.raises(
+        BenchmarkError, match=r"row 2 of .*x.parquet: answers is \[\]: list should have at least 10 items"
+    ):
         benchmark("textvqa", rewrite("textvqa", tmp_path / "x.parquet", change)).samples()
 
 
@@ -212,10 +215,15 @@ def test_unknown_option(options):
         benchmark("pope", **options)
 
 
-def test_each_picture_is_decoded_once(monkeypatch):
+def same_image(rows):
+    for row in rows:
+        row["image"] = next(other["image"] for other in rows if other["image_source"] == row["image_source"])
+
+
+def test_each_picture_is_decoded_once(monkeypatch, tmp_path):
     opened = []
-    monkeypatch.setattr(table.Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
-    bench = benchmark("pope")
+    monkeypatch.setattr(images.Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
+    bench = benchmark("pope", rewrite("pope", tmp_path / "x.parquet", same_image))
     samples = bench.samples()
     assert not opened
     for sample in samples:
@@ -247,6 +255,71 @@ def test_a_broken_picture_is_an_error_of_its_sample_alone(tmp_path):
         bench.images("COCO_9")
 
 
+def png(colour):
+    content = io.BytesIO()
+    Image.new("RGB", (5, 7), colour).save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("source", ["COCO_1", None])
+def test_rows_of_one_image_name_keep_their_own_images(tmp_path, source):
+    def change(rows):
+        for k, row in enumerate(rows):
+            row["image_source"] = source
+            row["image"] = {"bytes": png((40 * k, 0, 0)), "path": None}
+
+    bench = benchmark("pope", rewrite("pope", tmp_path / "x.parquet", change))
+    assert [bench.images(sample.image_id)[0].getpixel((0, 0))[0] for sample in bench.samples()] == [0, 40, 80, 120, 160]
+
+
+def test_images_may_lie_beside_the_table(tmp_path):
+    def change(rows):
+        for row in rows:
+            row["image"] = {"bytes": None, "path": "scene.png"}
+
+    path = rewrite("pope", tmp_path / "x.parquet", change)
+    bench = benchmark("pope", path)
+    with pytest.raises(SampleError, match=r"is not there: scene.png beside the table"):
+        bench.images(bench.samples()[0].image_id)
+    missing = digest(bench, bench.samples())
+    (tmp_path / "scene.png").write_bytes(png("red"))
+    bench = benchmark("pope", path)
+    assert bench.images(bench.samples()[0].image_id)[0].getpixel((0, 0)) == (255, 0, 0)
+    assert digest(bench, bench.samples()) != missing
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("pope", {"answer": None}, r"row 2 of .*x.parquet: answer is null: input should be 'yes' or 'no'"),
+        ("pope", {"category": "hard"}, r"row 2 of .*: category is 'hard': input should be 'random', 'popular' or"),
+        ("pope", {"question": None}, r"row 2 of .*: question is null"),
+        ("scienceqa", {"choices": list("abcdef")}, r"row 2 of .*: choices is .*: list should have at most 5 items"),
+        ("scienceqa", {"answer": -1}, r"row 2 of .*: answer is -1: input should be greater than or equal to 0"),
+        ("scienceqa", {"answer": 4}, r"answer 4 is none of the 3 choices, counted from 0"),
+        ("mmvet", {"answer": None}, r"row 2 of .*: answer is null"),
+    ],
+)
+def test_a_bad_row_is_named_when_it_is_read(tmp_path, name, row, message):
+    source = pq.read_table(SCHEMAS / f"{'scienceqa_img' if name == 'scienceqa' else f'{name}_test'}.parquet")
+    rows = source.to_pylist()
+    rows[1] |= row
+    pq.write_table(pa.Table.from_pylist(rows, schema=source.schema), tmp_path / "x.parquet")
+    options = {"judge": None} if name == "mmvet" else {}
+    with pytest.raises(BenchmarkError, match=message):
+        benchmark(name, tmp_path / "x.parquet", **options).samples()
+    bench = benchmark(name, tmp_path / "x.parquet", on_bad_row="skip", **options)
+    assert len(bench.samples()) == 4 and len(bench.skipped) == 1
+
+
+def test_questions_of_one_id_are_numbered(tmp_path):
+    def change(rows):
+        return [rows[0], rows[0] | {"question": "Is there a cup ?"}]
+
+    samples = read_samples(benchmark("pope", rewrite("pope", tmp_path / "x.parquet", change)))
+    assert [sample.id for sample in samples] == ["adversarial/1", "adversarial/1#2"]
+
+
 def test_grey_and_palette_pictures_become_rgb(tmp_path):
     def change(rows):
         for row, mode in zip(rows, ("L", "P", "RGBA", "1", "CMYK"), strict=True):
@@ -269,6 +342,18 @@ def test_a_folder_laid_out_like_the_repository(tmp_path):
     (tmp_path / "data/test-00001-of-00002.parquet").unlink()
     with pytest.raises(BenchmarkError, match="1 of the 2 parquet files of split test"):
         benchmark("pope", tmp_path).samples()
+
+
+@pytest.mark.parametrize("name", ["default/test/0000.parquet", "test-00000-of-00001.parquet"])
+def test_hidden_companions_are_no_data(tmp_path, name):
+    rewrite("pope", tmp_path / name, lambda rows: rows[:2])
+    (tmp_path / name).with_name(f"._{Path(name).name}").write_bytes(b"\x00\x05\x16\x07")
+    assert len(benchmark("pope", tmp_path).samples()) == 2
+
+
+def test_a_name_with_brackets(tmp_path):
+    path = rewrite("pope", tmp_path / "my [1]/pope [v2]_test.parquet", lambda rows: rows[:2])
+    assert len(benchmark("pope", path).samples()) == len(benchmark("pope", path.parent).samples()) == 2
 
 
 def test_config_and_split_pick_the_files(tmp_path):

@@ -1,5 +1,6 @@
 """run.py as a user meets it: records, resume after a kill, and one clear message for everything that can be wrong."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -14,14 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 import run
+from analysis.masks import draw_cell
 from experiments import build
+from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import differs, run_cell, show
 from experiments.evaluate import by_length, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
 from mipruner.errors import InputError, ModelError
 from mipruner.models.llava import LlavaAdapter
+from mipruner.pipeline import Pipeline
 from toy import N_LAYERS, N_VISUAL, Toy, save_toy_model
 
 MODEL = Path(tempfile.mkdtemp(prefix="toy-model-"))
@@ -280,17 +285,147 @@ def test_samples_are_sorted_within_a_window_only(monkeypatch):
     assert [sample.id for sample in by_length(Toy(n=3).samples())] == ["0-1", "1-1", "0-0", "1-0", "2-1", "2-0"]
 
 
-def test_only_corrupt_pictures(tmp_path):
-    record = run_cell(config(tmp_path, n=1, corrupt=[0]))
-    assert len(record["failed"]) == 2 and record["tokens"] is None
-    show(record, "x")
-
-
-def test_an_empty_question_stops_with_its_name_and_keeps_the_rest(tmp_path):
-    settings = config(tmp_path, empty=[4])
-    with pytest.raises(InputError, match="question of sample '4-0' is empty"):
+def test_if_every_sample_fails_there_is_no_record(tmp_path, record_property):
+    settings = config(tmp_path, n=1, corrupt=[0])
+    with pytest.raises(BenchmarkError, match="none of the 2 samples could be run; the first: picture 0 cannot be deco"):
         run_cell(settings)
-    assert len(Cell(settings).rows()) == 8 and not Cell(settings).is_done
+    assert not Cell(settings).is_done
+    record_property("survives", ("every image of a data set is missing", "one line; there is no record of 0.00"))
+
+
+def test_failed_samples_are_tried_again(tmp_path, monkeypatch, record_property):
+    settings = config(tmp_path, corrupt=[2])
+    assert len(run_cell(settings)["failed"]) == 2
+    monkeypatch.setattr(
+        Toy, "images", lambda self, image_id: [Image.new("RGB", (84, 84), (40 * int(image_id), 90, 160))]
+    )
+    asked = recorded(monkeypatch, Pipeline, "__call__")
+    record = run_cell(settings)
+    assert len(asked) == 2 and record["failed"] == []  # the two batches of the image
+    whole = run_cell(config(tmp_path / "whole"))
+    assert record["metrics"] == whole["metrics"]
+    record_property(
+        "survives",
+        ("an image that comes back", "the same command answers the batches of what had failed"),
+    )
+
+
+@pytest.mark.parametrize("text", [" ", "What is <image> ?", "\u2603\u2603"])
+def test_a_question_that_cannot_be_asked_fails_alone(tmp_path, monkeypatch, text, record_property):
+    samples = [dataclasses.replace(s, text=text, question=text) if s.id == "4-0" else s for s in Toy().samples()]
+    monkeypatch.setattr(Toy, "samples", lambda self: samples)
+    record = run_cell(config(tmp_path))
+    assert [failed["id"] for failed in record["failed"]] == ["4-0"] and record["n_samples"] == 12
+    said = record["failed"][0]["error"]
+    assert any(words in said for words in ("is empty", "contains the placeholder '<image>'", "knows none of the char"))
+    record_property("survives", (f"a question {text!r} in a data set", f"its sample alone fails: {said}"))
+
+
+def test_an_image_that_the_processor_refuses_fails_alone(tmp_path, monkeypatch, record_property):
+    pixels = LlavaAdapter.pixels
+
+    def refusing(self, image):
+        if image.getpixel((0, 0))[0] == 80:
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return pixels(self, image)
+
+    monkeypatch.setattr(LlavaAdapter, "pixels", refusing)
+    record = run_cell(config(tmp_path))
+    errors = {failed["id"]: failed["error"] for failed in record["failed"]}
+    said = "the model's image processor refuses 2, 84 x 84: absolute aspect ratio must be smaller than 200"
+    assert errors == dict.fromkeys(("2-0", "2-1"), said)
+    record_property("survives", ("an image that the processor refuses", f"its samples alone fail: {said}"))
+
+
+def test_two_questions_of_one_id_are_refused(tmp_path, monkeypatch):
+    samples = Toy().samples()
+    monkeypatch.setattr(Toy, "samples", lambda self: [*samples, dataclasses.replace(samples[0], image_id="3")])
+    with pytest.raises(BenchmarkError, match=r"two questions have the id 0-0: 'What color .*' about 0 and .* about 3"):
+        run_cell(config(tmp_path))
+
+
+def test_an_answer_to_another_question_of_the_same_id_is_not_used(tmp_path, monkeypatch):
+    settings = config(tmp_path)
+    monkeypatch.setattr(Toy, "score", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        run_cell(settings)
+    monkeypatch.undo()
+    samples = [
+        dataclasses.replace(s, text="Is it red ?", question="Is it red ?") if s.id == "1-0" else s
+        for s in Toy().samples()
+    ]
+    monkeypatch.setattr(Toy, "samples", lambda self: samples)
+    asked = recorded(monkeypatch, Pipeline, "__call__")
+    run_cell(settings)
+    assert len(asked) == 1 and "Is it red ?" in [prompt.text for prompt in asked[0][0]]
+
+
+def test_the_record_is_written_last(tmp_path, monkeypatch, record_property):
+    """What a kill cuts off after the answers, masks or tracker, is made up for by the next run."""
+    settings = config(tmp_path, "n_masks=1")
+    seen = []
+    for step in ("draw", "report"):
+
+        def killed(*_, step=step):
+            seen.append((step, Cell(settings).is_done))
+            raise KeyboardInterrupt
+
+        drawing = killed if step == "draw" else draw_cell
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if step == "report":
+                patch.setattr("experiments.tracking.Tracker.report", killed)
+            run_cell(settings, draw=drawing)
+    assert seen == [("draw", False), ("report", False)]
+    asked = recorded(monkeypatch, Pipeline, "__call__")
+    run_cell(settings, draw=draw_cell)
+    assert not asked and Cell(settings).is_done and (Cell(settings).path / "masks.png").exists()
+    accident = "a kill between the last answer and the record"
+    record_property(
+        "survives", (accident, "the same command draws and reports what is missing, then writes the record")
+    )
+
+
+def test_a_drawing_that_fails_takes_no_answer_with_it(tmp_path, capsys):
+    def broken(*_):
+        raise MemoryError("14 GB")
+
+    assert run_cell(config(tmp_path, "n_masks=1"), draw=broken)["n_samples"] == 12
+    assert "warning: masks.png was not drawn: MemoryError('14 GB')" in capsys.readouterr().err
+
+
+def test_one_run_at_a_time_answers_a_cell(tmp_path, record_property):
+    settings = config(tmp_path)
+    with Cell(settings).alone(), pytest.raises(InputError, match=r"another run is answering .*: wait for it") as error:
+        run_cell(settings)
+    assert run_cell(settings)["n_samples"] == 12
+    said = str(error.value).replace(str(Cell(settings).path), "…")
+    record_property("survives", ("two runs of one cell at a time", f"the second ends: {said}"))
+
+
+def test_answers_that_are_none_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(LlavaAdapter, "decode", lambda self, tokens: "")
+    record = run_cell(config(tmp_path))
+    assert record["unusable"] == {"empty": 12, "unreadable": 0}
+    assert "warning: 12 of 12 answers are empty" in show(record, "x")
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("online", "there is no key"), ("offlin", "mode")])
+def test_a_tracker_stops_no_evaluation(tmp_path, monkeypatch, capsys, mode, reason, record_property):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    record = run_cell(config(tmp_path, "logger=wandb", f"logger.mode={mode}"))
+    assert reason in record["reported"]["wandb"] and record["n_samples"] == 12
+    said = capsys.readouterr().err
+    warning = next(line for line in said.splitlines() if line.startswith("warning: nothing is reported to wandb"))
+    record_property("survives", (f"logger=wandb logger.mode={mode}, no key", f"{warning[:150]}; the run goes on"))
+
+
+def test_wandbs_environment_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    record = run_cell(config(tmp_path, "logger=wandb"))
+    assert record["reported"] == {"wandb": None}
 
 
 def test_more_tokens_than_exist(tmp_path):

@@ -1,8 +1,10 @@
 """The contract of a benchmark: samples, their pictures, and a score from the predictions."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -60,6 +62,8 @@ class Benchmark(ABC):
     """
 
     is_video: bool = False
+    skipped: Sequence[str] = ()
+    """What was wrong with each row that was left out, once `samples` was called."""
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
@@ -69,9 +73,17 @@ class Benchmark(ABC):
     def images(self, image_id: str) -> list[Image.Image]:
         """The RGB pictures (or the frames of the video) with this id. Raises `SampleError`."""
 
+    def fingerprint(self, image_id: str) -> str | None:
+        """A digest of the image or video with this id; None where code makes it. Raises nothing for one not there."""
+        return None
+
     @abstractmethod
     def correct(self, sample: Sample, prediction: str) -> float:
         """Score of one prediction in [0, 1]."""
+
+    def is_readable(self, sample: Sample, prediction: str) -> bool:
+        """Whether the answer is of the form that was asked for (yes or no, a letter), right or wrong."""
+        return True
 
     def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float]:
         """Scores of all predictions, each in [0, 1]; a failed sample has the prediction None and scores 0.
@@ -101,3 +113,37 @@ class Benchmark(ABC):
     def provenance(self) -> dict[str, Any]:
         """What else the record must say of how the numbers came about, once they are there: the judge, its prompt."""
         return {}
+
+
+def read_samples(benchmark: Benchmark) -> list[Sample]:
+    """All samples, each with an id of its own.
+
+    Raises
+    ------
+    BenchmarkError
+        If two samples share an id: the answer to one would be scored as the answer to both.
+    """
+    places: dict[str, int] = {}
+    samples = list(benchmark.samples())
+    for place, sample in enumerate(samples):
+        if (first := places.setdefault(sample.id, place)) != place:
+            one, other = (f"{samples[k].question!r} about {samples[k].image_id}" for k in (first, place))
+            raise BenchmarkError(f"two questions have the id {sample.id}: {one} and {other}")
+    return samples
+
+
+def digest(benchmark: Benchmark, samples: Sequence[Sample]) -> str | None:
+    """Twelve hex digits of everything that was read: questions, answers, images. None where code makes the images."""
+    contents = {sample.image_id: benchmark.fingerprint(sample.image_id) for sample in samples}
+    if None in contents.values():
+        return None
+    return _hash(*([asdict(sample), contents[sample.image_id]] for sample in samples))
+
+
+def sample_digest(benchmark: Benchmark, sample: Sample) -> str:
+    """Twelve hex digits of one question with its answer and image."""
+    return _hash(asdict(sample), benchmark.fingerprint(sample.image_id))
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -5,46 +5,72 @@ from functools import cached_property
 
 from experiments.benchmarks.base import Sample
 from experiments.benchmarks.prompts import check_prompt, with_format
-from experiments.benchmarks.table import TableBenchmark, by_picture, load_table
+from experiments.benchmarks.rows import Row, Text, check_rows
+from experiments.benchmarks.table import TableBenchmark, by_picture, load_table, numbered
 from experiments.metrics import check_scoring, gqa_correct
+
+
+class GQAImage(Row):
+    id: Text
+
+
+class GQATypes(Row):
+    structural: str
+
+
+class GQAQuestion(Row):
+    id: Text
+    imageId: Text
+    question: Text
+    answer: Text
+    isBalanced: bool
+    types: GQATypes
 
 
 class GQA(TableBenchmark):
     """Short answers by exact match, over all, binary and open questions (whose structural type is "query")."""
 
     config, split = "testdev_balanced_images", "testdev"
-    columns, image_column = ("id",), "id"
+    row, image_column = GQAImage, "id"
 
     def __init__(
-        self, hub: Sequence[str], path: str | None = None, prompt: str = "short_answer", scoring: str = "llava"
+        self,
+        hub: Sequence[str],
+        path: str | None = None,
+        prompt: str = "short_answer",
+        scoring: str = "llava",
+        on_bad_row: str = "stop",
     ):
-        super().__init__(hub, path)
+        super().__init__(hub, path, on_bad_row)
         self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)
 
     @cached_property
-    def questions(self):
-        return load_table(
+    def questions(self) -> list[GQAQuestion]:
+        """The balanced ones."""
+        table, files = load_table(
             self.hub,
             self.path,
             config="testdev_balanced_instructions",
             split="testdev",
-            columns=("id", "imageId", "question", "answer", "isBalanced", "types"),
+            columns=list(GQAQuestion.model_fields),
             image=None,
         )
+        good, self.skipped = check_rows(table.to_list(), GQAQuestion, str(files[0]), self.on_bad_row)
+        return [question for _, question in good if question.isBalanced]
 
     def samples(self) -> list[Sample]:
+        ids = numbered(row.id for row in self.questions)
         return by_picture(
             [
                 Sample(
-                    id=row["id"],
-                    text=with_format(row["question"], self.prompt),
-                    question=row["question"],
-                    answer=row["answer"],
-                    image_id=row["imageId"],
-                    task="open" if row["types"]["structural"] == "query" else "binary",
+                    id=name,
+                    text=with_format(row.question, self.prompt),
+                    question=row.question,
+                    answer=row.answer,
+                    image_id=row.imageId,
+                    task="open" if row.types.structural == "query" else "binary",
                 )
-                for row in self.questions.to_list()
-                if row["isBalanced"]
+                for name, row in zip(ids, self.questions, strict=True)
             ]
         )
 

@@ -2,13 +2,30 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from experiments.benchmarks.base import BenchmarkError, Sample
 from experiments.benchmarks.prompts import check_prompt, with_format
+from experiments.benchmarks.rows import Row, Text, YesNo
 from experiments.benchmarks.table import TableBenchmark, by_picture
-from experiments.metrics import MME_COGNITION, MME_PERCEPTION, MMERow, check_scoring, mme_correct, mme_scores
+from experiments.metrics import (
+    MME_COGNITION,
+    MME_PERCEPTION,
+    MMERow,
+    check_scoring,
+    mme_answer,
+    mme_correct,
+    mme_scores,
+)
 
 YES_OR_NO = " Please answer yes or no."
+
+
+class MMERowOfFile(Row):
+    question_id: Text
+    question: Text
+    answer: YesNo
+    category: Literal[MME_PERCEPTION + MME_COGNITION]
 
 
 class MME(TableBenchmark):
@@ -19,7 +36,7 @@ class MME(TableBenchmark):
     accuracy.
     """
 
-    columns = ("question_id", "question", "answer", "category")
+    row = MMERowOfFile
     image_column = "question_id"
 
     def __init__(
@@ -29,29 +46,31 @@ class MME(TableBenchmark):
         cognition: bool = False,
         prompt: str = "short_answer",
         scoring: str = "llava",
+        on_bad_row: str = "stop",
     ):
-        super().__init__(hub, path)
+        super().__init__(hub, path, on_bad_row)
         self.categories = MME_PERCEPTION + MME_COGNITION if cognition else MME_PERCEPTION
         self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)
 
     def samples(self) -> list[Sample]:
         of_picture: Counter[str] = Counter()
         samples = []
-        for row, image_id in self.rows():
-            if row["category"] not in self.categories:
+        for _, row, image_id in self.rows:
+            if row.category not in self.categories:
                 continue
-            question = row["question"].replace(YES_OR_NO, "").rstrip()
+            question = row.question.replace(YES_OR_NO, "").rstrip()
             samples.append(
                 Sample(
-                    id=f"{image_id}#{of_picture[image_id]}",
-                    text=row["question"] if self.prompt == "plain" else with_format(question, self.prompt),
+                    id=f"{row.question_id}#{of_picture[row.question_id]}",
+                    text=row.question if self.prompt == "plain" else with_format(question, self.prompt),
                     question=question,
-                    answer=row["answer"],
+                    answer=row.answer,
                     image_id=image_id,
-                    task=row["category"],
+                    task=row.category,
+                    meta={"pair": row.question_id},
                 )
             )
-            of_picture[image_id] += 1
+            of_picture[row.question_id] += 1
         if odd := [name for name, count in of_picture.items() if count != 2]:
             raise BenchmarkError(f"MME has two questions a picture; {odd[0]} has {of_picture[odd[0]]}")
         return by_picture(samples)
@@ -59,10 +78,13 @@ class MME(TableBenchmark):
     def correct(self, sample: Sample, prediction: str) -> float:
         return mme_correct(prediction, sample.answer, self.scoring)
 
+    def is_readable(self, sample: Sample, prediction: str) -> bool:
+        return mme_answer(prediction, self.scoring) != "other"
+
     def metrics(
         self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
     ) -> dict[str, float]:
         answered = zip(samples, predictions, strict=True)
         return mme_scores(
-            [MMERow(s.task, s.image_id, s.answer, prediction) for s, prediction in answered], self.scoring
+            [MMERow(s.task, s.meta["pair"], s.answer, prediction) for s, prediction in answered], self.scoring
         )

@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from experiments.benchmarks.base import Sample
-from experiments.benchmarks.table import TableBenchmark, by_picture
+from experiments.benchmarks.rows import Row, Text
+from experiments.benchmarks.table import TableBenchmark, by_picture, numbered
 from experiments.judge import Judge, prompt_hash
 from experiments.metrics import bootstrap, textvqa_normalize
 
@@ -66,6 +67,13 @@ def offline_grade(answer: str, prediction: str) -> float:
     return max(fmean(contained(part) for part in option.split("<AND>")) for option in answer.split("<OR>"))
 
 
+class MMVetRow(Row):
+    question_id: str
+    question: Text
+    answer: Text
+    capability: Text
+
+
 class MMVet(TableBenchmark):
     """The judge's mean grade in percent, over all and by capability and set of capabilities.
 
@@ -74,23 +82,26 @@ class MMVet(TableBenchmark):
     with nothing.
     """
 
-    columns = ("question_id", "question", "answer", "capability")
+    row = MMVetRow
 
-    def __init__(self, hub: Sequence[str], path: str | None = None, judge: Judge | None = None):
-        super().__init__(hub, path)
+    def __init__(
+        self, hub: Sequence[str], path: str | None = None, judge: Judge | None = None, on_bad_row: str = "stop"
+    ):
+        super().__init__(hub, path, on_bad_row)
         self.judge = judge
         self.headline = "score" if judge else "offline_score"
 
     def samples(self) -> list[Sample]:
         samples = []
-        for row, image_id in self.rows():
-            capabilities = {name.strip() for name in row["capability"].split(",")}
+        ids = numbered(row.question_id for _, row, _ in self.rows)
+        for name, (_, row, image_id) in zip(ids, self.rows, strict=True):
+            capabilities = {capability.strip() for capability in row.capability.split(",")}
             samples.append(
                 Sample(
-                    id=row["question_id"],
-                    text=row["question"],
-                    question=row["question"],
-                    answer=row["answer"],
+                    id=name,
+                    text=row.question,
+                    question=row.question,
+                    answer=row.answer,
                     image_id=image_id,
                     task=",".join(sorted(capabilities, key=(*CAPABILITIES, *sorted(capabilities)).index)),
                 )

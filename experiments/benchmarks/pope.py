@@ -7,11 +7,21 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Literal
 
 from experiments.benchmarks.base import Sample
 from experiments.benchmarks.prompts import check_prompt, with_format
-from experiments.benchmarks.table import TableBenchmark, by_picture
-from experiments.metrics import POPE_CATEGORIES, POPERow, check_scoring, pope_correct, pope_scores
+from experiments.benchmarks.rows import Row, Text, YesNo
+from experiments.benchmarks.table import TableBenchmark, by_picture, numbered
+from experiments.metrics import POPE_CATEGORIES, POPERow, check_scoring, mme_answer, pope_correct, pope_scores
+
+
+class POPERowOfFile(Row):
+    question_id: str
+    question: Text
+    answer: YesNo
+    image_source: str | None
+    category: Literal[POPE_CATEGORIES]
 
 
 class POPE(TableBenchmark):
@@ -22,32 +32,42 @@ class POPE(TableBenchmark):
     version with 2,910 random questions.
     """
 
-    columns = ("question_id", "question", "answer", "image_source", "category")
+    row = POPERowOfFile
     image_column = "image_source"
 
     def __init__(
-        self, hub: Sequence[str], path: str | None = None, prompt: str = "short_answer", scoring: str = "llava"
+        self,
+        hub: Sequence[str],
+        path: str | None = None,
+        prompt: str = "short_answer",
+        scoring: str = "llava",
+        on_bad_row: str = "stop",
     ):
-        super().__init__(hub, path)
+        super().__init__(hub, path, on_bad_row)
         self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)
 
     def samples(self) -> list[Sample]:
+        ids = numbered(f"{row.category}/{row.question_id}" for _, row, _ in self.rows)
         return by_picture(
             [
                 Sample(
-                    id=f"{row['category']}/{row['question_id']}",
-                    text=with_format(row["question"], self.prompt),
-                    question=row["question"],
-                    answer=row["answer"],
+                    id=name,
+                    text=with_format(row.question, self.prompt),
+                    question=row.question,
+                    answer=row.answer,
                     image_id=image_id,
-                    task=row["category"],
+                    task=row.category,
                 )
-                for row, image_id in self.rows()
+                for name, (_, row, image_id) in zip(ids, self.rows, strict=True)
             ]
         )
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return pope_correct(prediction, sample.answer, self.scoring)
+
+    def is_readable(self, sample: Sample, prediction: str) -> bool:
+        """Whether it begins as a yes or a no, as MME reads it: LLaVA's rule for POPE takes everything else for yes."""
+        return mme_answer(prediction, "lmms_eval") != "other"
 
     def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
         scored = list(zip(samples, scores, strict=True))

@@ -4,11 +4,10 @@ Only the parquet files of the wanted split are fetched (TextVQA: 0.9 of 8.1 GB).
 """
 
 import hashlib
-import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,22 @@ from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 from PIL import Image
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.rows import Row, check_on_bad_row, check_rows
+from experiments.images import open_image
 
 HUB_TIMEOUT_S = 5
 
 
 def _matching(names: Iterable[str], config: str | None, split: str, where: str) -> list[str]:
-    """The parquet files of a split: its word stands in the file's name, and the config, if any, in the path.
+    """The parquet files of a split: its word stands in the file's name or is its folder's, the config's in the path.
 
-    Raises BenchmarkError if there is none, or if of files named ..-00000-of-00003 some are missing.
+    Hidden files, such as the companions that macOS writes, are no data. Raises BenchmarkError if there is none, or if
+    of files named ..-00000-of-00003 some are missing.
     """
-    found = sorted(name for name in names if name.endswith(".parquet"))
+    found = sorted(name for name in names if name.endswith(".parquet") and not re.search(r"(^|/)\.", name))
     names = [name for name in found if config in name] if config and any(config in name for name in found) else found
-    names = [name for name in names if re.search(rf"(?<![a-z]){split}(?![a-z])", name.rsplit("/", 1)[-1])]
+    of_split = re.compile(rf"(?<![a-z]){split}(?![a-z])[^/]*$|(^|/){split}/[^/]*$")
+    names = [name for name in names if of_split.search(name)]
     wanted = f"config {config}, split {split}" if config else f"split {split}"
     if not names:
         raise BenchmarkError(f"{where} has no parquet file of {wanted}; it has {', '.join(found[:8]) or 'none'}")
@@ -48,6 +51,8 @@ def _in_folder(folder: Path, config: str | None, split: str) -> list[Path]:
 def _local_files(path: str, config: str | None, split: str) -> list[Path]:
     if Path(path).is_dir():
         return _in_folder(Path(path), config, split)
+    if Path(path).is_file():
+        return [Path(path)]
     if not (files := [Path(name) for name in sorted(glob(path))]):
         raise BenchmarkError(f"{path} does not exist; give a parquet file, a pattern, or a copy of the hub repository")
     return files
@@ -100,10 +105,10 @@ def load_table(
     columns: Sequence[str],
     config: str | None = None,
     image: str | None = "image",
-) -> Dataset:
-    """Rows with these columns and, undecoded, the picture's.
+) -> tuple[Dataset, list[Path]]:
+    """Rows with these columns and, undecoded, the image's; and the files they come from.
 
-    ``hub`` and ``path`` are as in `TableBenchmark`; ``image`` is None for a table without pictures.
+    ``hub`` and ``path`` are as in `TableBenchmark`; ``image`` is None for a table without images.
 
     Raises
     ------
@@ -113,7 +118,7 @@ def load_table(
     files = _local_files(path, config, split) if path else _hub_files(hub, config, split)
     columns = [*columns, *([image] if image else [])]
     try:
-        table = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        table = load_dataset("parquet", data_files=[escape(str(file)) for file in files], split="train")
     except Exception as error:
         reason = error.__cause__ or error
         raise BenchmarkError(f"{files[0]} cannot be read: {' '.join(str(reason).split())[:200]}") from error
@@ -122,33 +127,57 @@ def load_table(
         raise BenchmarkError(f"{files[0]} lacks the column {', '.join(missing)}; it has {has}")
     table = table.select_columns(columns)
     try:
-        return table.cast_column(image, ImageFeature(decode=False)) if image else table
+        return (table.cast_column(image, ImageFeature(decode=False)) if image else table), files
     except Exception as error:
         raise BenchmarkError(f"the column {image} of {files[0]} holds no pictures") from error
 
 
-class Pictures:
-    """The pictures of a table by id, each decoded when asked for, the last few kept.
+def find_source(content: dict[str, Any] | None, folders: Sequence[Path]) -> bytes | Path | None:
+    """What is in an image's file, or the file itself, in one of these folders; None if there is neither."""
+    content = content or {}
+    if content.get("bytes"):
+        return content["bytes"]
+    files = (folder / content["path"] for folder in folders if content.get("path"))
+    return next((file for file in files if file.is_file()), None)
 
-    Differs from `datasets` in that a picture is not turned by its EXIF orientation: LLaVA's scripts do not either.
+
+def content_digest(source: bytes | Path | None) -> str:
+    """Sixteen hex digits of a file's content; of nothing if there is none."""
+    content = source.read_bytes() if isinstance(source, Path) else source or b""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class Pictures:
+    """The images of a table by id, each decoded when asked for, the last few kept.
+
+    An image lies in the table itself, or in a file beside it that the table names, as the hub's tools write it.
     """
 
-    def __init__(self, table: Dataset, row_of: dict[str, int], column: str = "image", cache_size: int = 16):
-        self.table, self.row_of, self.column = table, row_of, column
+    def __init__(
+        self,
+        table: Dataset,
+        row_of: dict[str, int],
+        column: str = "image",
+        cache_size: int = 16,
+        folders: Sequence[Path] = (),
+    ):
+        self.table, self.row_of, self.column, self.folders = table, row_of, column, folders
         self.load = lru_cache(cache_size)(self._load)
 
     def _load(self, image_id: str) -> Image.Image:
-        """The RGB picture. Raises SampleError if there is none or it is broken."""
+        """The RGB image. Raises SampleError if there is none or it is broken."""
         if image_id not in self.row_of:
             raise SampleError(f"no picture {image_id} in the table")
         content = self.table[self.row_of[image_id]][self.column] or {}
-        if not content.get("bytes"):
+        source = find_source(content, self.folders)
+        if source is None and content.get("path"):
+            raise SampleError(f"the picture {image_id} is not there: {content['path']} beside the table")
+        if source is None:
             raise SampleError(f"the picture {image_id} is empty")
         try:
-            with Image.open(io.BytesIO(content["bytes"])) as picture:
-                return picture.convert("RGB")
-        except Exception as error:
-            raise SampleError(f"the picture {image_id} cannot be decoded: {error}") from error
+            return open_image(source, f"the picture {image_id}")
+        except ValueError as error:
+            raise SampleError(str(error)) from error
 
 
 def first_rows(ids: Iterable[str]) -> dict[str, int]:
@@ -165,8 +194,31 @@ def by_picture(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: order[sample.image_id])
 
 
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names, with #2, #3 behind one that was there before."""
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return unique
+
+
+def by_content(names: Iterable[str | None], digests: Iterable[str]) -> list[str]:
+    """An id for each image: its name, with #2, #3 for further images of that name; its digest if it has no name."""
+    known: dict[str, list[str]] = {}
+    ids = []
+    for name, digest in zip(names, digests, strict=True):
+        contents = known.setdefault(name or digest, [])
+        if digest not in contents:
+            contents.append(digest)
+        place = contents.index(digest)
+        ids.append((name or digest) + (f"#{place + 1}" if place else ""))
+    return ids
+
+
 class TableBenchmark(Benchmark):
-    """A benchmark that is one table with a picture in each row.
+    """A benchmark that is one table with an image in each row.
 
     Attributes
     ----------
@@ -174,38 +226,63 @@ class TableBenchmark(Benchmark):
         Dataset repositories, tried in this order.
     path : str, optional
         Instead: a parquet file, a pattern of them, or a folder laid out like the repository.
-    image_column : str
-        The column that tells which rows share a picture. If it is the picture's own, its content tells.
+    on_bad_row : "stop" or "skip"
+        What a row does that does not fit ``row``.
+    row : type of Row
+        The columns, apart from the image.
+    image_column : str, optional
+        The column that names the image. Rows share an image if name and content are the same.
     """
 
     config: str | None = None
     split: str = "test"
-    columns: Sequence[str]
-    image_column: str = "image"
+    row: type[Row]
+    image_column: str | None = None
 
-    def __init__(self, hub: Sequence[str], path: str | None = None):
-        self.hub, self.path = hub, path
+    def __init__(self, hub: Sequence[str], path: str | None = None, on_bad_row: str = "stop"):
+        self.hub, self.path, self.on_bad_row = hub, path, check_on_bad_row(on_bad_row)
 
     @cached_property
+    def _read(self) -> tuple[Dataset, list[Path]]:
+        columns = sorted(self.row.model_fields)
+        return load_table(self.hub, self.path, config=self.config, split=self.split, columns=columns)
+
+    @property
     def table(self) -> Dataset:
-        columns = {self.image_column: None, **dict.fromkeys(self.columns)}.keys() - {"image"}
-        return load_table(self.hub, self.path, config=self.config, split=self.split, columns=sorted(columns))
+        return self._read[0]
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Where image files that the table names are looked for."""
+        root = [Path(self.path)] if self.path and Path(self.path).is_dir() else []
+        return root + list(dict.fromkeys(file.parent for file in self._read[1]))
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        return [content_digest(find_source(content, self.folders)) for content in self.table["image"]]
 
     @cached_property
     def image_ids(self) -> list[str]:
         """Of each row."""
-        ids = self.table[self.image_column]
-        if self.image_column != "image":
-            return list(ids)
-        return [hashlib.sha256((content or {}).get("bytes") or b"").hexdigest()[:16] for content in ids]
+        column = self.image_column and self.table[self.image_column]
+        names = [None if name is None else str(name) for name in column or [None] * len(self._digests)]
+        return by_content(names, self._digests)
 
     @cached_property
     def pictures(self) -> Pictures:
-        return Pictures(self.table, first_rows(self.image_ids))
+        return Pictures(self.table, first_rows(self.image_ids), folders=self.folders)
+
+    def fingerprint(self, image_id: str) -> str:
+        row = self.pictures.row_of.get(image_id)
+        return "" if row is None else self._digests[row]
 
     def images(self, image_id: str) -> list[Image.Image]:
         return [self.pictures.load(image_id)]
 
-    def rows(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """Each row without its picture, and the picture's id."""
-        return zip(self.table.remove_columns("image").to_list(), self.image_ids, strict=True)
+    @cached_property
+    def rows(self) -> list[tuple[int, Any, str]]:
+        """The number of each good row, its columns, and its image's id."""
+        where = str(self.path or self.hub[0])
+        rows = self.table.remove_columns("image").to_list()
+        good, self.skipped = check_rows(rows, self.row, where, self.on_bad_row)
+        return [(number, row, self.image_ids[number]) for number, row in good]

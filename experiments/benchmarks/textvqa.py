@@ -1,11 +1,23 @@
 """TextVQA, validation: 5,000 questions, each with ten answers and OCR tokens. https://arxiv.org/abs/1904.08920"""
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from experiments.benchmarks.base import BenchmarkError, Sample
+from pydantic import Field
+
+from experiments.benchmarks.base import Sample
 from experiments.benchmarks.prompts import SHORT_ANSWER
-from experiments.benchmarks.table import TableBenchmark, by_picture
+from experiments.benchmarks.rows import Row, Text
+from experiments.benchmarks.table import TableBenchmark, by_picture, numbered
 from experiments.metrics import textvqa_accuracy
+
+
+class TextVQARow(Row):
+    image_id: str | None
+    question_id: str
+    question: Text
+    answers: Annotated[list[str], Field(min_length=10, max_length=10)]
+    ocr_tokens: list[str]
 
 
 class TextVQA(TableBenchmark):
@@ -16,29 +28,26 @@ class TextVQA(TableBenchmark):
     """
 
     split = "validation"
-    columns = ("image_id", "question_id", "question", "answers", "ocr_tokens")
+    row = TextVQARow
     image_column = "image_id"
 
-    def __init__(self, hub: Sequence[str], path: str | None = None, ocr: bool = True):
-        super().__init__(hub, path)
+    def __init__(self, hub: Sequence[str], path: str | None = None, ocr: bool = True, on_bad_row: str = "stop"):
+        super().__init__(hub, path, on_bad_row)
         self.ocr = ocr
 
     def samples(self) -> list[Sample]:
         samples = []
-        for row, image_id in self.rows():
-            if len(row["answers"]) != 10:
-                raise BenchmarkError(
-                    f"TextVQA question {row['question_id']} has {len(row['answers'])} answers, not ten"
-                )
-            question = row["question"].capitalize()  # as in LLaVA's file, which lowers all other letters
-            ocr = [f"Reference OCR token: {', '.join(row['ocr_tokens'])}"] if self.ocr else []
+        ids = numbered(row.question_id for _, row, _ in self.rows)
+        for name, (_, row, image_id) in zip(ids, self.rows, strict=True):
+            question = row.question.capitalize()  # as in LLaVA's file, which lowers all other letters
+            ocr = [f"Reference OCR token: {', '.join(row.ocr_tokens)}"] if self.ocr else []
             samples.append(
                 Sample(
-                    id=str(row["question_id"]),
+                    id=name,
                     text="\n".join([question, *ocr, SHORT_ANSWER]),
                     question=question,
                     content="\n".join([question, *ocr]),
-                    answer=row["answers"],
+                    answer=row.answers,
                     image_id=image_id,
                 )
             )

@@ -4,25 +4,25 @@ https://arxiv.org/abs/2311.10122; the judge is Video-ChatGPT's, https://arxiv.or
 """
 
 import ast
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import av
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
+from pydantic import AliasChoices, Field, create_model
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
 from experiments.benchmarks.table import by_picture
 from experiments.judge import Judge, prompt_hash
 from experiments.metrics import mean_percent, textvqa_normalize
 
-SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".gif")
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
 ROLE = """\
 You are a fair examiner of answers to questions about videos. Look at whether the predicted answer means the same as \
@@ -82,40 +82,56 @@ def offline_grade(answer: str, prediction: str) -> Grade:
     return Grade(False, round(5 * 2 * common / max(1, len(gold_words) + len(said_words))))
 
 
+def decoded(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    """The frames that decode: a damaged packet loses its own and no other."""
+    for packet in container.demux(video=0):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            continue
+
+
 def frames(path: Path, n_frames: int) -> list[Image.Image]:
-    """``n_frames`` RGB frames at linspace(0, n - 1) of the n that decode. Raises SampleError for a broken video."""
+    """``n_frames`` RGB frames, upright, at linspace(0, n - 1) of the n that decode.
+
+    Raises
+    ------
+    SampleError
+        For a video of which nothing decodes.
+    """
     try:
         with av.open(str(path)) as container:
-            n = sum(1 for _ in container.decode(video=0))
+            n = sum(1 for _ in decoded(container))
         if not n:
             raise SampleError(f"the video {path.name} has no frames")
         wanted = np.linspace(0, n - 1, n_frames, dtype=int).tolist()
         taken: dict[int, Image.Image] = {}
         with av.open(str(path)) as container:
-            for i, frame in enumerate(container.decode(video=0)):
+            for i, frame in enumerate(decoded(container)):
                 if i in wanted:
-                    taken[i] = frame.to_image().convert("RGB")
+                    taken[i] = frame.to_image().convert("RGB").rotate(frame.rotation, expand=True)
     except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         raise SampleError(f"the video {path.name} cannot be decoded: {error}") from error
     return [taken[i] for i in wanted]
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        if file.suffix == ".parquet":
-            return pq.read_table(file).to_pylist()
-        if file.suffix == ".jsonl":
-            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+VIDEO_COLUMNS = ("video_name", "video_id", "video")
 
 
-def _column(row: dict[str, Any], names: Sequence[str], file: Path) -> Any:
-    for name in names:
-        if name in row:
-            return row[name]
-    raise BenchmarkError(f"{file} lacks the column {' or '.join(names)}; it has {', '.join(row)}")
+class AnswerRow(Row):
+    question_id: Text
+    answer: Text
+
+
+class QuestionRow(Row):
+    question: Text
+    video: Annotated[Text, Field(validation_alias=AliasChoices(*VIDEO_COLUMNS))]
+
+
+QuestionWithId = create_model("QuestionWithId", __base__=QuestionRow, question_id=(Text, ...))
+QuestionWithAnswer = create_model(
+    "QuestionWithAnswer", __base__=QuestionRow, answer=(Text, ...), question_id=(Text | None, None)
+)
 
 
 class VideoQA(Benchmark):
@@ -141,6 +157,8 @@ class VideoQA(Benchmark):
         Evenly spaced, the first and the last among them.
     first : int, optional
         So many questions, in the order of the file.
+    on_bad_row : "stop" or "skip"
+        What a row does that lacks something.
     temperature : float, optional
         Of the judge. Video-ChatGPT sends none, which means 1; lmms-eval sends 0.
     """
@@ -157,7 +175,9 @@ class VideoQA(Benchmark):
         first: int | None = 1000,
         judge: Judge | None = None,
         temperature: float | None = None,
+        on_bad_row: str = "stop",
     ):
+        self.on_bad_row = check_on_bad_row(on_bad_row)
         self.path, self.videos, self.questions, self.answers = path, videos, questions, answers
         self.n_frames, self.first, self.judge, self.temperature = n_frames, first, judge, temperature
         self.prefix = "" if judge else "offline_"
@@ -168,34 +188,50 @@ class VideoQA(Benchmark):
             raise BenchmarkError("the videos are on no hub in one form; set dataset.path to their folder, see docs")
         file = Path(self.path) / self.questions
         answer_of = self._answers()
-        samples: dict[str, Sample] = {}
-        for i, row in enumerate(_rows(file)[: self.first]):
-            if answer_of is None:
-                name, answer = str(row.get("question_id", i)), _column(row, ["answer"], file)
-            else:
-                name = str(_column(row, ["question_id"], file))
-                if name not in answer_of:
-                    raise BenchmarkError(f"{self.answers} has no answer to question {name}")
-                answer = answer_of[name]
-            if name in samples:
-                raise BenchmarkError(f"{file} has two questions {name}")
-            question = _column(row, ["question"], file)
-            video = str(_column(row, ["video_name", "video_id", "video"], file))
-            samples[name] = Sample(id=name, text=question, question=question, answer=str(answer), image_id=video)
-        return by_picture(list(samples.values()))
+        schema = QuestionWithAnswer if answer_of is None else QuestionWithId
+        rows, self.skipped = self._checked(file, schema)
+        samples = []
+        for number, row in rows:
+            name = str(number) if row.question_id is None else row.question_id
+            if answer_of is not None and name not in answer_of:
+                raise BenchmarkError(f"{self.answers} has no answer to question {name}")
+            answer = row.answer if answer_of is None else answer_of[name]
+            samples.append(Sample(id=name, text=row.question, question=row.question, answer=answer, image_id=row.video))
+        return by_picture(samples)
 
-    def _answers(self) -> dict[str, Any] | None:
+    def _checked(self, file: Path, schema: type[Row]) -> tuple[list[tuple[int, Any]], list[str]]:
+        return check_rows(read_rows(file)[: self.first], schema, str(file), self.on_bad_row)
+
+    def _answers(self) -> dict[str, str] | None:
+        """The answer to each question. Raises BenchmarkError if there are two different ones."""
         if self.answers is None:
             return None
         file = Path(self.path) / self.answers
-        return {str(_column(row, ["question_id"], file)): _column(row, ["answer"], file) for row in _rows(file)}
+        answers: dict[str, str] = {}
+        for number, row in check_rows(read_rows(file), AnswerRow, str(file), self.on_bad_row)[0]:
+            if answers.setdefault(row.question_id, row.answer) != row.answer:
+                raise BenchmarkError(f"row {number + 1} of {file} has a second answer to question {row.question_id}")
+        return answers
+
+    def _find(self, name: str) -> Path | None:
+        """The file of a video: of this name, or with one of the suffixes in any case."""
+        video = Path(self.path) / self.videos / name
+        if video.is_file():
+            return video
+        if not video.parent.is_dir():
+            return None
+        files = sorted(f for f in video.parent.iterdir() if f.stem == video.name and f.suffix.lower() in SUFFIXES)
+        return files[0] if files else None
 
     def _file(self, name: str) -> Path:
-        video = Path(self.path) / self.videos / name
-        for candidate in (video, *(video.with_name(video.name + suffix) for suffix in SUFFIXES)):
-            if candidate.is_file():
-                return candidate
-        raise SampleError(f"no video {name} in {video.parent}")
+        if (file := self._find(name)) is None:
+            raise SampleError(f"no video {name} in {Path(self.path) / self.videos}")
+        return file
+
+    def fingerprint(self, image_id: str) -> str:
+        """Name and size of the file: a video is too large to be read for its name alone."""
+        file = self._find(image_id)
+        return f"{file.name} {file.stat().st_size}" if file else ""
 
     def images(self, image_id: str) -> list[Image.Image]:
         return self._frames(image_id)

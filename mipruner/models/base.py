@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from mipruner.errors import InputError
+from mipruner.errors import InputError, PromptError
 from mipruner.intercept import Call
 from mipruner.prompt import Encoded, Picture, Prompt, Short, Tokens, Video, Visual, cut
 from mipruner.selection import Selection
@@ -198,24 +198,38 @@ class Adapter(ABC):
         before, after = rendered.split(TEXT)
         return before, after
 
+    def check_text(self, prompt: Prompt) -> None:
+        """Look at the text of one prompt before it goes into a batch with others.
+
+        Raises
+        ------
+        PromptError
+            If the text is empty, contains a placeholder, or the tokenizer leaves nothing of it.
+        """
+        query = prompt.text if prompt.query is None else prompt.query
+        if not query.strip():
+            raise PromptError(f"the question of sample {prompt.sample!r} is empty")
+        for placeholder in self.placeholders.values():
+            if placeholder in prompt.text:
+                raise PromptError(f"the text of sample {prompt.sample!r} contains the placeholder {placeholder!r}")
+        ids = self.tokenizer(query, add_special_tokens=False)["input_ids"]
+        if not set(ids) - set(self.tokenizer.all_special_ids):
+            raise PromptError(f"the tokenizer knows none of the characters of {query!r}, sample {prompt.sample!r}")
+
     def tokenize(self, prompt: Prompt, visuals: Sequence[Visual]) -> Tokens:
         """Render and tokenize.
 
         Raises
         ------
         InputError
-            If the text is empty, does not contain the query or the question, or contains a placeholder.
+            If the text does not contain the query or the question, or as in `check_text`.
         """
+        self.check_text(prompt)
         query = prompt.text if prompt.query is None else prompt.query
-        if not query.strip():
-            raise InputError(f"the question of sample {prompt.sample!r} is empty")
         question = prompt.text if prompt.question is None else prompt.question
         for part in (query, question):
             if part not in prompt.text:
                 raise InputError(f"{part!r} is not part of the text {prompt.text!r}")
-        for placeholder in self.placeholders.values():
-            if placeholder in prompt.text:
-                raise InputError(f"the text of sample {prompt.sample!r} contains the placeholder {placeholder!r}")
 
         before, after = self.render(prompt.images)
         layouts = [self.layout(visual) for visual in visuals]

@@ -1,0 +1,254 @@
+"""A folder of your own: a table of questions, and images beside it. See docs/own_data.md."""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+from PIL import Image
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER
+from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
+from experiments.benchmarks.table import by_picture, content_digest
+from experiments.images import open_image
+from experiments.metrics import mme_answer, textvqa_normalize
+
+TABLES = ("questions.jsonl", "questions.csv", "questions.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Where questions are looked for, in this order; metadata.* is how the hub lays out an ImageFolder."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SENTENCES = {"exact": SHORT_ANSWER, "vqa": SHORT_ANSWER, "yes_no": SHORT_ANSWER, "choice": OPTION_LETTER, "none": ""}
+"""What each scoring puts below the question."""
+
+
+def _as_list(value: Any) -> Any:
+    """A list in a cell of a CSV is JSON, or its parts stand between bars; null and nothing are the empty list."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return json.loads(value)
+    if isinstance(value, str):
+        return [part.strip() for part in value.split("|")]
+    return value
+
+
+def _nothing(value: Any) -> Any:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+List = Annotated[list[Text], BeforeValidator(_as_list)]
+Optional = Annotated[str | None, BeforeValidator(_nothing)]
+
+
+class FolderRow(Row):
+    question: Text
+    image: Annotated[List, Field(min_length=1, validation_alias=AliasChoices("image", "images", "file_name"))]
+    id: Annotated[Optional, Field(validation_alias=AliasChoices("id", "question_id"))] = None
+    answer: Optional = None
+    answers: List = Field(default_factory=list)
+    choices: Annotated[List, Field(max_length=len(LETTERS), default_factory=list)]
+    category: Optional = None
+
+    @property
+    def accepted(self) -> list[str]:
+        """All right answers."""
+        return self.answers or ([] if self.answer is None else [self.answer])
+
+
+def plain(text: str) -> str:
+    """Lower case, without the full stop at the end."""
+    return text.strip().rstrip(".").lower()
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy for any number of answers: 1 if three of them agree, or all of fewer than three.
+
+    As in the official evaluator it is the mean over leaving each answer out, from four answers on.
+    """
+    said = textvqa_normalize(prediction)
+    agrees = [textvqa_normalize(answer) == said for answer in answers]
+    if len(answers) < 4:
+        return float(any(agrees))
+    return fmean(min(1.0, (sum(agrees) - agree) / 3) for agree in agrees)
+
+
+def letter(text: str, choices: Sequence[str]) -> str | None:
+    """The option that an answer names: by its letter ("b", "B.", "(B) blue") or by its own words; None if neither."""
+    said = plain(text).lstrip("(")
+    by_words = [LETTERS[k] for k, choice in enumerate(choices) if plain(choice) == plain(text)]
+    if by_words:
+        return by_words[0]
+    first = said[:1].upper()
+    is_letter = bool(first) and first in LETTERS[: len(choices)] and not said[1:2].isalnum()
+    return first if is_letter and (len(said) == 1 or said[1] in ".):") else None
+
+
+class Folder(Benchmark):
+    """Accuracy by one of four rules over all questions and by category; without answers nothing is scored.
+
+    Parameters
+    ----------
+    path : str
+        The folder: one of `TABLES`, with the columns question and image, and optionally id, answer, answers, choices
+        and category; images anywhere in it, named relative to the table. Several images of a question are a list.
+    scoring : str
+        ``exact``: the answer, but for case and a full stop. ``vqa``: VQA accuracy. ``choice``: the letter of the right
+        choice, which ``answer`` names by its letter or its words. ``yes_no``: how the answer begins. ``none``: answers
+        only. ``auto``: choice if there are choices, vqa if ``answers``, yes_no if every answer is yes or no, exact if
+        there are others, none without.
+    sentence : str, optional
+        Below each question; by default the one that suits the scoring.
+    on_bad_row : "stop" or "skip"
+
+    Raises
+    ------
+    BenchmarkError
+        If the folder or its table is not there, a path leads out of it, or the scoring needs what a row lacks.
+    """
+
+    def __init__(self, path: str | None, scoring: str = "auto", sentence: str | None = None, on_bad_row: str = "stop"):
+        if scoring not in ("auto", *SENTENCES):
+            raise ValueError(f"scoring={scoring!r} is not one of auto, {', '.join(SENTENCES)}")
+        self.path, self.asked, self.sentence = path, scoring, sentence
+        self.on_bad_row = check_on_bad_row(on_bad_row)
+        self._open = lru_cache(16)(open_image)
+
+    @cached_property
+    def table(self) -> Path:
+        if not self.path:
+            raise BenchmarkError("dataset=folder needs your folder: set dataset.path=mydata, see docs/own_data.md")
+        if not Path(self.path).is_dir():
+            raise BenchmarkError(f"there is no folder {self.path}: dataset.path is the folder of questions and images")
+        folder = Path(self.path)
+        found = [folder / name for name in TABLES if (folder / name).is_file()][:1]
+        found = found or sorted(file for name in TABLES for file in folder.glob(f"*/{name}"))
+        if not found:
+            raise BenchmarkError(f"{self.path} has no questions: put {' or '.join(TABLES[:2])} into it")
+        if len(found) > 1:
+            raise BenchmarkError(
+                f"{self.path} has {', '.join(map(str, found))}: set dataset.path to one of their folders"
+            )
+        return found[0]
+
+    @cached_property
+    def rows(self) -> list[tuple[int, FolderRow]]:
+        rows, self.skipped = check_rows(read_rows(self.table), FolderRow, str(self.table), self.on_bad_row)
+        return rows
+
+    @cached_property
+    def scoring(self) -> str:
+        if self.asked != "auto":
+            return self.asked
+        rows = [row for _, row in self.rows]
+        if not any(row.accepted for row in rows):
+            return "none"
+        if all(row.choices for row in rows):
+            return "choice"
+        if any(row.answers for row in rows):
+            return "vqa"
+        return "yes_no" if all(plain(row.answer or "") in ("yes", "no") for row in rows) else "exact"
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """The files of each image_id."""
+        return {" | ".join(row.image): row.image for _, row in self.rows}
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        return by_picture([self._sample(number, row) for number, row in self.rows])
+
+    def samples(self) -> list[Sample]:
+        return self._samples
+
+    def _sample(self, number: int, row: FolderRow) -> Sample:
+        choices = [f"{name}. {choice}" for name, choice in zip(LETTERS, row.choices, strict=False)]
+        question = "\n".join([row.question, *choices])
+        sentence = SENTENCES[self.scoring] if self.sentence is None else self.sentence
+        return Sample(
+            id=str(number) if row.id is None else row.id,
+            text=f"{question}\n{sentence}" if sentence else question,
+            question=question,
+            answer=self._reference(number, row),
+            image_id=" | ".join(row.image),
+            task=row.category or "",
+            meta={"choices": row.choices} if row.choices else {},
+        )
+
+    def _reference(self, number: int, row: FolderRow) -> Any:
+        """What `correct` compares with. Raises BenchmarkError if the row lacks it."""
+        where = f"row {number + 1} of {self.table}"
+        if self.scoring == "none":
+            return None
+        if not row.accepted:
+            raise BenchmarkError(f"{where} has no answer: give one, or set dataset.scoring=none")
+        if self.scoring in ("vqa", "exact"):
+            return row.accepted
+        if self.scoring == "yes_no":
+            if (answer := plain(row.accepted[0])) not in ("yes", "no"):
+                raise BenchmarkError(f"{where}: the answer is {row.accepted[0]!r}, not yes or no")
+            return answer
+        if not row.choices:
+            raise BenchmarkError(f"{where} has no choices: give some, or another dataset.scoring")
+        if (right := letter(row.accepted[0], row.choices)) is None:
+            raise BenchmarkError(f"{where}: the answer {row.accepted[0]!r} is none of its choices")
+        return right
+
+    def _files(self, image_id: str) -> list[Path]:
+        """Raises SampleError for a path out of the folder."""
+        names, root = self._names[image_id], Path(self.path).resolve()
+        files = [self.table.parent / name.replace("\\", "/") for name in names]
+        for name, file in zip(names, files, strict=True):
+            if not file.resolve().is_relative_to(root) or os.path.isabs(name):
+                raise SampleError(f"the image {name} lies outside of {self.path}")
+        return files
+
+    def fingerprint(self, image_id: str) -> str:
+        try:
+            return " ".join(content_digest(file if file.is_file() else None) for file in self._files(image_id))
+        except SampleError:
+            return ""
+
+    def images(self, image_id: str) -> list[Image.Image]:
+        files = self._files(image_id)
+        if missing := [file for file in files if not file.is_file()]:
+            raise SampleError(f"there is no image {missing[0]}")
+        try:
+            return [self._open(file) for file in files]
+        except ValueError as error:
+            raise SampleError(str(error)) from error
+
+    def correct(self, sample: Sample, prediction: str) -> float:
+        if self.scoring == "vqa":
+            return vqa_accuracy(prediction, sample.answer)
+        if self.scoring == "exact":
+            return float(plain(prediction) in map(plain, sample.answer))
+        if self.scoring == "yes_no":
+            return float(mme_answer(prediction, "lmms_eval") == sample.answer)
+        return float(letter(prediction, sample.meta["choices"]) == sample.answer)
+
+    def is_readable(self, sample: Sample, prediction: str) -> bool:
+        if self.scoring == "yes_no":
+            return mme_answer(prediction, "lmms_eval") != "other"
+        return self.scoring != "choice" or letter(prediction, sample.meta["choices"]) is not None
+
+    def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float | None]:
+        if self.scoring == "none":
+            return [None] * len(samples)
+        return super().score(samples, predictions)
+
+    def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
+        if self.scoring == "none":
+            return {}
+        categories = sorted({sample.task for sample in samples} - {""})
+        scored = list(zip(samples, scores, strict=True))
+        return {"accuracy": list(scores)} | {
+            f"accuracy_{category}": [score for sample, score in scored if sample.task == category]
+            for category in categories
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        return {"scoring": self.scoring}

@@ -1,0 +1,77 @@
+"""Opens every image of a benchmark or of the command line: upright, in RGB, from 8 bits, nothing lost in silence.
+
+What is done to each kind of file is in docs/benchmarks.md. Whatever is not plain is said in ``image.info["note"]``.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+WHITE = (255, 255, 255, 255)
+
+
+def open_image(source: Path | bytes, name: str = "") -> Image.Image:
+    """The image [height, width] in RGB; animated files show their first frame.
+
+    Parameters
+    ----------
+    source : Path or bytes
+        A file, or what is in it.
+    name : str
+        What the error calls the image; its path by default.
+
+    Raises
+    ------
+    ValueError
+        If it is no image, cut short, or larger than Pillow opens.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                n_frames = getattr(image, "n_frames", 1)
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                rgb, note = to_rgb(upright)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{name or source} cannot be decoded: it is no image") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name or source} cannot be decoded: {error}") from error
+    notes = [note] if note else []
+    if n_frames > 1 and image.format != "MPO":  # the further frames of an MPO are a preview or the other eye
+        notes.append(f"first of {n_frames} frames")
+    rgb.info = {"note": ", ".join(notes)} if notes else {}
+    return rgb
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image in RGB, and what was done if that is more than naming the same colours."""
+    if image.mode[0] in "IF":
+        return scaled(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if rgba.getextrema()[3][0] < 255:
+            white = Image.new("RGBA", image.size, WHITE)
+            return Image.alpha_composite(white, rgba).convert("RGB"), "transparency on white"
+        return rgba.convert("RGB"), ""
+    return image.convert("RGB"), ""
+
+
+def scaled(image: Image.Image) -> tuple[Image.Image, str]:
+    """A grey image of more than 8 bits, its smallest value black and its largest white.
+
+    What already lies in 0..255 stays as it is; floats in 0..1 are taken for shares of white.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    if image.mode == "F" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif low >= 0 and high <= 255:
+        low, high = 0.0, 255.0
+    values = np.where(finite, values, low)
+    grey = np.round((values - low) / ((high - low) or 1) * 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB"), f"grey {low:g} to {high:g} shown as black to white"

@@ -1,0 +1,151 @@
+"""dataset=folder: tables and images as people have them, made here."""
+
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from experiments import build
+from experiments.benchmarks.base import BenchmarkError, SampleError, digest, read_samples
+from experiments.benchmarks.folder import Folder, letter, vqa_accuracy
+from experiments.cell import run_cell
+from experiments.results import ROOT, Cell
+
+
+def table(folder, rows, name="questions.jsonl"):
+    (folder / "photos").mkdir(parents=True, exist_ok=True)
+    for k, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 30), colour).save(folder / f"photos/{k}.png")
+    text = "\n".join(map(json.dumps, rows)) if isinstance(rows, list) else rows
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+ROW = {"question": "What color is it ?", "image": "photos/0.png"}
+
+
+def test_a_csv_of_windows_with_its_mark_and_lists(tmp_path):
+    text = (
+        "\ufeffquestion,image,answer,choices,category,id\r\n"
+        '"Which, of these ?",photos/0.png,red,"[""red"", ""blue""]",colour,a\r\n'
+        "Which one ?,photos/0.png|photos/1.png,B,red|blue,pair,b\r\n"
+    )
+    bench = Folder(str(table(tmp_path, text, "questions.csv")))
+    one, two = bench.samples()
+    assert (bench.scoring, one.id, one.answer, two.answer) == ("choice", "a", "A", "B")
+    assert one.text.splitlines()[:3] == ["Which, of these ?", "A. red", "B. blue"]
+    assert [len(bench.images(sample.image_id)) for sample in (one, two)] == [1, 2]
+    assert bench.metrics([one, two], ["A", "A"], bench.score([one, two], ["A", "A"])) == {
+        "accuracy": 50,
+        "accuracy_colour": 100,
+        "accuracy_pair": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "scoring", "right", "wrong"),
+    [
+        ({"answer": "Red"}, "exact", "red.", "dark red"),
+        ({"answer": "yes"}, "yes_no", "Yes, it is", "no"),
+        ({"answers": ["red", "crimson"]}, "vqa", "the red", "blue"),
+        ({"choices": ["red", "blue"], "answer": "blue"}, "choice", "(b) blue", "a"),
+    ],
+)
+def test_the_scoring_follows_the_columns(tmp_path, more, scoring, right, wrong):
+    bench = Folder(str(table(tmp_path, [ROW | more])))
+    assert bench.scoring == scoring
+    (sample,) = bench.samples()
+    assert (bench.correct(sample, right), bench.correct(sample, wrong)) == (1, 0)
+
+
+def test_the_hubs_image_folder(tmp_path):
+    folder = table(tmp_path / "x/test", "file_name,question,answer\nphotos/1.png,What ?,blue\n", "metadata.csv")
+    (sample,) = Folder(str(folder.parent)).samples()
+    assert sample.image_id == "photos/1.png"
+
+
+def test_letters_and_vqa_accuracy():
+    assert [letter(text, ["red", "a dog"]) for text in ("b", "A.", "(B)", "A dog", "a cat", "C", "")] == [
+        *("B", "A", "B", "B"),
+        *(None, None, None),
+    ]
+    assert vqa_accuracy("red", ["red", "blue"]) == 1
+    assert vqa_accuracy("red", ["red"] * 2 + ["blue"] * 8) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([ROW | {"question": None}], {}, r"row 1 of .*questions.jsonl: question is null: "),
+        ([ROW, ROW | {"question": "  "}], {}, r"row 2 of .*: question is '  ': is empty"),
+        ([{"question": "What ?"}], {}, r"row 1 of .*: image is missing; it has question"),
+        ([ROW], {"scoring": "exact"}, r"row 1 of .* has no answer: give one"),
+        ([ROW | {"answer": "red"}], {"scoring": "yes_no"}, r"the answer is 'red', not yes or no"),
+        ([ROW | {"answer": "red"}], {"scoring": "choice"}, r"has no choices"),
+        ([ROW | {"answer": "C", "choices": ["red", "blue"]}], {}, r"the answer 'C' is none of its choices"),
+        ([ROW | {"id": "a"}, ROW | {"id": "a"}], {}, r"two questions have the id a"),
+        ("{", {}, r"questions.jsonl cannot be read"),
+    ],
+)
+def test_a_bad_row_is_named_when_it_is_read(tmp_path, rows, options, message):
+    with pytest.raises(BenchmarkError, match=message):
+        read_samples(Folder(str(table(tmp_path, rows)), **options))
+
+
+def test_bad_rows_can_be_skipped(tmp_path):
+    bench = Folder(str(table(tmp_path, [ROW | {"question": None}, ROW])), on_bad_row="skip")
+    assert len(read_samples(bench)) == 1 and len(bench.skipped) == 1
+
+
+def test_no_folder_and_no_table(tmp_path):
+    for path, message in ((None, "set dataset.path=mydata"), ("nowhere", "no folder nowhere"), (tmp_path, "no questi")):
+        with pytest.raises(BenchmarkError, match=message):
+            Folder(path and str(path)).samples()
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "photos/../../secret.png", "photos/link.png"])
+def test_no_path_leads_out_of_the_folder(tmp_path, name):
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    folder = table(tmp_path / "mine", [ROW | {"image": name}])
+    (folder / "photos/link.png").symlink_to(tmp_path / "secret.png")
+    bench = Folder(str(folder))
+    (sample,) = bench.samples()
+    with pytest.raises(SampleError, match="lies outside of"):
+        bench.images(sample.image_id)
+
+
+def test_the_data_belongs_to_the_cell(tmp_path):
+    """Another answer or another image of the same name is another cell."""
+    folder, digests = table(tmp_path, [ROW | {"answer": "red"}]), []
+
+    def look():
+        bench = Folder(str(folder))
+        digests.append(digest(bench, read_samples(bench)))
+
+    look()
+    table(folder, [ROW | {"answer": "blue"}])
+    look()
+    Image.new("RGB", (40, 30), "blue").save(folder / "photos/0.png")
+    look()
+    assert len(set(digests)) == 3
+
+
+def test_a_folder_runs(tmp_path):
+    rows = [ROW | {"answer": "red"}, {"question": "What color is it ?", "image": "photos/9.png", "answer": "blue"}]
+    folder = table(tmp_path / "mine", rows)
+    common = ["dataset=folder", f"dataset.path={folder}", f"results={tmp_path / 'results'}", "device=cpu", "n_masks=0"]
+
+    def config(*overrides):
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            return build.resolve(compose("config", [*common, "decoding.max_new_tokens=4", *overrides]))
+
+    settings = config()
+    record = run_cell(settings)
+    assert record["n_samples"] == 2 and record["provenance"] == {"scoring": "exact"}
+    assert [failed["error"] for failed in record["failed"]] == [f"there is no image {folder / 'photos/9.png'}"]
+    first = Cell(settings).path
+    (folder / "photos/9.png").write_bytes((folder / "photos/1.png").read_bytes())
+    settings = config()
+    assert run_cell(settings)["failed"] == [] and Cell(settings).path != first
+    assert run_cell(config("dataset.scoring=none"))["metrics"] == {}
