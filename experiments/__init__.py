@@ -9,5 +9,6 @@ if sys.argv[:1] == ["-m"]:  # python is looking for the module of `python -m exp
     if words[:1] == ["estimate"]:
         task, *words = words
     if module.startswith(f"{__name__}.") and (Path(__file__).parent / "tasks" / f"{task}.py").exists():
-        sys.stderr.write(f"{module} is a task of run.py now: {' '.join(['python run.py', f'task={task}', *words])}\n")
+        keys = [word for word in words if "=" in word]
+        sys.stderr.write(f"{module} is a task of run.py now: {' '.join(['python run.py', f'task={task}', *keys])}\n")
         sys.exit(2)

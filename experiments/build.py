@@ -78,8 +78,12 @@ def model(config: dict[str, Any]) -> Adapter:
 def _model(options: str, where: str) -> Adapter:
     options = json.loads(options)
     options.pop("name")
-    local = ROOT / options["path"]
-    return load(**options | {"path": local if local.is_dir() else options["path"]}, device=where)
+    return load(**options | {"path": weights(options["path"])}, device=where)
+
+
+def weights(path: str) -> str:
+    """The folder of a model that is part of the repository, or the name on the hub."""
+    return str(ROOT / path) if (ROOT / path).is_dir() else path
 
 
 def benchmark(config: dict[str, Any]) -> Benchmark:

@@ -55,10 +55,7 @@ class Server:
             max_retries=engine["max_retries"],
             timeout=engine["timeout_s"],
         )
-        self.pruning = {}
-        if config["pruner"]["name"] != "none":
-            options = {key: value for key, value in config["pruner"].items() if key != "name"}
-            self.pruning = {"keep": config["keep"], "pruner": config["pruner"]["name"], "options": options}
+        self.pruning = setting_of(config, config["keep"]) if config["pruner"]["name"] != "none" else {}
 
     def describe(self) -> dict[str, Any]:
         """Name and version of what is served. Raises `BenchmarkError` if the server cannot be reached."""
@@ -148,6 +145,12 @@ class Server:
             f"the server at {self.client.base_url} gave up: {reason}. The answers so far are kept; run the same "
             "command again to ask for the rest"
         )
+
+
+def setting_of(config: dict[str, Any], keep: int | float) -> dict[str, Any]:
+    """The pruner of a config as the plug-in of vLLM reads it."""
+    options = {key: value for key, value in config["pruner"].items() if key != "name"}
+    return {"keep": keep, "pruner": config["pruner"]["name"], "options": options}
 
 
 def check(config: dict[str, Any]) -> None:

@@ -113,6 +113,7 @@ def test_every_task_can_be_started_and_says_what_it_does(word):
         (["efficiency", "experiment=table3"], "python run.py task=efficiency experiment=table3"),
         (["efficiency", "estimate", "model=qwen3vl_8b"], "python run.py task=estimate model=qwen3vl_8b"),
         (["train_demo"], "python run.py task=train_demo"),
+        (["serving", "--soak", "1000"], "python run.py task=serving"),
     ],
 )
 def test_old_commands_name_the_new_one(old, new):

@@ -34,7 +34,7 @@ from experiments.benchmarks.base import BenchmarkError
 from experiments.benchmarks.demo import Demo
 from experiments.cell import run_cell
 from experiments.results import ROOT, Cell
-from experiments.serving import serve, soak
+from experiments.tasks.serving import serve, soak
 from mipruner.decoding import Decoding
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline

