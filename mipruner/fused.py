@@ -10,6 +10,9 @@ tokens have equal gains here, bit for bit, and the lowest index wins.
 
 import importlib.util
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -20,11 +23,17 @@ from mipruner.errors import InputError
 from mipruner.selection import greedy
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-PANEL = 96
-"""Rows a product: small enough to skip nearly half of rho, large enough for full speed."""
+HAS_TILES = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+"""Whether oneDNN multiplies bfloat16 into float32 faster than float32: without AMX, it ignores that it may."""
+
+LEAF = 64
+"""Tokens whose products are all computed; of more, the halves and what lies between them."""
+
+TILE = 2048
+"""Tokens that come in 16 bits and are in float32 at a time."""
 
 ROWS = 512
-"""Rows of rho whose log-sum-exp is taken at a time: it holds their exponentials, for all rows a second rho."""
+"""Rows of rho that are scaled, and whose log-sum-exp is taken, at a time: for all rows either holds a second rho."""
 
 
 def mi_picks(
@@ -98,18 +107,62 @@ def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: 
 
 
 def similarities(visual: Tensor, text: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """rho of eq. 15, [n_visual, n_visual] and [n_visual, n_text], for one sample on a CPU."""
-    n_visual, d = visual.shape
-    tokens = torch.empty(n_visual + len(text), d)
-    for rows, x in ((tokens[:n_visual], visual), (tokens[n_visual:], text)):
-        torch.div(x, x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12), out=rows)
-    rho = torch.empty(n_visual, len(tokens))
-    # The last panel takes the remainder: a product of a row or two would round differently and split ties.
-    edges = [*range(0, max(0, n_visual - PANEL) + 1, PANEL), n_visual]
-    for start, stop in pairwise(edges):
-        torch.mm(tokens[start:stop], tokens[start:].T, out=rho[start:stop, start:])
-        rho[stop:, start:stop] = rho[start:stop, stop:n_visual].T
-    return rho.div_(tau).split([n_visual, len(text)], dim=-1)
+    """rho of eq. 15, [n_visual, n_visual] and [n_visual, n_text], for one sample on a CPU.
+
+    The norms are applied to the products, so that the tokens need no second copy.
+    """
+    n_visual = len(visual)
+    rho, rho_text = torch.empty(n_visual, n_visual), torch.empty(len(text), n_visual)
+    scale, scale_text = (
+        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min_(1e-12).mul_(math.sqrt(tau)).reciprocal_()
+        for x in (visual, text)
+    )
+    # The last tile takes the remainder: a product of a row or two would round differently and split ties.
+    edges = [*range(0, max(0, n_visual - TILE) + 1, TILE), n_visual]
+    with _fastest(visual.dtype, text.dtype):
+        for k, (start, stop) in enumerate(pairwise(edges)):
+            rows = visual[start:stop].float()
+            torch.mm(text.float(), rows.T, out=rho_text[:, start:stop])
+            _products(rows, rho[start:stop, start:stop])
+            for left, right in pairwise(edges[k + 1 :]):
+                torch.mm(rows, visual[left:right].float().T, out=rho[start:stop, left:right])
+                rho[left:right, start:stop] = rho[start:stop, left:right].T
+    for rows, one in zip(rho.split(ROWS), scale.split(ROWS), strict=True):
+        rows.mul_(torch.outer(one, scale))
+    return rho, rho_text.mul_(scale).mul_(scale_text[:, None]).T
+
+
+@contextmanager
+def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
+    """Multiply what came in ``dtypes`` in the fastest way that rounds nothing but sums.
+
+    The product of two bfloat16 numbers is exact in float32, so where tiles (AMX) multiply bfloat16 into float32, oneDNN
+    may take float32 tokens that were bfloat16 for bfloat16. The setting is the whole process's. So it is only used
+    while no other thread of Python's is there whose products it would round.
+    """
+    if set(dtypes) != {torch.bfloat16} or not HAS_TILES or len(sys._current_frames()) > 1:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "bf16"
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _products(tokens: Tensor, out: Tensor) -> None:
+    """The products of tokens [n, d] with each other into out [n, n], half of them mirrored."""
+    n = len(tokens)
+    if n < 2 * LEAF:
+        torch.mm(tokens, tokens.T, out=out)
+        return
+    half = n // 2
+    torch.mm(tokens[:half], tokens[half:].T, out=out[:half, half:])
+    out[half:, :half] = out[:half, half:].T
+    _products(tokens[:half], out[:half, :half])
+    _products(tokens[half:], out[half:, half:])
 
 
 def _relevance(rho_text: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """The fused picks against the plain path, against a float64 reading of the equations, and on exact ties."""
 
 import math
+import threading
 import time
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mipruner import pmi
-from mipruner.fused import PANEL, mi_picks, similarities
+from mipruner import fused, pmi
+from mipruner.fused import LEAF, mi_picks, similarities
 from mipruner.selection import greedy
 
 SHAPES = [(2, 1, 3), (7, 2, 5), (37, 3, 41), (64, 9, 128), (123, 20, 123), (129, 1, 96), (577, 6, 64)]
@@ -73,13 +76,18 @@ def test_exactly_the_plain_picks_at_the_sizes_that_are_used(seed):
     assert torch.equal(picks, reference(visual, text, 64, 0.5))
 
 
-@pytest.mark.parametrize("shape", [(PANEL, 1, 48), (2 * PANEL - 1, 4, 41), (2 * PANEL + 1, 1, 320), (577, 7, 96)])
-def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(LEAF, 1, 48), (2 * LEAF - 1, 4, 41), (2 * LEAF + 1, 1, 320), (577, 7, 96), (576, 2, 4096), (2049, 3, 64)]
+)
+def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "HAS_TILES", dtype == torch.bfloat16)
+    monkeypatch.setattr(fused, "TILE", 1000)
     distinct = shape[0] // 3
-    visual, text = tokens(*shape, distinct=distinct)
+    visual, text = tokens(*shape, distinct=distinct, dtype=dtype)
     rho, _ = similarities(visual, text, 0.1)
     assert torch.equal(rho, rho.T)
-    copies = [(visual == row).all(1).nonzero().flatten() for row in visual.unique(dim=0)]
+    copies = [(visual == row).all(1).nonzero().flatten() for row in visual.float().unique(dim=0)]
     assert len(copies) == distinct
     for copy in copies:
         assert (rho[copy] == rho[copy[0]]).all()
@@ -87,7 +95,66 @@ def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape):
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     assert all((rank[copy].diff() > 0).all() for copy in copies)
-    assert_same_picks(order, visual, text, 0.5)
+    if shape[0] < 1000:
+        assert_same_picks(order, visual, text, 0.5)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_tokens_are_multiplied_exactly(tiles, monkeypatch):
+    """Only sums round: unit tokens in bfloat16 would be wrong by 1e-3."""
+    monkeypatch.setattr(fused, "HAS_TILES", tiles)
+    visual, text = tokens(576, 12, 1024, dtype=torch.bfloat16)
+    unit, unit_text = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (visual, text))
+    rho, rho_text = similarities(visual, text, 1.0)
+    assert rho.dtype == torch.float32
+    assert (rho - unit @ unit.T).abs().max() < 2e-6
+    assert (rho_text - unit @ unit_text.T).abs().max() < 2e-6
+    assert torch.equal(mi_picks(visual, text, 64, 0.5), reference(visual, text, 64, 0.5))
+
+
+def test_the_precision_of_other_products_is_as_it_was(monkeypatch):
+    """The setting is the process's: given back whatever happens, and never taken beside another thread."""
+    monkeypatch.setattr(fused, "HAS_TILES", True)
+    settings = torch.backends.mkldnn.matmul
+    seen = []
+    monkeypatch.setattr(fused.torch, "mm", lambda *_, **__: seen.append(settings.fp32_precision) or 1 / 0)
+    before, half, full = settings.fp32_precision, torch.ones(8, 4, dtype=torch.bfloat16), torch.ones(8, 4)
+
+    def multiply(*of):
+        with pytest.raises(ZeroDivisionError):
+            similarities(*of, 0.1)
+        assert settings.fp32_precision == before
+        return seen.pop()
+
+    assert multiply(half, half) == "bf16"
+    assert multiply(half, full) == multiply(full, half) == multiply(full, full) == before
+    done = threading.Event()
+    beside = threading.Thread(target=done.wait)
+    beside.start()
+    assert multiply(half, half) == before
+    done.set()
+    beside.join()
+
+
+def test_16_bit_tokens_are_never_all_in_float32():
+    """Beside rho there is never a second matrix of its size, nor a float32 copy of tokens that come in 16 bits."""
+    largest = [0]
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, list | tuple) else [out]:
+                if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
+                    largest.append(x.untyped_storage().nbytes())
+            return out
+
+    visual, text = tokens(4500, 3, 256, dtype=torch.bfloat16)
+    known = {visual.untyped_storage().data_ptr(), text.untyped_storage().data_ptr()}
+    with Largest():
+        mi_picks(visual, text, 3, 0.5)
+    rho, *others = sorted(set(largest), reverse=True)
+    assert rho == 4 * 4500**2
+    assert others[0] <= max(2 * fused.TILE * 256 * 4, fused.ROWS * 4500 * 4)
 
 
 def test_tokens_all_equal_are_picked_in_order():
@@ -102,7 +169,7 @@ def test_zero_tokens_stay_finite():
 
 
 def test_the_whole_selection_costs_less_than_the_product_that_the_equations_ask_for():
-    """CPU time of one thread, which does not count what else the machine does; the target is 1.15."""
+    """CPU time of one thread, which does not count what else the machine does; it is 0.8 to 0.9."""
     visual, text = tokens(576, 20, 4096)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -113,7 +180,7 @@ def test_the_whole_selection_costs_less_than_the_product_that_the_equations_ask_
             run()
             best[k] = min(best[k], time.process_time() - start)
     torch.set_num_threads(threads)
-    assert best[1] < 1.15 * best[0]
+    assert best[1] < best[0]
 
 
 @pytest.mark.parametrize("batch", [(3,), (2, 2)])
