@@ -64,6 +64,12 @@ def styles() -> dict[str, tuple[str, str, str]]:
 
 STYLES = styles()
 
+
+def style_of(method: str) -> tuple[str, str, str]:
+    """Colour, marker and line; of a method that is not installed here a grey star."""
+    return STYLES.get(method, (GREY, "*", ":"))
+
+
 PAPER = ", paper"
 COLUMN, PAGE = 3.4, 7.0
 """Widths of one column and of a page in inches; the type is at least 7 points at that size."""
@@ -136,7 +142,7 @@ def over_budget(table: pd.DataFrame) -> Figure:
         fraction = rows.keep[rows.method != "none"].str.contains(".", regex=False).all()
         for method, line in rows[rows.method != "none"].groupby("method", sort=False):
             x = line.keep.astype(float) * (100 if fraction else 1)
-            draw(ax, x, line, tables.METHODS.get(method, method), *STYLES[method])
+            draw(ax, x, line, tables.METHODS.get(method, method), *style_of(method))
         for full in rows[(rows.method == "none") & rows.ours.notna()].head(1).itertuples():
             ax.axhline(full.ours, color=BLACK, lw=0.8, ls=(0, (4, 2)), label=tables.METHODS["none"])
         budgets = sorted(rows.keep[rows.method != "none"].astype(float).unique() * (100 if fraction else 1))
@@ -211,9 +217,11 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     figure, parts = panels(table[table.method != "none"], ["model", "dataset", "keep"])
     for (model, dataset, keep), rows, ax in parts:
         for point in rows.fillna({"error": 0}).itertuples():
-            colour, marker, _ = STYLES[point.method]
+            colour, marker, _ = style_of(point.method)
             style = {"color": colour, "marker": marker, "ls": "none", "elinewidth": 0.8}
-            ax.errorbar(point.latency_ms, point.ours, point.error, label=tables.METHODS[point.method], **style)
+            ax.errorbar(
+                point.latency_ms, point.ours, point.error, label=tables.METHODS.get(point.method, point.method), **style
+            )
         full = table[(table.model == model) & (table.dataset == dataset) & (table.method == "none")]
         for point in full.head(1).itertuples():
             ax.plot(
@@ -233,7 +241,10 @@ def stages(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     figure.set_figheight(len(parts) and 0.22 * max(budgets.size()) + 1.6)
     for (model, keep), rows, ax in parts:
         rows = pd.concat([latency[(latency.model == model) & (latency.method == "none")], rows])[::-1]
-        names = [tables.METHODS[row.method] + (f" ({row.setting})" if row.setting else "") for row in rows.itertuples()]
+        names = [
+            tables.METHODS.get(row.method, row.method) + (f" ({row.setting})" if row.setting else "")
+            for row in rows.itertuples()
+        ]
         left = 0.0
         for stage, colour in STAGES.items():
             part = rows[tables.WANTED].assign(value=math.nan, printed="", metric=f"{stage}_latency_ms")

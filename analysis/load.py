@@ -5,6 +5,7 @@ and task=efficiency.
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 @cache
 def default_settings(model: str, dataset: str, pruner: str) -> dict[str, Any]:
     """The settings of `python run.py model=... dataset=... pruner=...`; none if conf/ has not all of these names."""
+    if not all(re.fullmatch(r"[\w.-]+", str(name)) for name in (model, dataset, pruner)):
+        return {}  # nothing that a record says is read as more than a name
     try:
         with initialize_config_dir(str(CONF), version_base=None):
             config = compose("config", [f"model={model}", f"dataset={dataset}", f"pruner={pruner}"])

@@ -26,27 +26,42 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments import build
+from experiments.benchmarks.base import BenchmarkError, SampleError
+from experiments.explorer.panels import NOTHING
+from mipruner.errors import InputError, ModelError
 
 DIM = 0.82
 """How far a dropped patch fades to white."""
+SIDE = 1000
+"""Pixels of a drawn image's longer side; a panel is 275 wide."""
+PLAIN = {"text.parse_math": False}
+"""Dollars in what people ask are dollars."""
 RIGHT, WRONG = "#0072B2", "#D55E00"
 WORD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
 
 
-def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> np.ndarray:
-    """The picture [height, width, 3] in 0..1 with the dropped patches of ``box`` faded."""
+def thumbnail(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """A copy [height, width] in RGB, no larger than ``side`` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    return small
+
+
+def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> Image.Image:
+    """A thumbnail of the image with the dropped patches of ``box`` faded; the box is in pixels of the image itself."""
+    small = thumbnail(image)
     rows, columns = grid[-2:]
     mask = np.zeros(rows * columns, dtype=np.uint8)
     mask[[k % (rows * columns) for k in kept]] = 255
-    left, top, right, bottom = (round(edge) for edge in box)
-    patches = Image.fromarray(mask.reshape(rows, columns)).resize(
-        (right - left, bottom - top), Image.Resampling.NEAREST
+    left, top, right, bottom = (
+        round(edge * short / long) for edge, short, long in zip(box, 2 * small.size, 2 * image.size, strict=True)
     )
-    canvas = Image.new("L", image.size, 0)
-    canvas.paste(patches, (left, top))
-    shown = np.asarray(canvas, dtype=float)[..., None] / 255
-    pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
-    return pixels * shown + (pixels * (1 - DIM) + DIM) * (1 - shown)
+    size = max(1, right - left), max(1, bottom - top)
+    patches = Image.fromarray(mask.reshape(rows, columns)).resize(size, Image.Resampling.NEAREST)
+    shown = Image.new("L", small.size, 0)
+    shown.paste(patches, (left, top))
+    faded = Image.blend(small, Image.new("RGB", small.size, "white"), DIM)
+    return Image.composite(small, faded, shown)
 
 
 ReadCell = tuple[dict[str, Any], dict[str, dict[str, Any]]]
@@ -70,9 +85,19 @@ def in_lines(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=8, placeholder=" …"))
 
 
+def is_drawable(row: dict[str, Any]) -> bool:
+    """Whether the sample was answered, and its tokens lie on a grid."""
+    return "error" not in row and None not in row["grids"]
+
+
+def shared(answered: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+    """Ids of the samples that can be drawn in each cell."""
+    return [name for name in answered[0] if all(name in rows and is_drawable(rows[name]) for rows in answered)]
+
+
 def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
     """Ids of ``n`` samples whose tokens lie on a grid, each from another picture and task as far as possible."""
-    usable = [row for row in rows if "error" not in row and None not in row["grids"]]
+    usable = [row for row in rows if is_drawable(row)]
     chosen: list[dict[str, Any]] = []
     while usable and len(chosen) < n:
         tasks = [row["task"] for row in chosen]
@@ -85,12 +110,12 @@ def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
 
 def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list[str]:
     """Ids of the samples whose scores vary most between cells, each from another picture and task if possible."""
-    shared = [sample for sample in answered[0] if all(sample in rows for rows in answered)]
-    spread = {sample: pvariance([rows[sample]["correct"] or 0.0 for rows in answered]) for sample in shared}
-    ranked = sorted((sample for sample in shared if spread[sample] > 0), key=lambda sample: -spread[sample])
+    spread = {one: pvariance([rows[one]["correct"] or 0.0 for rows in answered]) for one in shared(answered)}
+    ranked = sorted((sample for sample in spread if spread[sample] > 0), key=lambda sample: -spread[sample])
     return choose([answered[0][sample] for sample in ranked[: 8 * n]], n)
 
 
+@plt.rc_context(PLAIN)
 def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path) -> None:
     """For each sample the whole image, then one panel a cell; blue titles are right answers, orange ones wrong."""
     width = 1 + len(read)
@@ -102,14 +127,14 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
         line = axes[k // per_line, k % per_line * width :]
         first = read[0][1][sample]
         image = benchmark.images(first["image_id"])[0]
-        line[0].imshow(image)
+        line[0].imshow(thumbnail(image))
         question = in_lines(first["question"], 36)
         line[0].set_title(f"{question}\nanswer: {answer_text(first['answer'])}", fontsize=8, loc="left")
         for axis, (record, rows) in zip(line[1:], read, strict=False):
             row = rows[sample]
             axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
             axis.set_title(
-                f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}\n{row['prediction']}",
+                f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}\n{in_lines(said(row), 36)}",
                 fontsize=8,
                 loc="left",
                 color=RIGHT if is_right(row) else WRONG,
@@ -120,6 +145,7 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
     save(figure, out, dpi=110)
 
 
+@plt.rc_context(PLAIN)
 def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
     """One question: the whole picture, then a column a pruner and a row a budget, with what was answered below each."""
     read = [read_cell(cell) for cell in cells]
@@ -131,7 +157,7 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
     figure, axes = plt.subplots(len(budgets), 1 + len(pruners), figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    axes[0, 0].imshow(image)
+    axes[0, 0].imshow(thumbnail(image))
     axes[0, 0].set_title(in_lines(first["question"], 30), fontsize=9, loc="left")
     caption(axes[0, 0], f"answer: {answer_text(first['answer'])}")
     for record, rows in read:
@@ -141,13 +167,14 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
         axis.set_title(
             f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}", fontsize=8, loc="left"
         )
-        caption(axis, row["prediction"], RIGHT if is_right(row) else WRONG)
+        caption(axis, said(row), RIGHT if is_right(row) else WRONG)
     figure.tight_layout()
     save(figure, out, dpi=130)
 
 
 def save(figure, out: Path, **options) -> None:
     """Write a figure and close it; as .jpg where size matters, as the grain of a picture makes a PNG large."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, **options, **({"pil_kwargs": {"quality": 90}} if out.suffix == ".jpg" else {}))
     plt.close(figure)
 
@@ -188,6 +215,7 @@ def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -
     return {"X": values.reshape(*grid[-2:], *values.shape[1:]), "extent": (left, right, bottom, top)}
 
 
+@plt.rc_context(PLAIN)
 def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str], out: Path) -> None:
     """For each sample its picture, the PMI of each word over it on one scale, and the kept patches by their pivot word.
 
@@ -203,14 +231,14 @@ def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str
     for line, sample in zip(axes, samples, strict=True):
         row, (texts, pmi) = rows[sample], maps[sample]
         image = benchmark.images(row["image_id"])[0]
+        small, whole = thumbnail(image), (0, image.width, image.height, 0)
         over = {"grid": row["grids"][0], "box": row["boxes"][0]}
         for axis in line:
             axis.axis("off")
         last = line[1 + len(chosen[sample])]
         for axis in line[: 2 + len(chosen[sample])]:
-            axis.imshow(
-                image if axis is line[0] else image.convert("L"), cmap="gray", vmin=-400 * (axis is last), vmax=255
-            )
+            shown = small if axis is line[0] else small.convert("L")
+            axis.imshow(shown, cmap="gray", vmin=-400 * (axis is last), vmax=255, extent=whole)
             axis.set(xlim=(0, image.width), ylim=(image.height, 0))
         line[0].set_title(in_lines(row["question"], 22), fontsize=7, loc="left")
         for axis, j in zip(line[1:], chosen[sample], strict=False):
@@ -225,7 +253,7 @@ def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str
         others = [k for k in row["kept"][0] if pivot[k] not in chosen[sample]]
         colours[others] = matplotlib.colors.to_rgba("black")
         last.imshow(**patch_image(colours, **over))
-        last.set_title(f"kept {len(row['kept'][0])}, by word\n{row['prediction']}", fontsize=8, loc="left")
+        last.set_title(f"kept {len(row['kept'][0])}, by word\n{in_lines(said(row), 36)}", fontsize=8, loc="left")
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 2}
         last.legend(**place, fontsize=6, frameon=False, handletextpad=0, columnspacing=0.4).set_in_layout(False)
         scale = figure.colorbar(heat, ax=line[0], location="bottom", fraction=0.05, pad=0.04)
@@ -250,6 +278,10 @@ def shown_words(texts: Sequence[str], pmi: np.ndarray, kept: Sequence[int], word
         return [j for j, word in enumerate(plain) if word in words]
     counts = np.bincount(pmi[list(kept)].argmax(1), minlength=len(texts))
     return sorted(j for j in np.argsort(-counts, kind="stable")[:6].tolist() if counts[j])
+
+
+def said(row: dict[str, Any]) -> str:
+    return row["prediction"] or NOTHING
 
 
 def is_right(row: dict[str, Any]) -> bool:
@@ -278,26 +310,33 @@ def main() -> None:
     args = parser.parse_args()
     try:
         draw_asked(args)
-    except ValueError as error:
+    except (ValueError, OSError, InputError, ModelError, BenchmarkError, SampleError) as error:
         parser.exit(2, f"{error}\n")
     print(args.out)
 
 
 def draw_asked(args: argparse.Namespace) -> None:
     """The picture that the command line asks for. Raises ValueError if it names no cell, sample or word."""
-    record, rows = read_cell(args.cells[0])
-    benchmark = build.benchmark(record["config"])
-    if unknown := set(args.ids or ()) - rows.keys():
-        raise ValueError(f"{args.cells[0]} has no sample {', '.join(sorted(unknown))}; the first is {next(iter(rows))}")
-    samples = args.ids or choose(list(rows.values()), args.samples)
+    read = [read_cell(cell) for cell in (args.cells[:1] if args.heat else args.cells)]
+    answered = [rows for _, rows in read]
+    for cell, rows in zip(args.cells, answered, strict=False):
+        if unknown := set(args.ids or ()) - rows.keys():
+            raise ValueError(f"{cell} has no sample {', '.join(sorted(unknown))}; the first is {next(iter(rows))}")
+    drawable = shared(answered)
+    if failed := set(args.ids or ()) - set(drawable):
+        raise ValueError(f"{', '.join(sorted(failed))}: failed, or its tokens lie on no grid")
+    if not drawable:
+        raise ValueError("the cells share no sample that can be drawn: give cells of the same dataset and limit")
+    benchmark = build.benchmark(read[0][0]["config"])
+    samples = args.ids or choose([answered[0][name] for name in drawable], args.samples)
     if args.dialogue and not args.ids:
-        samples = disagreements([read_cell(cell)[1] for cell in args.cells], 1) or samples
+        samples = disagreements(answered, 1) or samples
     if args.heat:
         draw_heat(args.cells[0], benchmark, samples, args.words, args.out)
     elif args.dialogue:
         draw_dialogue(args.cells, benchmark, samples[0], args.out)
     else:
-        draw([read_cell(cell) for cell in args.cells], benchmark, samples, args.out)
+        draw(read, benchmark, samples, args.out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,12 @@ class Case:
     """Line of samples.jsonl by method."""
 
 
+def place(method: str) -> tuple[int, str]:
+    """In the order of the tables; methods that are not installed here come last."""
+    known = list(tables.METHODS)
+    return known.index(method) if method in known else len(known), method
+
+
 def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most.
 
@@ -137,7 +144,7 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     for (model, dataset), group in default.groupby(["model", "dataset"], sort=False):
         every = {cell.method: cell.path for cell in group[group.method == "none"].itertuples()}
         for keep, budget in group[group.method != "none"].groupby("keep", sort=False):
-            order = sorted(budget.itertuples(), key=lambda cell: (list(tables.METHODS).index(cell.method), -cell.seed))
+            order = sorted(budget.itertuples(), key=lambda cell: (place(cell.method), -cell.seed))
             paths = every | {cell.method: cell.path for cell in order}
             answered = {method: masks.read_cell(path)[1] for method, path in paths.items()}
             pruned = [rows for method, rows in answered.items() if method != "none"]
@@ -145,8 +152,11 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
                 rows = {method: rows[sample] for method, rows in answered.items() if sample in rows}
                 try:
                     picture = build.benchmark(group.iloc[0].config).images(next(iter(rows.values()))["image_id"])[0]
-                except (BenchmarkError, SampleError):
+                except SampleError:
                     continue
+                except BenchmarkError as error:
+                    print(f"{group.iloc[0].path} is not drawn: {error}", file=sys.stderr)
+                    break
                 yield Case(model, dataset, keep, picture.convert("RGB"), rows)
 
 

@@ -3,15 +3,17 @@
 import json
 import sys
 from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import isabstract
 from typing import Any
 
 import torch
 import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError
+from experiments.judge import Judge
 from experiments.results import ROOT, parse_method
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
@@ -19,6 +21,10 @@ from mipruner.models import Adapter, load
 from mipruner.pruners import DecoderPruner, Pruner, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
+
+PACKAGES = ("experiments", "mipruner")
+PARTS = (Judge,)
+"""What a benchmark's options may hold an object of."""
 
 LEAST = {"batch_size": 1, "limit": 1, "n_masks": 0, "seed": 0}
 """Keys that are whole numbers, and the smallest that each can be."""
@@ -99,7 +105,7 @@ def benchmark(config: dict[str, Any]) -> Benchmark:
 
 @lru_cache(maxsize=1)
 def _benchmark(options: str) -> Benchmark:
-    return _instantiate(json.loads(options), BenchmarkError)
+    return construct(json.loads(options), Benchmark)
 
 
 def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
@@ -133,16 +139,58 @@ def _pruner_file(name: str) -> dict[str, Any]:
 
 
 def decoding(config: dict[str, Any]) -> Decoding:
-    return _instantiate(config["decoding"], InputError)
-
-
-def _instantiate(options: dict[str, Any], error_class: type[Exception]) -> Any:
-    """The object that options name; says what is wrong with them without Hydra's words around it."""
+    """Raises `InputError`."""
     try:
-        return instantiate(options)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        words = str(cause)
-        if isinstance(cause, TypeError):
-            words = f"{options['_target_'].split('.')[-1]}: {words.split('() ')[-1]}"
-        raise error_class(words) from error
+        return construct(config["decoding"], Decoding)
+    except BenchmarkError as error:
+        raise InputError(str(error)) from error
+
+
+def construct(options: dict[str, Any], base: type) -> Any:
+    """The object of the class ``_target_`` with these options; options with a ``_target_`` of their own come first.
+
+    Records of other people name classes, too. So no other class is ever imported than one of `PACKAGES`, or of an
+    entry point of the group `mipruner.benchmarks`.
+
+    Raises
+    ------
+    BenchmarkError
+        If the class, or one within the options, is none of these or no subclass of ``base`` or `PARTS`; if it does not
+        take the options, or refuses a value.
+    """
+    target, given = options.get("_target_"), {name: _inner(value) for name, value in options.items()}
+    given.pop("_target_", None)
+    cls = _find_class(target, base)
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as error:
+        words = str(error)
+        if isinstance(error, TypeError):
+            words = f"{cls.__name__}: {words.split('() ')[-1]}"
+        raise BenchmarkError(words) from error
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_inner(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return construct(value, PARTS) if "_target_" in value else {name: _inner(part) for name, part in value.items()}
+
+
+def _find_class(target: Any, base: type | tuple[type, ...]) -> type:
+    module, _, name = str(target).rpartition(".")
+    others = {entry.module for entry in entry_points(group="mipruner.benchmarks")}
+    found = None
+    if module.split(".")[0] in PACKAGES or module in others:
+        try:
+            found = getattr(import_module(module), name, None)
+        except ImportError:
+            found = None
+    if not isinstance(found, type) or not issubclass(found, base) or isabstract(found):
+        wanted = base.__name__ if isinstance(base, type) else " or ".join(one.__name__ for one in base)
+        raise BenchmarkError(
+            f"refused: _target_ {str(target)!r} is no {wanted} of this repository, nor of an entry point "
+            "mipruner.benchmarks. Nothing of it was run"
+        )
+    return found

@@ -87,7 +87,7 @@ function panels(root, view, host = {}) {
     const isSame = full ? run.answer === full.answer : run.right !== false;
     const line = make('div', caption, {className: 'answer ' + (isSame ? 'same' : 'changed')});
     const sign = !full || run === full ? '' : isSame ? '= ' : '≠ ', mark = run.right === null ? '' : run.right ? ' ✓' : ' ✗';
-    line.textContent = sign + (run.answer || '(no word)') + mark;
+    line.textContent = sign + (run.answer || '(the model said nothing)') + mark;
     line.title = [sign && (isSame ? 'what it says with all tokens' : 'not what it says with all tokens'), mark && (run.right ? 'right' : 'wrong')].filter(Boolean).join('; ');
     if (run.prompt_tokens) make('div', caption, {className: 'small', textContent: `prompt ${run.prompt_tokens} tokens, visual ${run.layer_mean.toFixed(0)} a layer, ${run.ms.toFixed(0)} ms`});
   }

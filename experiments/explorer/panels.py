@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_WIDTH = 800
 """Of an image in a page, in pixels; a panel is 400 pixels wide."""
+NOTHING = "(the model said nothing)"
+"""In place of an empty answer."""
 HERE = Path(__file__).parent
 DATA = '"__DATA__"'
 """Stands in the template for what is drawn."""
@@ -42,7 +44,7 @@ def saved_page(view: dict[str, Any]) -> str:
 
 def data_url(image: Image.Image, width: int = MAX_WIDTH) -> str:
     """A JPEG of the image, no wider than ``width`` pixels; the boxes of a view are in those of the image itself."""
-    out, small = io.BytesIO(), image.copy()
-    small.thumbnail((width, 4 * width))
+    out = io.BytesIO()
+    small = ImageOps.contain(image, (width, 4 * width)) if image.width > width or image.height > 4 * width else image
     small.save(out, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
