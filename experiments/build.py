@@ -133,8 +133,9 @@ def _pruner_file(name: str) -> dict[str, Any]:
         return {"name": name}
     own = yaml.safe_load(path.read_text())
     for base in own.pop("defaults", []):
+        base, _, part = base.partition("@")
         if base != "_self_":
-            own = _pruner_file(base) | own
+            own = ({part: _pruner_file(base)} if part else _pruner_file(base)) | own
     return own
 
 

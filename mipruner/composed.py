@@ -1,26 +1,40 @@
 """Two methods one after the other: one chooses what enters the language model, one drops more inside it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from mipruner.errors import InputError
+from mipruner.features import Features
 from mipruner.pruners.base import DecoderPruner, DecoderView, Pruner, Reduction
 from mipruner.selection import budget
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, kw_only=True)
 class Composed(DecoderPruner):
-    """``door`` keeps ``keep`` of an image's tokens, ``inside`` brings what entered down to the budget of the prompt."""
+    """``inside`` brings what ``door`` let in down to the budget of the prompt.
+
+    Parameters
+    ----------
+    door : Pruner
+    inside : DecoderPruner
+    enter : int or float
+        How many of a prompt's tokens enter the language model, see `budget`.
+    """
+
+    budget_match: ClassVar[str] = "nominal"
 
     door: Pruner
     inside: DecoderPruner
-    keep: int | float
+    enter: int | float
 
-    def __init__(self, pruners: Sequence[Pruner | DecoderPruner], keep: int | float):
-        if len(pruners) != 2 or not isinstance(pruners[0], Pruner) or not isinstance(pruners[1], DecoderPruner):
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.door, Pruner) or not isinstance(self.inside, DecoderPruner):
             raise InputError("two methods are one before the language model and one inside it, as in ['mi', 'fastv']")
-        for name, value in (("door", pruners[0]), ("inside", pruners[1]), ("keep", keep), ("budget_match", "nominal")):
-            object.__setattr__(self, name, value)
+        if self.inside.budget_match != "nominal":
+            raise InputError("of two methods, the budget is what the second leaves: use budget_match=nominal")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -38,8 +52,14 @@ class Composed(DecoderPruner):
     def reads_text(self) -> bool:
         return self.door.reads_text or self.inside.reads_text
 
+    def notes(self, features: Features) -> dict[str, str]:
+        return self.door.notes(features) | self.inside.notes(features)
+
+    def s_cross(self, features: Features) -> Tensor:
+        return self.door.s_cross(features)
+
     def n_entering(self, n_visual: int, n_keep: int) -> int:
-        n = budget(self.keep, n_visual)
+        n = budget(self.enter, n_visual)
         if n < n_keep:
             raise InputError(f"{n} tokens enter the language model, and {n_keep} are to be left inside: swap them")
         return n
@@ -49,6 +69,3 @@ class Composed(DecoderPruner):
 
     def reduce(self, view: DecoderView, n_keep: int) -> Reduction | None:
         return self.inside.reduce(view, n_keep)
-
-    def nominal(self, n_visual: int, n_keep: int, n_layers: int) -> int:
-        return self.inside.nominal(n_visual, n_keep, n_layers)

@@ -1,6 +1,6 @@
 """Stage 0: what enters the language model of prompts that a `Pruner` shortened, and of the text that follows them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,15 @@ def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tens
         behind = course.valid.new_ones(len(course.valid), n_past - course.valid.shape[1] + n_new)
         mask = torch.cat([course.valid, behind if rest is None else rest], 1).long()
     return {"attention_mask": mask, "position_ids": position_ids[0] if len(position_ids) == 1 else position_ids}, rest
+
+
+def left(visual: Tensor, columns: Tensor, is_visual: Tensor) -> Iterator[Tensor]:
+    """The numbers [n_kept], among the visual tokens of each prompt, of those that rows hold; merged rows hold none.
+
+    is_visual [B, S] is of the prompts as they came, visual [B, n] and columns [B, n] of the rows.
+    """
+    for at, own, places in zip(is_visual, visual, columns, strict=True):
+        yield (at.cumsum(0) - 1)[places[own & (places >= 0)]]
 
 
 def padding(mask: Tensor | dict | None, n_columns: int) -> Tensor | None:

@@ -399,7 +399,10 @@ def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict
             raise InputError(f"{', '.join(options)}: give hyperparameters to each of the methods, as instances")
         if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
             raise InputError(f"{len(pruner)} methods need a budget each: keep=[0.5, 0.25]")
-        return Composed([_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True)], keep[0]), keep[-1]
+        if len(pruner) != 2:
+            raise InputError(f"{len(pruner)} methods: give one, or one before the language model and one inside it")
+        door, inside = (_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True))
+        return Composed(door=door, inside=inside, enter=keep[0]), keep[1]
     if isinstance(pruner, str):
         return make(pruner, **options), keep
     if options:

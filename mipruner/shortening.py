@@ -21,12 +21,11 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from mipruner.arguments import SERVED, Cut, Masks
 from mipruner.caches import Course, course_of, length, mark
-from mipruner.door import Entry, Prompts, enter, follow
+from mipruner.door import Entry, Prompts, enter, follow, left
 from mipruner.errors import InputError
 from mipruner.intercept import Step, intercept
 from mipruner.pruners.base import DecoderPruner, Pruner
@@ -228,9 +227,8 @@ class Shortening:
             if call.prefill is not None:
                 call.prefill.watch(call.stack)
             else:
-                counts = prompts.is_visual.sum(1).tolist()
-                self._here.per_layer = [[n] * len(self.layers) for n in counts]
-                self._here.kept = [torch.arange(n, device=entry.valid.device) for n in counts]
+                self._here.per_layer = [[n] * len(self.layers) for n in entry.is_visual.sum(1).tolist()]
+                self._here.kept = list(left(entry.is_visual, entry.columns, prompts.is_visual))
         if changes or call.prefill is not None:
             call.new = Course(self, entry.removed, entry.last, [entry.valid])
         return changes

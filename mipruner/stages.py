@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mipruner.caches import Course, is_dynamic, length
-from mipruner.door import Entry, Prompts
+from mipruner.door import Entry, Prompts, left
 from mipruner.errors import InputError
 from mipruner.intercept import Call, captured
 from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
@@ -213,9 +213,7 @@ class Prefill:
     def kept(self) -> Iterator[Tensor]:
         """The visual tokens (counted over the prompt as it came) that reached the last layer, merged ones left out."""
         segment = self.segments[-1]
-        for visual, columns, at in zip(segment.visual, segment.columns, self.prompts.is_visual, strict=True):
-            place = columns[visual & (columns >= 0)]
-            yield (at.cumsum(0) - 1)[place]
+        return left(segment.visual, segment.columns, self.prompts.is_visual)
 
     def first_segment(self, kwargs: dict[str, Any]) -> Segment:
         valid, position_ids = self.entry.valid, kwargs.get("position_ids")

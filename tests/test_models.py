@@ -150,7 +150,8 @@ def test_keeping_everything_in_bfloat16(family):
 @pytest.mark.parametrize("name", PRUNERS)
 def test_answers_of_a_batch(family, name):
     """The pipeline as a user calls it: each prompt answered, its budget met, rows that are never pruned on top."""
-    adapter, prompts, pruner = tiny(family), prompts_of(family), PRUNERS[name]()
+    adapter, prompts = tiny(family), prompts_of(family)
+    pruner = PRUNERS[name](**({"enter": 0.5} if name == "mi_fastv" else {}))
     fixed = [sample.n_fixed for sample in encode(adapter, prompts)]
     everything = Pipeline(adapter, pruner, 1.0, Decoding(max_new_tokens=4))(prompts)
     plain = Pipeline(adapter, NoPruner(), 1.0, Decoding(max_new_tokens=4))(prompts)
@@ -161,7 +162,8 @@ def test_answers_of_a_batch(family, name):
             expected = total if name == "none" else max(1, round(0.2 * total))
             assert layers == [expected + n_fixed] * 4
         else:
-            assert layers[0] == total + n_fixed > layers[-1] and layers == sorted(layers, reverse=True)
+            entering = pruner.n_entering(total, max(1, round(0.2 * total)))
+            assert layers[0] == entering + n_fixed > layers[-1] and layers == sorted(layers, reverse=True)
         for selection, n in zip(answer.selections, answer.n_visual, strict=True):
             indices = selection.indices.tolist()
             assert indices == sorted(set(indices))

@@ -16,6 +16,7 @@ from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import collate
+from mipruner.pruners import make
 from mipruner.shortening import shorten
 from test_attach import N, chat, explicit, generated, indices, picture, registered
 from tiny import prompts_of, reference, tiny, tokenizer
@@ -313,7 +314,7 @@ def test_prune_alone_says_that_it_does_nothing():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("inside", ["fastv", "sparsevlm"])
 def test_one_method_at_the_door_and_one_inside(family, inside):
-    """Equal to the second on a prompt that the first made, by hand."""
+    """Around a model and in the pipeline, equal to the second on a prompt that the first made, by hand."""
     adapter, prompts = tiny(family), prompts_of(family)[:1]
     with torch.inference_mode():
         pipeline = Pipeline(adapter, PRUNERS["mi"](), 0.6)
@@ -328,8 +329,20 @@ def test_one_method_at_the_door_and_one_inside(family, inside):
         with mipruner.prune(adapter.model, methods, [0.6, 0.3], tokenizer=adapter.tokenizer) as pruning:
             assert generated(adapter.model, inputs) == expected
         assert sum(pruning.last[0].n_kept) <= n_keep and str(pruning).startswith(f"mi then {inside}, keep=[0.6, 0.3]")
+    if inside == "fastv":
+        both = make("mi_fastv", enter=0.6, door={"name": "mi"}, inside={"name": "fastv", "layer": 2})
+        (answer,) = Pipeline(adapter, both, 0.3, Decoding(max_new_tokens=N))(prompts)
+        assert [answer.tokens] == expected and indices([answer.selections]) == indices(pruning.selections)
+        assert answer.visual_tokens_per_layer[1:3] == [mipruner.budget(0.6, sample.n_visual), n_keep]
+        (answer,), (alone,) = (explicit(adapter, pruner, prompts, 0.8) for pruner in (both, PRUNERS["mi"]()))
+        assert answer.tokens == alone.tokens and indices([answer.selections]) == indices([alone.selections])
+        assert set(answer.visual_tokens_per_layer) == {answer.n_keep}, "nothing is left for the second to drop"
     with pytest.raises(InputError, match="2 methods need a budget each"):
         mipruner.prune(adapter.model, methods, 0.3)
+    with pytest.raises(InputError, match="3 methods: give one, or one before the language model and one inside it"):
+        mipruner.prune(adapter.model, [*methods, "dart"], [0.6, 0.3, 0.2])
+    with pytest.raises(InputError, match="use budget_match=nominal"):
+        mipruner.prune(adapter.model, ["mi", make("fastv", budget_match="layer_mean")], [0.6, 0.3])
     with pytest.raises(InputError, match="one before the language model and one inside it"):
         mipruner.prune(adapter.model, ["fastv", "mi"], [0.6, 0.3])
 

@@ -84,7 +84,7 @@ PRUNERS = Registry()
 
 
 def make(name: str, **options: Any) -> Pruner | DecoderPruner:
-    """The pruner called ``name``, a key of `PRUNERS`, with its hyperparameters.
+    """The pruner called ``name``, a key of `PRUNERS`, with its hyperparameters; a dict stands for a pruner.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def make(name: str, **options: Any) -> Pruner | DecoderPruner:
         hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(f"unknown pruner {name!r}: {hint}choose one of {', '.join(PRUNERS)}")
     try:
-        return PRUNERS[name](**options)
+        return PRUNERS[name](**{key: make(**x) if isinstance(x, dict) else x for key, x in options.items()})
     except TypeError as error:
         raise InputError(f"{name}: {str(error).split('() ')[-1]}") from error
 

@@ -1,0 +1,29 @@
+from dataclasses import dataclass, field
+
+from mipruner.composed import Composed
+from mipruner.pruners.fastv import FastVPruner
+from mipruner.pruners.mi import MIPruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIFastVPruner(Composed):
+    """MI-Pruner chooses what enters the language model; FastV, which sees it at work, brings that down to the budget.
+
+    Parameters
+    ----------
+    door : MIPruner
+    inside : FastVPruner
+    enter : int or float
+        What MI-Pruner lets in of a prompt, see `budget`; never less than is to be left.
+    """
+
+    title = "MI, then FastV"
+    reads = "question, decoder attention"
+    cost = "N² d + E N for E that enter, 2 of L layers at E tokens"
+
+    door: MIPruner = field(default_factory=MIPruner)
+    inside: FastVPruner = field(default_factory=FastVPruner)
+    enter: int | float = 0.25
+
+    def n_entering(self, n_visual: int, n_keep: int) -> int:
+        return max(n_keep, super().n_entering(n_visual, 1))
