@@ -75,21 +75,6 @@ def test_samples_keep_the_contract(name):
     json.dumps([[sample.answer, sample.meta] for sample in samples])
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_right_and_failed_answers(name):
-    bench = benchmark(name)
-    samples = bench.samples()
-    right = [sample.answer[0] if isinstance(sample.answer, list) else sample.answer for sample in samples]
-    scores = bench.score(samples, right)
-    assert scores == [1] * len(samples)
-    assert next(iter(bench.metrics(samples, right, scores).values())) == 100
-    failed = [None] * len(samples)
-    assert bench.score(samples, failed) == [0] * len(samples)
-    metrics = bench.metrics(samples, failed, bench.score(samples, failed))
-    assert next(iter(metrics.values())) == 0
-    assert set(bench.standard_errors(samples, scores)) <= set(metrics)
-
-
 def test_gqa():
     samples = benchmark("gqa").samples()
     assert [sample.id for sample in samples] == ["20000000", "20000003", "20000001", "20000004", "20000002"]

@@ -11,6 +11,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
 )
 
 from experiments.benchmarks.base import Benchmark, Sample, SampleError
@@ -33,6 +36,25 @@ def save_toy_model(folder: Path) -> None:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size=84).save_pretrained(folder)
+
+
+def save_toy_video_model(folder: Path) -> None:
+    """A Video-LLaVA with random weights: 4 x 4 patches a frame, the demo's words."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "experiments/demo/llava")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    config = VideoLlavaConfig(
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **sizes),
+        vision_config=CLIPVisionConfig(image_size=56, patch_size=14, **sizes),
+        image_token_index=image,
+        video_token_index=video,
+    )
+    VideoLlavaForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    VideoLlavaImageProcessor(size={"shortest_edge": 56}, crop_size=size).save_pretrained(folder)
 
 
 class Toy(Benchmark):

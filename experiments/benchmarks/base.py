@@ -5,7 +5,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -55,6 +56,14 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+class Example(NamedTuple):
+    """A row as it stands in the data, an answer to it that is right, and one that is wrong."""
+
+    row: dict[str, Any]
+    right: str
+    wrong: str
+
+
 class Benchmark(ABC):
     """A list of samples and the rule that scores them.
 
@@ -62,8 +71,15 @@ class Benchmark(ABC):
     """
 
     is_video: bool = False
+    examples: Sequence[Example] = ()
+    """Rows that show what the data looks like, in the order of `samples`. Every benchmark is tested with its own."""
     skipped: Sequence[str] = ()
     """What was wrong with each row that was left out, once `samples` was called."""
+
+    @classmethod
+    def write_examples(cls, folder: Path) -> dict[str, Any]:
+        """Write the examples as the data lies on disk. Returns the options with which the benchmark reads them."""
+        raise NotImplementedError
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:

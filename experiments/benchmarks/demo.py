@@ -5,10 +5,12 @@ It needs no download and no GPU, and says nothing about natural images.
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample
 from experiments.demo.questions import TASKS, make_questions
 from experiments.demo.scenes import DENSITIES, FULL_CANVAS, Scene, make_scene, render, scene_generators
 from experiments.metrics import (
@@ -56,7 +58,27 @@ class Demo(Benchmark):
         For a density or a task that is not there.
     """
 
-    max_new_tokens = 4
+    examples = tuple(
+        Example({"question": question}, right, wrong)
+        for question, right, wrong in (
+            ("Is there a moon in the image ?", "yes", "no"),
+            ("Is there a note in the image ?", "no", "yes"),
+            ("Is there a bolt in the image ?", "yes", "no"),
+            ("Is there a cloud in the image ?", "no", "yes"),
+            ("Is there a snowman in the image ?", "yes", "no"),
+            ("Is there a cloud in the image ?", "no", "yes"),
+            ("What color is the snowman ?", "blue", "red"),
+            ("What color is the snowflake ?", "purple", "red"),
+            ("What color is the sword ?", "black", "red"),
+            ("What color is the envelope ?", "red", "blue"),
+            ("Which object is in the image ? A . bishop B . anchor C . knight", "A", "B"),
+            ("Which object is in the image ? A . snowman B . diamond C . balance", "A", "snowman"),
+            ("What number is written on the sign ?", "3 7", "7 3"),
+            ("Is there a gear in the image ?", "yes", "no"),
+            ("Is the umbrella to the right of the sword ?", "yes", "no"),
+            ("Is the bishop purple ?", "no", "yes"),
+        )
+    )
 
     def __init__(
         self,
@@ -74,6 +96,10 @@ class Demo(Benchmark):
         self.density, self.n_scenes, self.seed = density, n_scenes, seed
         self.tasks = TASKS if tasks is None else tasks
         self.canvases, self.n_objects, self.sizes = canvases, n_objects, sizes
+
+    @classmethod
+    def write_examples(cls, folder: Path) -> dict[str, Any]:
+        return {"n_scenes": 1}
 
     def scene(self, index: int) -> Scene:
         rng, _ = scene_generators(self.seed, index)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import AliasChoices, BeforeValidator, Field
 
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
 from experiments.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER
 from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
 from experiments.benchmarks.table import by_picture, content_digest
@@ -109,6 +109,20 @@ class Folder(Benchmark):
     BenchmarkError
         If the folder or its table is not there, a path leads out of it, or the scoring needs what a row lacks.
     """
+
+    examples = (
+        Example({"question": "What is on the table?", "image": "a.png", "answer": "cup"}, right="Cup.", wrong="a cat"),
+        Example({"question": "Is it red?", "image": "b.png", "answer": "yes"}, right="Yes", wrong="no"),
+        Example({"question": "Which number?", "image": ["b.png", "c.png"], "answer": "7"}, right="7.", wrong="8"),
+    )
+
+    @classmethod
+    def write_examples(cls, folder: Path) -> dict[str, Any]:
+        for k, name in enumerate(("a.png", "b.png", "c.png")):
+            Image.new("RGB", (64, 48), (60 * k, 90, 160)).save(folder / name)
+        lines = (json.dumps(example.row) for example in cls.examples)
+        (folder / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return {"path": str(folder)}
 
     def __init__(self, path: str | None, scoring: str = "auto", sentence: str | None = None, on_bad_row: str = "stop"):
         if scoring not in ("auto", *SENTENCES):

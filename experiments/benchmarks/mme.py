@@ -2,17 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from experiments.benchmarks.base import BenchmarkError, Sample
-from experiments.benchmarks.prompts import check_prompt, with_format
+from experiments.benchmarks.base import BenchmarkError, Example, Sample
+from experiments.benchmarks.prompts import with_format
 from experiments.benchmarks.rows import Row, Text, YesNo
-from experiments.benchmarks.table import TableBenchmark, by_picture
+from experiments.benchmarks.table import ShortAnswers, by_picture
 from experiments.metrics import (
     MME_COGNITION,
     MME_PERCEPTION,
     MMERow,
-    check_scoring,
     mme_answer,
     mme_correct,
     mme_scores,
@@ -28,7 +27,7 @@ class MMERowOfFile(Row):
     category: Literal[MME_PERCEPTION + MME_COGNITION]
 
 
-class MME(TableBenchmark):
+class MME(ShortAnswers):
     """Yes or no, scored by category as accuracy + accuracy+, where a picture counts if both its questions are right.
 
     ``prompt``: "short_answer" puts LLaVA's sentence in the place of "Please answer yes or no.", "plain" keeps it.
@@ -39,18 +38,32 @@ class MME(TableBenchmark):
     row = MMERowOfFile
     image_column = "question_id"
 
-    def __init__(
-        self,
-        hub: Sequence[str],
-        path: str | None = None,
-        cognition: bool = False,
-        prompt: str = "short_answer",
-        scoring: str = "llava",
-        on_bad_row: str = "stop",
-    ):
-        super().__init__(hub, path, on_bad_row)
+    examples = (
+        Example(
+            {
+                "question_id": "existence/1.png",
+                "question": "Is there a square in this image? Please answer yes or no.",
+                "answer": "Yes",
+                "category": "existence",
+            },
+            right="Yes",
+            wrong="No",
+        ),
+        Example(
+            {
+                "question_id": "existence/1.png",
+                "question": "Is there a cat in this image? Please answer yes or no.",
+                "answer": "No",
+                "category": "existence",
+            },
+            right="No",
+            wrong="Yes",
+        ),
+    )
+
+    def __init__(self, *args: Any, cognition: bool = False, **options: Any):
+        super().__init__(*args, **options)
         self.categories = MME_PERCEPTION + MME_COGNITION if cognition else MME_PERCEPTION
-        self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)
 
     def samples(self) -> list[Sample]:
         of_picture: Counter[str] = Counter()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from experiments.benchmarks.base import Sample
+from experiments.benchmarks.base import Example, Sample
 from experiments.benchmarks.rows import Row, Text
-from experiments.benchmarks.table import TableBenchmark, by_picture, numbered
+from experiments.benchmarks.table import TableBenchmark
 from experiments.judge import Judge, prompt_hash
 from experiments.metrics import bootstrap, textvqa_normalize
 
@@ -83,30 +83,33 @@ class MMVet(TableBenchmark):
     """
 
     row = MMVetRow
+    examples = (
+        Example(
+            {"question_id": "v1_0", "question": "What is x?", "answer": "-1 <AND> -5", "capability": "ocr,math"},
+            right="x is -1 or -5",
+            wrong="x is 3",
+        ),
+        Example(
+            {"question_id": "v1_1", "question": "Where is this?", "answer": "Rome <OR> Roma", "capability": "rec"},
+            right="In Rome.",
+            wrong="In Paris.",
+        ),
+        Example(
+            {"question_id": "v1_2", "question": "What is beside the cup?", "answer": "spoon", "capability": "rec,spat"},
+            right="A spoon",
+            wrong="A dog",
+        ),
+    )
 
-    def __init__(
-        self, hub: Sequence[str], path: str | None = None, judge: Judge | None = None, on_bad_row: str = "stop"
-    ):
-        super().__init__(hub, path, on_bad_row)
+    def __init__(self, *args: Any, judge: Judge | None = None, **options: Any):
+        super().__init__(*args, **options)
         self.judge = judge
         self.headline = "score" if judge else "offline_score"
 
-    def samples(self) -> list[Sample]:
-        samples = []
-        ids = numbered(row.question_id for _, row, _ in self.rows)
-        for name, (_, row, image_id) in zip(ids, self.rows, strict=True):
-            capabilities = {capability.strip() for capability in row.capability.split(",")}
-            samples.append(
-                Sample(
-                    id=name,
-                    text=row.question,
-                    question=row.question,
-                    answer=row.answer,
-                    image_id=image_id,
-                    task=",".join(sorted(capabilities, key=(*CAPABILITIES, *sorted(capabilities)).index)),
-                )
-            )
-        return by_picture(samples)
+    def sample(self, row: MMVetRow, **ids: str) -> Sample:
+        found = {capability.strip() for capability in row.capability.split(",")}
+        task = ",".join(sorted(found, key=(*CAPABILITIES, *sorted(found)).index))
+        return Sample(text=row.question, question=row.question, answer=row.answer, task=task, **ids)
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return self.score([sample], [prediction])[0]

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
-from experiments.benchmarks.base import Sample
-from experiments.benchmarks.prompts import check_prompt, with_format
+from experiments.benchmarks.base import Example, Sample
+from experiments.benchmarks.prompts import with_format
 from experiments.benchmarks.rows import Row, Text, YesNo
-from experiments.benchmarks.table import TableBenchmark, by_picture, numbered
-from experiments.metrics import POPE_CATEGORIES, POPERow, check_scoring, mme_answer, pope_correct, pope_scores
+from experiments.benchmarks.table import ShortAnswers
+from experiments.metrics import POPE_CATEGORIES, POPERow, mme_answer, pope_correct, pope_scores
 
 
 class POPERowOfFile(Row):
@@ -24,7 +24,7 @@ class POPERowOfFile(Row):
     category: Literal[POPE_CATEGORIES]
 
 
-class POPE(TableBenchmark):
+class POPE(ShortAnswers):
     """Object presence, yes or no: accuracy, F1 and yes-rate of each category, and the mean of the three.
 
     ``prompt``: "short_answer" is LLaVA's; "plain" is the bare question, which the full-token row of MI-Pruner's tables
@@ -34,33 +34,48 @@ class POPE(TableBenchmark):
 
     row = POPERowOfFile
     image_column = "image_source"
+    examples = (
+        Example(
+            {
+                "question_id": "1",
+                "question": "Is there a snowboard in the image?",
+                "answer": "yes",
+                "image_source": "COCO_1",
+                "category": "random",
+            },
+            right="Yes",
+            wrong="No",
+        ),
+        Example(
+            {
+                "question_id": "1",
+                "question": "Is there a car in the image?",
+                "answer": "no",
+                "image_source": "COCO_2",
+                "category": "popular",
+            },
+            right="No, there is not.",
+            wrong="yes",
+        ),
+        Example(
+            {
+                "question_id": "1",
+                "question": "Is there a bench in the image?",
+                "answer": "no",
+                "image_source": "COCO_3",
+                "category": "adversarial",
+            },
+            right="no",
+            wrong="Yes, there is.",
+        ),
+    )
 
-    def __init__(
-        self,
-        hub: Sequence[str],
-        path: str | None = None,
-        prompt: str = "short_answer",
-        scoring: str = "llava",
-        on_bad_row: str = "stop",
-    ):
-        super().__init__(hub, path, on_bad_row)
-        self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)
+    def name(self, number: int, row: POPERowOfFile) -> str:
+        return f"{row.category}/{row.question_id}"
 
-    def samples(self) -> list[Sample]:
-        ids = numbered(f"{row.category}/{row.question_id}" for _, row, _ in self.rows)
-        return by_picture(
-            [
-                Sample(
-                    id=name,
-                    text=with_format(row.question, self.prompt),
-                    question=row.question,
-                    answer=row.answer,
-                    image_id=image_id,
-                    task=row.category,
-                )
-                for name, (_, row, image_id) in zip(ids, self.rows, strict=True)
-            ]
-        )
+    def sample(self, row: POPERowOfFile, **ids: str) -> Sample:
+        text = with_format(row.question, self.prompt)
+        return Sample(text=text, question=row.question, answer=row.answer, task=row.category, **ids)
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return pope_correct(prediction, sample.answer, self.scoring)

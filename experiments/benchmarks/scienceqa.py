@@ -1,14 +1,13 @@
 """ScienceQA-IMG, test: the 2,017 of 4,241 questions with a picture. https://arxiv.org/abs/2209.09513"""
 
-from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from experiments.benchmarks.base import Sample
+from experiments.benchmarks.base import Example, Sample
 from experiments.benchmarks.prompts import OPTION_LETTER
 from experiments.benchmarks.rows import Row, Text
-from experiments.benchmarks.table import TableBenchmark, by_picture
+from experiments.benchmarks.table import TableBenchmark
 from experiments.metrics import check_scoring, scienceqa_correct, scienceqa_letter
 
 LETTERS = "ABCDE"
@@ -36,28 +35,46 @@ class ScienceQA(TableBenchmark):
     config = "ScienceQA-IMG"
     row = ScienceQARow
 
-    def __init__(self, hub: Sequence[str], path: str | None = None, scoring: str = "llava", on_bad_row: str = "stop"):
-        super().__init__(hub, path, on_bad_row)
+    examples = (
+        Example(
+            {
+                "question": "Which state of matter is the square?",
+                "choices": ["solid", "liquid"],
+                "answer": 0,
+                "hint": "Figure: a made-up square.",
+                "subject": "natural science",
+            },
+            right="A",
+            wrong="B",
+        ),
+        Example(
+            {
+                "question": "Which of these is a gas?",
+                "choices": ["ice", "water", "steam"],
+                "answer": 2,
+                "hint": None,
+                "subject": "natural science",
+            },
+            right="The answer is C.",
+            wrong="steam",
+        ),
+    )
+
+    def __init__(self, *args: Any, scoring: str = "llava", **options: Any):
+        super().__init__(*args, **options)
         self.scoring = check_scoring(scoring)
 
-    def samples(self) -> list[Sample]:
-        samples = []
-        for number, row, image_id in self.rows:
-            context = [f"Context: {row.hint}"] if row.hint else []
-            choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row.choices, strict=False)]
-            question = "\n".join([*context, row.question, *choices])
-            samples.append(
-                Sample(
-                    id=str(number),
-                    text=f"{question}\n{OPTION_LETTER}",
-                    question=question,
-                    answer=LETTERS[row.answer],
-                    image_id=image_id,
-                    task=row.subject or "",
-                    meta={"n_choices": len(row.choices)},
-                )
-            )
-        return by_picture(samples)
+    def name(self, number: int, row: ScienceQARow) -> str:
+        return str(number)
+
+    def sample(self, row: ScienceQARow, **ids: str) -> Sample:
+        context = [f"Context: {row.hint}"] if row.hint else []
+        choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row.choices, strict=False)]
+        question = "\n".join([*context, row.question, *choices])
+        text, meta = f"{question}\n{OPTION_LETTER}", {"n_choices": len(row.choices)}
+        return Sample(
+            text=text, question=question, answer=LETTERS[row.answer], task=row.subject or "", meta=meta, **ids
+        )
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return scienceqa_correct(prediction, sample.answer, sample.meta["n_choices"], self.scoring)

@@ -4,6 +4,7 @@ Only the parquet files of the wanted split are fetched (TextVQA: 0.9 of 8.1 GB).
 """
 
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -11,6 +12,8 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
@@ -18,8 +21,10 @@ from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 from PIL import Image
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.prompts import check_prompt
 from experiments.benchmarks.rows import Row, check_on_bad_row, check_rows
 from experiments.images import open_image
+from experiments.metrics import check_scoring
 
 HUB_TIMEOUT_S = 5
 
@@ -217,6 +222,16 @@ def by_content(names: Iterable[str | None], digests: Iterable[str]) -> list[str]
     return ids
 
 
+def write_table(file: Path, rows: Sequence[dict[str, Any]], image: str | None = "image") -> None:
+    """A parquet file of rows, each with a small image of its own in the column ``image``."""
+    rows = list(rows)
+    for number, row in enumerate(rows if image else ()):
+        content = io.BytesIO()
+        Image.new("RGB", (32, 32), (60 * number % 256, 90, 160)).save(content, "PNG")
+        rows[number] = {image: {"bytes": content.getvalue(), "path": None}} | row
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
 class TableBenchmark(Benchmark):
     """A benchmark that is one table with an image in each row.
 
@@ -232,6 +247,8 @@ class TableBenchmark(Benchmark):
         The columns, apart from the image.
     image_column : str, optional
         The column that names the image. Rows share an image if name and content are the same.
+
+    A subclass says how a row becomes a `sample`, and what names it, if that is not its question_id.
     """
 
     config: str | None = None
@@ -241,6 +258,11 @@ class TableBenchmark(Benchmark):
 
     def __init__(self, hub: Sequence[str], path: str | None = None, on_bad_row: str = "stop"):
         self.hub, self.path, self.on_bad_row = hub, path, check_on_bad_row(on_bad_row)
+
+    @classmethod
+    def write_examples(cls, folder: Path) -> dict[str, Any]:
+        write_table(folder / f"{cls.split}.parquet", [example.row for example in cls.examples])
+        return {"path": str(folder)}
 
     @cached_property
     def _read(self) -> tuple[Dataset, list[Path]]:
@@ -286,3 +308,32 @@ class TableBenchmark(Benchmark):
         rows = self.table.remove_columns("image").to_list()
         good, self.skipped = check_rows(rows, self.row, where, self.on_bad_row)
         return [(number, row, self.image_ids[number]) for number, row in good]
+
+    def samples(self) -> list[Sample]:
+        names = numbered(self.name(number, row) for number, row, _ in self.rows)
+        rows = zip(names, self.rows, strict=True)
+        return by_picture([self.sample(row, id=name, image_id=image_id) for name, (_, row, image_id) in rows])
+
+    def name(self, number: int, row: Any) -> str:
+        """What names a row; of several with one name the later ones are numbered."""
+        return row.question_id
+
+    def sample(self, row: Any, **ids: str) -> Sample:
+        """The question of a row, given the ids of the sample and of its image."""
+        raise NotImplementedError
+
+
+class ShortAnswers(TableBenchmark):
+    """A table of questions with short answers.
+
+    Attributes
+    ----------
+    prompt : "short_answer" or "plain"
+        Whether LLaVA's sentence stands below the question.
+    scoring : "llava" or "lmms_eval"
+        Whose rule reads the answer.
+    """
+
+    def __init__(self, *args: Any, prompt: str = "short_answer", scoring: str = "llava", **options: Any):
+        super().__init__(*args, **options)
+        self.prompt, self.scoring = check_prompt(prompt), check_scoring(scoring)

@@ -1,14 +1,13 @@
 """TextVQA, validation: 5,000 questions, each with ten answers and OCR tokens. https://arxiv.org/abs/1904.08920"""
 
-from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from experiments.benchmarks.base import Sample
+from experiments.benchmarks.base import Example, Sample
 from experiments.benchmarks.prompts import SHORT_ANSWER
 from experiments.benchmarks.rows import Row, Text
-from experiments.benchmarks.table import TableBenchmark, by_picture, numbered
+from experiments.benchmarks.table import TableBenchmark
 from experiments.metrics import textvqa_accuracy
 
 
@@ -31,27 +30,40 @@ class TextVQA(TableBenchmark):
     row = TextVQARow
     image_column = "image_id"
 
-    def __init__(self, hub: Sequence[str], path: str | None = None, ocr: bool = True, on_bad_row: str = "stop"):
-        super().__init__(hub, path, on_bad_row)
+    examples = (
+        Example(
+            {
+                "image_id": "a",
+                "question_id": "34602",
+                "question": "what is the brand?",
+                "answers": ["acme"] * 9 + ["acme corp"],
+                "ocr_tokens": ["ACME", "12"],
+            },
+            right="Acme.",
+            wrong="12",
+        ),
+        Example(
+            {
+                "image_id": "b",
+                "question_id": "34603",
+                "question": "what is the time?",
+                "answers": ["ten past ten"] * 10,
+                "ocr_tokens": [],
+            },
+            right="ten past ten",
+            wrong="noon",
+        ),
+    )
+
+    def __init__(self, *args: Any, ocr: bool = True, **options: Any):
+        super().__init__(*args, **options)
         self.ocr = ocr
 
-    def samples(self) -> list[Sample]:
-        samples = []
-        ids = numbered(row.question_id for _, row, _ in self.rows)
-        for name, (_, row, image_id) in zip(ids, self.rows, strict=True):
-            question = row.question.capitalize()  # as in LLaVA's file, which lowers all other letters
-            ocr = [f"Reference OCR token: {', '.join(row.ocr_tokens)}"] if self.ocr else []
-            samples.append(
-                Sample(
-                    id=name,
-                    text="\n".join([question, *ocr, SHORT_ANSWER]),
-                    question=question,
-                    content="\n".join([question, *ocr]),
-                    answer=row.answers,
-                    image_id=image_id,
-                )
-            )
-        return by_picture(samples)
+    def sample(self, row: TextVQARow, **ids: str) -> Sample:
+        question = row.question.capitalize()  # as in LLaVA's file, which lowers all other letters
+        content = f"{question}\nReference OCR token: {', '.join(row.ocr_tokens)}" if self.ocr else question
+        text = f"{content}\n{SHORT_ANSWER}"
+        return Sample(text=text, question=question, content=content, answer=row.answers, **ids)
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return textvqa_accuracy(prediction, sample.answer)

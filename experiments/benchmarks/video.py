@@ -4,6 +4,7 @@ https://arxiv.org/abs/2311.10122; the judge is Video-ChatGPT's, https://arxiv.or
 """
 
 import ast
+import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 from pydantic import AliasChoices, Field, create_model
 
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError
+from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
 from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
 from experiments.benchmarks.table import by_picture
 from experiments.judge import Judge, prompt_hash
@@ -164,6 +165,37 @@ class VideoQA(Benchmark):
     """
 
     is_video = True
+    examples = (
+        Example(
+            {"question_id": "v0_0", "video_name": "v0", "question": "what is a man doing?", "answer": "run"},
+            right="He is on the run.",
+            wrong="He sleeps.",
+        ),
+        Example(
+            {"question_id": "v0_1", "video_name": "v0", "question": "what color is the car?", "answer": "red"},
+            right="red",
+            wrong="blue",
+        ),
+        Example(
+            {"question_id": "v1_0", "video_name": "v1", "question": "who sings in the video?", "answer": "girl"},
+            right="A girl sings.",
+            wrong="nobody",
+        ),
+    )
+
+    @classmethod
+    def write_examples(cls, folder: Path) -> dict[str, Any]:
+        rows = [example.row for example in cls.examples]
+        for name in {row["video_name"] for row in rows}:
+            first, *rest = (Image.new("RGB", (64, 48), (20 * k, 90, 160)) for k in range(10))
+            first.save(folder / f"{name}.gif", save_all=True, append_images=rest)
+        for file, columns in (
+            ("test_q", ("question_id", "video_name", "question")),
+            ("test_a", ("question_id", "answer")),
+        ):
+            part = [{column: row[column] for column in columns} for row in rows]
+            (folder / f"{file}.json").write_text(json.dumps(part), encoding="utf-8")
+        return {"path": str(folder), "videos": "."}
 
     def __init__(
         self,
