@@ -6,12 +6,14 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import isabstract
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import benchmarks
 from experiments.benchmarks.base import Benchmark, BenchmarkError
 from experiments.judge import Judge
 from experiments.results import ROOT, parse_method
@@ -21,10 +23,6 @@ from mipruner.models import Adapter, load
 from mipruner.pruners import DecoderPruner, Pruner, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
-
-PACKAGES = ("experiments", "mipruner")
-PARTS = (Judge,)
-"""What a benchmark's options may hold an object of."""
 
 LEAST = {"batch_size": 1, "limit": 1, "n_masks": 0, "seed": 0}
 """Keys that are whole numbers, and the smallest that each can be."""
@@ -105,7 +103,40 @@ def benchmark(config: dict[str, Any]) -> Benchmark:
 
 @lru_cache(maxsize=1)
 def _benchmark(options: str) -> Benchmark:
-    return construct(json.loads(options), Benchmark)
+    return make_benchmark(**{"name": None} | json.loads(options))
+
+
+def make_benchmark(name: str, **options: Any) -> Benchmark:
+    """The benchmark called ``name``, see `benchmark_class`; the options of a judge become a judge.
+
+    Raises
+    ------
+    BenchmarkError
+        If there is no such benchmark, or it does not take the options or refuses a value.
+    """
+    cls = benchmark_class(name)
+    if options.get("judge"):
+        options["judge"] = _construct(Judge, options["judge"], BenchmarkError)
+    return _construct(cls, options, BenchmarkError)
+
+
+def benchmark_class(name: str) -> type[Benchmark]:
+    """The benchmark of a file of experiments/benchmarks, or of an entry point of the group `mipruner.benchmarks`.
+
+    Records of other people name benchmarks too: nothing else is imported. Raises `BenchmarkError`.
+    """
+    values = []
+    if name in [module.name for module in iter_modules(benchmarks.__path__)]:
+        module = import_module(f"{benchmarks.__name__}.{name}")
+        values = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    values += [entry.load() for entry in entry_points(group="mipruner.benchmarks") if entry.name == name]
+    for value in values:
+        if isinstance(value, type) and issubclass(value, Benchmark) and not isabstract(value):
+            return value
+    raise BenchmarkError(
+        f"there is no benchmark {name!r}: neither a file of experiments/benchmarks nor an entry point "
+        "mipruner.benchmarks"
+    )
 
 
 def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
@@ -141,57 +172,13 @@ def _pruner_file(name: str) -> dict[str, Any]:
 
 def decoding(config: dict[str, Any]) -> Decoding:
     """Raises `InputError`."""
+    return _construct(Decoding, config["decoding"], InputError)
+
+
+def _construct(cls: type[Any], options: Any, error_class: type[Exception]) -> Any:
     try:
-        return construct(config["decoding"], Decoding)
-    except BenchmarkError as error:
-        raise InputError(str(error)) from error
-
-
-def construct(options: dict[str, Any], base: type) -> Any:
-    """The object of the class ``_target_`` with these options; options with a ``_target_`` of their own come first.
-
-    Records of other people name classes, too. So no other class is ever imported than one of `PACKAGES`, or of an
-    entry point of the group `mipruner.benchmarks`.
-
-    Raises
-    ------
-    BenchmarkError
-        If the class, or one within the options, is none of these or no subclass of ``base`` or `PARTS`; if it does not
-        take the options, or refuses a value.
-    """
-    target, given = options.get("_target_"), {name: _inner(value) for name, value in options.items()}
-    given.pop("_target_", None)
-    cls = _find_class(target, base)
-    try:
-        return cls(**given)
-    except (TypeError, ValueError) as error:
-        words = str(error)
-        if isinstance(error, TypeError):
-            words = f"{cls.__name__}: {words.split('() ')[-1]}"
-        raise BenchmarkError(words) from error
-
-
-def _inner(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_inner(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    return construct(value, PARTS) if "_target_" in value else {name: _inner(part) for name, part in value.items()}
-
-
-def _find_class(target: Any, base: type | tuple[type, ...]) -> type:
-    module, _, name = str(target).rpartition(".")
-    others = {entry.module for entry in entry_points(group="mipruner.benchmarks")}
-    found = None
-    if module.split(".")[0] in PACKAGES or module in others:
-        try:
-            found = getattr(import_module(module), name, None)
-        except ImportError:
-            found = None
-    if not isinstance(found, type) or not issubclass(found, base) or isabstract(found):
-        wanted = base.__name__ if isinstance(base, type) else " or ".join(one.__name__ for one in base)
-        raise BenchmarkError(
-            f"refused: _target_ {str(target)!r} is no {wanted} of this repository, nor of an entry point "
-            "mipruner.benchmarks. Nothing of it was run"
-        )
-    return found
+        return cls(**options)
+    except TypeError as error:
+        raise error_class(f"{cls.__name__}: {str(error).split('() ')[-1]}") from error
+    except ValueError as error:
+        raise error_class(str(error)) from error

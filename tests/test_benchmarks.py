@@ -21,8 +21,8 @@ from PIL import Image
 
 from experiments import images
 from experiments.benchmarks import table
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError, digest, read_samples
-from experiments.build import construct
+from experiments.benchmarks.base import BenchmarkError, Sample, SampleError, digest, read_samples
+from experiments.build import make_benchmark
 
 ROOT = Path(__file__).parent.parent
 SCHEMAS = ROOT / "tests/data/schemas"
@@ -47,7 +47,7 @@ def benchmark(name, path=None, **options):
     config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml")})
     config.dataset.path = str(path or FILES[name])
     config.dataset.benchmark.update(options)
-    return construct(OmegaConf.to_container(config.dataset.benchmark, resolve=True), Benchmark)
+    return make_benchmark(**OmegaConf.to_container(config.dataset.benchmark, resolve=True))
 
 
 def rewrite(name, target, change):
@@ -430,7 +430,7 @@ def hub(monkeypatch, repositories):
 
 def from_hub(name):
     config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml")})
-    return construct(OmegaConf.to_container(config.dataset.benchmark, resolve=True), Benchmark)
+    return make_benchmark(**OmegaConf.to_container(config.dataset.benchmark, resolve=True))
 
 
 def test_hub_fetches_the_split_alone_and_serves_it_without_a_network(monkeypatch):

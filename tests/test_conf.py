@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
 
 from experiments import build
 from experiments.results import ROOT, cell_id
@@ -38,7 +37,7 @@ def test_datasets(word):
     dataset = resolved(f"dataset={word}")["dataset"]
     assert dataset["name"] == word and 0 <= dataset["lam"] <= 1 and dataset["max_new_tokens"] > 0
     benchmark = dataset["benchmark"]
-    inspect.signature(get_class(benchmark.pop("_target_"))).bind(**benchmark)
+    inspect.signature(build.benchmark_class(benchmark.pop("name"))).bind(**benchmark)
 
 
 @pytest.mark.parametrize("word", words("pruner"))

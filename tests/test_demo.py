@@ -11,9 +11,9 @@ from hydra import compose, initialize
 from omegaconf import OmegaConf
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache
 
-from experiments.benchmarks.base import Benchmark, BenchmarkError
+from experiments.benchmarks.base import BenchmarkError
 from experiments.benchmarks.demo import Demo
-from experiments.build import construct
+from experiments.build import make_benchmark
 from experiments.demo.questions import make_questions
 from experiments.demo.scenes import COLORS, DENSITIES, THEMES, glyph_mask, make_scene, render, scene_generators
 
@@ -230,7 +230,7 @@ def test_configs_and_bad_names():
         for name, tasks in (("demo", 5), ("demo_sparse", 5), ("demo_canvases", 5), ("demo_pope", 1), ("demo_mme", 1)):
             config = compose("config", [f"dataset={name}", "dataset.benchmark.n_scenes=8"]).dataset
             assert config.name == name and config.lam == 0.5
-            demo = construct(OmegaConf.to_container(config.benchmark, resolve=True), Benchmark)
+            demo = make_benchmark(**OmegaConf.to_container(config.benchmark, resolve=True))
             assert len({s.task for s in demo.samples()}) == tasks
             sizes = {demo.images(str(i))[0].size for i in range(8)}
             assert len(sizes) == (4 if name == "demo_canvases" else 1)

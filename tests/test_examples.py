@@ -8,7 +8,6 @@ import datasets
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
 
 from experiments import benchmarks, build
 from experiments.benchmarks.base import Benchmark
@@ -22,9 +21,9 @@ def found():
     """{name of a file of conf/dataset: class}, one of each class."""
     classes = {}
     for file in sorted(CONF.glob("*.yaml")):
-        target = yaml.safe_load(file.read_text()).get("benchmark", {}).get("_target_")
-        if target:
-            classes.setdefault(get_class(target), file.stem)
+        name = yaml.safe_load(file.read_text()).get("benchmark", {}).get("name")
+        if name:
+            classes.setdefault(build.benchmark_class(name), file.stem)
     return {name: cls for cls, name in classes.items()}
 
 

@@ -14,8 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.benchmarks import mmvet
-from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample
-from experiments.build import construct
+from experiments.benchmarks.base import BenchmarkError, Sample
+from experiments.build import make_benchmark
 from experiments.judge import Judge
 from loopback import content, server
 
@@ -195,7 +195,7 @@ def test_a_kill_in_the_middle(tmp_path, record_property):
 def benchmark(judge):
     config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / "conf/dataset/mmvet.yaml"), "judge": judge})
     config.dataset.path = str(ROOT / "tests/data/schemas/mmvet_test.parquet")
-    return construct(OmegaConf.to_container(config.dataset.benchmark, resolve=True), Benchmark)
+    return make_benchmark(**OmegaConf.to_container(config.dataset.benchmark, resolve=True))
 
 
 def judge_config(url, tmp_path):

@@ -104,7 +104,7 @@ def test_cells_of_other_samples_are_drawn_where_they_meet(tmp_path, monkeypatch,
 def test_a_data_set_that_is_not_there_and_a_folder_that_is_made(tmp_path, monkeypatch, capsys):
     folder = write(tmp_path / "one", "mi", ROW)
     record = json.loads((folder / "record.json").read_text())
-    options = {"_target_": "experiments.benchmarks.pope.POPE", "hub": [], "path": "/nowhere/pope.parquet"}
+    options = {"name": "pope", "hub": [], "path": "/nowhere/pope.parquet"}
     record["config"]["dataset"]["benchmark"] = options
     (folder / "record.json").write_text(json.dumps(record))
     status, said = run(monkeypatch, capsys, folder)

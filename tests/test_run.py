@@ -41,13 +41,13 @@ def config(tmp_path, *overrides, **toy):
             [f"results={tmp_path}", f"model.path={MODEL}", "n_masks=0", "batch_size=4", "keep=4", *overrides],
         )
     resolved = build.resolve(cfg)
-    resolved["dataset"] = {"name": "toy", "lam": 0.5, "max_new_tokens": 3, "benchmark": {"_target_": "toy.Toy", **toy}}
+    resolved["dataset"] = {"name": "toy", "lam": 0.5, "max_new_tokens": 3, "benchmark": {"name": "toy", **toy}}
     resolved["decoding"]["max_new_tokens"] = 3
     return resolved
 
 
 def command(tmp_path, *overrides):
-    toy = ["~dataset.benchmark", "+dataset.benchmark._target_=toy.Toy", "dataset.name=toy"]
+    toy = ["~dataset.benchmark", "+dataset.benchmark.name=toy", "dataset.name=toy"]
     multirun = [override for override in overrides if override == "-m"]
     overrides = [override for override in overrides if override != "-m"]
     common = [f"model.path={MODEL}", "decoding.max_new_tokens=3", "n_masks=0", f"results={tmp_path}", "batch_size=2"]

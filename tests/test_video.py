@@ -13,8 +13,8 @@ from PIL import Image
 
 from clips import greys, write_set, write_video
 from experiments.benchmarks import video
-from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError, read_samples
-from experiments.build import construct
+from experiments.benchmarks.base import BenchmarkError, SampleError, read_samples
+from experiments.build import make_benchmark
 
 ROOT = Path(__file__).parent.parent
 VIDEOS = {"msvd": "videos", "msrvtt": "videos/all", "tgif": "mp4"}
@@ -34,7 +34,7 @@ def benchmark(name, path, judge=None, **options):
     config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml"), "judge": judge or {}})
     config.dataset.path = str(path) if path else None
     config.dataset.benchmark.update(options)
-    return construct(OmegaConf.to_container(config.dataset.benchmark, resolve=True), Benchmark)
+    return make_benchmark(**OmegaConf.to_container(config.dataset.benchmark, resolve=True))
 
 
 @pytest.mark.parametrize("name", VIDEOS)
