@@ -24,7 +24,7 @@ from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.base import Adapter
 from mipruner.pipeline import Answer
-from mipruner.prompt import Prompt, Tokens, Visual
+from mipruner.prompt import Picture, Prompt, Tokens, Visual
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.pruners.none import NoPruner
 from mipruner.selection import Auto, Selection, budget
@@ -168,6 +168,8 @@ class Engine:
         length = self._padded(longest + self.n_keep + decoding.max_new_tokens)
         self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
         self.graphs: dict[tuple, Graph] = {}
+        self.asked: tuple[Picture | None, dict] = None, {}
+        """The latest picture, and `Features.held` of it."""
         self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
         """Called around each stage. Nothing is timed by default, because a clock makes the host wait."""
 
@@ -267,7 +269,9 @@ class Engine:
             signals["valid"] = pixels["valid"].flatten().to(self.adapter.device)
         signals |= self.adapter.text_signals(prompt, tokens, self.pruner.signals)
         text = self.adapter.model.get_input_embeddings()(text_ids)
-        features = Features(visual.rows, text, self.picture.grid, **signals, sample=prompt.sample)
+        if self.asked[0] is not prompt.images[0]:
+            self.asked = prompt.images[0], {}
+        features = Features(visual.rows, text, self.picture.grid, **signals, sample=prompt.sample, held=self.asked[1])
         selection = self.pruner(features, self.n_keep)
         if selection.embeds is not None:
             raise InputError(f"{type(self.pruner).__name__} merges tokens: use the pipeline")

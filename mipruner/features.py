@@ -1,7 +1,7 @@
 """What a pruner sees: one picture after the projector, and the words it is asked about."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -43,10 +43,15 @@ class Features:
         False for the text tokens of the answer-format sentence and other instructions around the question.
     vocabulary : Tensor [n_vocabulary, d], optional
         The language model's input-embedding table. One for the whole batch.
+    vocabulary_norm : Tensor [n_vocabulary], optional
+        The norms of its rows in float32, `mipruner.fused.row_norm`.
     valid : bool Tensor [.., n_visual], optional
         False for patches that lie wholly in the padding of a squared picture.
     sample : str
         Name of the sample, so that a random choice is the same in every run and in every batch.
+    held : dict, optional
+        What was computed from this image alone, kept with it for the next question about it, see `mipruner.fused.once`.
+        Never there in a batch.
     """
 
     visual: Tensor
@@ -63,8 +68,10 @@ class Features:
     words: Sequence | None = None
     question: Tensor | None = None
     vocabulary: Tensor | None = None
+    vocabulary_norm: Tensor | None = None
     valid: Tensor | None = None
     sample: str = ""
+    held: dict | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_visual(self) -> int:

@@ -11,15 +11,18 @@ tokens have equal gains here, bit for bit, and the lowest index wins.
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mipruner import pmi
 from mipruner.errors import InputError
+from mipruner.features import Features
 from mipruner.selection import greedy
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,6 +34,9 @@ LEAF = 64
 
 TILE = 2048
 """Tokens that come in 16 bits and are in float32 at a time."""
+
+FEW = 128
+"""Tokens that are in float32 at a time where each is read once: in memory that was there before."""
 
 ROWS = 512
 """Rows of rho that are scaled, and whose log-sum-exp is taken, at a time: for all rows either holds a second rho."""
@@ -45,6 +51,7 @@ def mi_picks(
     *,
     given: Tensor | None = None,
     relevance: Tensor | None = None,
+    held: dict | None = None,
 ) -> Tensor:
     """The greedy search of eq. 22-24 with max aggregation and softmax.
 
@@ -61,6 +68,8 @@ def mi_picks(
         Tokens that are in the set already; they are not picked again.
     relevance : Tensor [.., n_visual], optional
         S_cross, if it is to be another than `pmi.relevance` of visual and text: the text is then not read.
+    held : dict, optional
+        `Features.held` of one sample.
 
     Returns
     -------
@@ -88,48 +97,109 @@ def mi_picks(
         options = ([None] * len(visual) if x is None else x for x in (given, relevance))
         samples = zip(visual, text, *options, strict=True)
         return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
-    rho, rho_text = similarities(visual, text, tau)
-    relevance = _relevance(rho_text) if relevance is None else relevance
-    picks = _picks(rho, relevance, n_keep, lam, [] if given is None else given.tolist())
+    # No larger than the tokens in float32, or it is made anew for each question.
+    held = held if held is not None and len(visual) <= visual.shape[1] else {}
+    rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau))
+    relevance = _relevance(with_text(visual, text, tau)) if relevance is None else relevance
+    picks = _picks(rho, lse, relevance, n_keep, lam, [] if given is None else given.tolist())
     return torch.tensor(picks, dtype=torch.long)
 
 
-def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
-    """`pmi.log_partition`, by a Triton kernel on a GPU: on the tensor cores in 16 bit, and nothing of rho is stored."""
-    if not (visual.is_cuda and HAS_TRITON and visual.dtype == vocabulary.dtype):
+def once(held: dict, key: Hashable, compute: Callable[[], Any]) -> Any:
+    """What ``held`` has under ``key``; computed, and put there, if it has nothing."""
+    if key not in held:
+        held[key] = compute()
+    return held[key]
+
+
+def log_partition_of(features: Features, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
+    """`pmi.log_partition` of an image over the vocabulary: once an image, whatever is asked about it."""
+    table = features.vocabulary
+    held = {} if features.held is None else features.held
+    version = 0 if table.is_inference() else table._version
+    options = (features.visual, table, tau, n_rows)
+    key = ("log_partition", tau, n_rows, id(table), version)
+    return once(held, key, lambda: log_partition(*options, norm=features.vocabulary_norm))
+
+
+def log_partition(
+    visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None, *, norm: Tensor | None = None
+) -> Tensor:
+    """`pmi.log_partition`, by a Triton kernel on a GPU: on the tensor cores in 16 bit, and nothing of rho is stored.
+
+    On a CPU the norms are applied to the products, and a float32 table is never copied; ``norm`` [n_vocabulary] is that
+    of its rows, if it is known.
+    """
+    on_gpu = visual.is_cuda and HAS_TRITON and visual.dtype == vocabulary.dtype
+    if not on_gpu and (visual.device.type != "cpu" or visual.dim() > 2):
         return pmi.log_partition(visual, vocabulary, tau, n_rows)
-    from mipruner import kernels
-
     vocabulary, scale = pmi.drawn(vocabulary, n_rows)
-    with torch.cuda.device_of(visual):
-        lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
-    return lse.view(*visual.shape[:-1], 1) + scale
+    if on_gpu:
+        from mipruner import kernels
+
+        with torch.cuda.device_of(visual):
+            lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
+        return lse.view(*visual.shape[:-1], 1) + scale
+    norm = row_norm(vocabulary) if norm is None else pmi.drawn(norm, n_rows)[0]
+    own, tokens, lse = 1 / (tau * row_norm(visual)), visual.float(), None
+    for rows, one in zip(vocabulary.split(pmi.BLOCK), norm.split(pmi.BLOCK), strict=True):
+        with _fastest(visual.dtype, vocabulary.dtype):
+            rho = torch.mm(tokens, rows.float().T)
+        part = rho.div_(one).mul_(own[:, None]).logsumexp(-1)
+        lse = part if lse is None else torch.logaddexp(lse, part)
+    return lse[:, None] + scale
 
 
-def similarities(visual: Tensor, text: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """rho of eq. 15, [n_visual, n_visual] and [n_visual, n_text], for one sample on a CPU.
+def row_norm(rows: Tensor) -> Tensor:
+    """The norm of every row [n, d], in float32; never 0."""
+    parts = [torch.linalg.vector_norm(some.float(), dim=-1) for some in rows.split(FEW)]
+    return torch.cat(parts).clamp_min_(1e-12)
+
+
+def pieces(n: int, size: int) -> list[tuple[int, int]]:
+    """Where pieces of ``size`` of n tokens start and end.
+
+    The last takes the remainder, too: a product of a row or two would round differently and split ties.
+    """
+    return list(pairwise([*range(0, max(0, n - size) + 1, size), n]))
+
+
+def similarities(visual: Tensor, tau: float) -> Tensor:
+    """rho of eq. 15, [n_visual, n_visual], for one sample on a CPU.
 
     The norms are applied to the products, so that the tokens need no second copy.
     """
     n_visual = len(visual)
-    rho, rho_text = torch.empty(n_visual, n_visual), torch.empty(len(text), n_visual)
-    scale, scale_text = (
-        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min_(1e-12).mul_(math.sqrt(tau)).reciprocal_()
-        for x in (visual, text)
-    )
-    # The last tile takes the remainder: a product of a row or two would round differently and split ties.
-    edges = [*range(0, max(0, n_visual - TILE) + 1, TILE), n_visual]
-    with _fastest(visual.dtype, text.dtype):
-        for k, (start, stop) in enumerate(pairwise(edges)):
+    rho = torch.empty(n_visual, n_visual)
+    tiles = pieces(n_visual, TILE)
+    with _fastest(visual.dtype):
+        for k, (start, stop) in enumerate(tiles):
             rows = visual[start:stop].float()
-            torch.mm(text.float(), rows.T, out=rho_text[:, start:stop])
             _products(rows, rho[start:stop, start:stop])
-            for left, right in pairwise(edges[k + 1 :]):
+            for left, right in tiles[k + 1 :]:
                 torch.mm(rows, visual[left:right].float().T, out=rho[start:stop, left:right])
                 rho[left:right, start:stop] = rho[start:stop, left:right].T
+    scale = row_norm(visual).mul_(math.sqrt(tau)).reciprocal_()
     for rows, one in zip(rho.split(ROWS), scale.split(ROWS), strict=True):
         rows.mul_(torch.outer(one, scale))
-    return rho, rho_text.mul_(scale).mul_(scale_text[:, None]).T
+    return rho
+
+
+def _among_themselves(visual: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """`similarities`, and the log-sum-exp of its rows."""
+    rho = similarities(visual, tau)
+    return rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
+
+
+def with_text(visual: Tensor, text: Tensor, tau: float) -> Tensor:
+    """rho of eq. 15, [n_visual, n_text], for one sample on a CPU."""
+    # Products of a few rows take another way, which rounds equal tokens by their place and splits ties.
+    words = pad(text.float(), (0, 0, 0, max(0, 16 - len(text))))
+    rho = torch.empty(len(words), len(visual))
+    with _fastest(visual.dtype, text.dtype):
+        for start, stop in pieces(len(visual), FEW):
+            torch.mm(words, visual[start:stop].float().T, out=rho[:, start:stop])
+    return rho[: len(text)].div_(row_norm(visual)).div_(tau * row_norm(text)[:, None]).T
 
 
 @contextmanager
@@ -170,10 +240,9 @@ def _relevance(rho_text: Tensor) -> Tensor:
     return (log_p - log_p.logsumexp(0)).amax(-1) + math.log(len(rho_text))  # eq. 16-19
 
 
-def _picks(rho: Tensor, relevance: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
+def _picks(rho: Tensor, lse: Tensor, relevance: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
     # The gain of eq. 22 is `gain - (1 - lam) running` with the running maximum over rho alone.
     score = lam * relevance
-    lse = torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
     gain = score + (1 - lam) * (lse - math.log(len(rho)))
     running = torch.full_like(gain, -torch.inf)
     picks = list(given)

@@ -1,8 +1,9 @@
 """From the arguments that a model is called with to prompts: which image stands where, and what the question is."""
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,9 @@ from mipruner.intercept import Call
 from mipruner.models.base import Adapter
 from mipruner.prompt import Encoded, Prompt, Tokens, Visual
 from mipruner.question import Reader, between_special
+
+RECENT = 8
+"""Images whose sums over the vocabulary are remembered while a context is open."""
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Inputs:
     reader: Reader | None
     texts: Sequence[str] | None
     signals: frozenset[str]
+    recent: deque[Visual] = field(default_factory=lambda: deque(maxlen=RECENT), repr=False)
 
     def __call__(
         self, ids: Tensor, embeds: Tensor, valid: Tensor, position_ids: Tensor, seen: dict[bool, Seen]
@@ -92,7 +97,8 @@ class Inputs:
             one = seen.get(kind == "video")
             if one is not None and bool((ids == k).any()):
                 pixels = self.adapter.unbatch(kind == "video", one.inputs, runs)
-                queues[k] = self.adapter.visuals(one.features, one.calls, pixels, self.signals)
+                visuals = self.adapter.visuals(one.features, one.calls, pixels, self.signals)
+                queues[k] = [self._known(visual) for visual in visuals] if "vocabulary" in self.signals else visuals
         n_rows = sum(len(visual.rows) for queue in queues.values() for visual in queue)
         copies = n_placeholders // max(n_rows, 1)  # beams: each prompt stands there several times
         if n_rows * copies != n_placeholders or len(ids) % copies:
@@ -111,6 +117,14 @@ class Inputs:
                 free[first] = free[first][len(visual.rows) :]
             found += [own] * copies
         return found
+
+    def _known(self, visual: Visual) -> Visual:
+        """The image with what is held of it, if the very same rows came before: no sum over the vocabulary again."""
+        for other in list(self.recent):
+            if other.tokens.shape == visual.tokens.shape and torch.equal(other.tokens, visual.tokens):
+                return replace(visual, held=other.held)
+        self.recent.append(visual)
+        return visual
 
     def _encode(self, valid, ids, embeds, position_ids, images, text) -> Encoded:
         """One prompt without its padding."""

@@ -115,6 +115,8 @@ class Visual:
         always kept, like text. None if every row is a candidate.
     times : tuple of float
         When each frame was, in seconds; empty for a picture.
+    held : dict
+        See `Features.held`.
     """
 
     rows: Tensor
@@ -123,6 +125,7 @@ class Visual:
     deepstack: tuple[Tensor, ...] = ()
     is_candidate: Tensor | None = None
     times: tuple[float, ...] = ()
+    held: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_video(self) -> bool:
@@ -139,7 +142,8 @@ class Visual:
 
     @property
     def n_bytes(self) -> int:
-        held = (self.rows, *self.signals.values(), *self.deepstack)
+        known = [x for value in self.held.values() for x in (value if isinstance(value, tuple) else (value,))]
+        held = (self.rows, *self.signals.values(), *self.deepstack, *known)
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
 
 
@@ -201,6 +205,7 @@ class Encoded:
                 **visual.signals,
                 **self.signals,
                 sample=self.sample if len(self.visuals) == 1 else f"{self.sample}/{k}",
+                held=visual.held,
             )
             for k, visual in enumerate(self.visuals)
         ]

@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import pipeline as transformers_pipeline
 
 import mipruner
 from experiments.results import ROOT
-from mipruner import PRUNERS
+from mipruner import PRUNERS, fused
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.intercept import Stepped
@@ -84,6 +85,24 @@ def test_generate_gives_what_the_explicit_route_gives(family, name):
     assert registered(adapter.model) == before
     if name == "mi":
         assert tokens != generated(adapter.model, inputs), "pruning changed nothing: this tests nothing"
+
+
+def test_the_vocabulary_is_summed_over_once_an_image(monkeypatch):
+    """A further question about an image finds the sum of the first one, another image does not."""
+    calls = []
+    plain = fused.log_partition
+    monkeypatch.setattr(fused, "log_partition", lambda *args, **kwargs: (calls.append(args), plain(*args, **kwargs))[1])
+    adapter, pruner = tiny("llava"), MIPruner(0.5, support="vocabulary")
+    one, *_ = prompts_of("llava")
+    prompts = [one, replace(one, text="Is there a red car ?"), replace(one, images=[picture(7, 84, 84)])]
+    expected = [explicit(adapter, pruner, [prompt])[0] for prompt in prompts]
+    assert len(calls) == 3
+    calls.clear()
+    with mipruner.prune(adapter.model, pruner, 0.4, tokenizer=adapter.tokenizer) as pruning:
+        for prompt, answer in zip(prompts, expected, strict=True):
+            assert generated(adapter.model, reference("llava", [prompt])) == [answer.tokens]
+            assert indices(pruning.selections) == indices([answer.selections])
+    assert len(calls) == 2
 
 
 def test_a_random_choice_is_one_for_each_prompt_in_any_batch():

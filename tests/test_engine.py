@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
 from experiments.benchmarks.demo import Demo
+from mipruner import fused
 from mipruner.decoding import Decoding
 from mipruner.engine import LOOK, Engine, Graph
 from mipruner.errors import InputError
@@ -223,3 +224,30 @@ def test_what_the_engine_cannot_do_it_says():
     adapter.model.set_attn_implementation("eager")
     with pytest.raises(InputError, match="sdpa"):
         Engine(adapter, MIPruner(), 5, Decoding())
+
+
+def test_the_vocabulary_is_summed_over_once_an_image(demo, monkeypatch):
+    """In the pipeline and in the engine; with the picks of a pipeline that has seen nothing before."""
+    calls = []
+    plain = fused.log_partition
+    monkeypatch.setattr(fused, "log_partition", lambda *args, **kwargs: (calls.append(args), plain(*args, **kwargs))[1])
+    pruner, keep, decoding = MIPruner(0.5, support="vocabulary"), 16, Decoding(max_new_tokens=4)
+    pictures = {id(prompt.images): prompt.images for prompt in prompts(8)}.values()
+    texts = [prompt.text for prompt in prompts(2)]
+    asked = [Prompt(text, picture) for picture in pictures for text in texts]
+    fresh = [Pipeline(demo, pruner, keep, decoding)([prompt])[0] for prompt in asked]
+    assert len(calls) == len(asked) == 4
+    pipeline, engine = Pipeline(demo, pruner, keep, decoding), Engine(demo, pruner, keep, decoding)
+    for answer in (lambda prompt: pipeline([prompt])[0], engine):
+        calls.clear()
+        for prompt, expected in zip(asked, fresh, strict=True):
+            found = answer(prompt)
+            assert found.tokens == expected.tokens
+            assert torch.equal(found.selections[0].indices, expected.selections[0].indices)
+        assert len(calls) == 2
+    norm = demo.vocabulary_norm()
+    assert demo.vocabulary_norm() is norm
+    with torch.no_grad():
+        demo.model.get_input_embeddings().weight.mul_(2)
+        assert torch.equal(demo.vocabulary_norm(), 2 * norm)
+        demo.model.get_input_embeddings().weight.div_(2)

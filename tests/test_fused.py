@@ -3,6 +3,8 @@
 import math
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipruner import fused, pmi
-from mipruner.fused import LEAF, mi_picks, similarities
+from mipruner.features import Features
+from mipruner.fused import LEAF, mi_picks, row_norm, similarities, with_text
+from mipruner.pruners import MIPruner
 from mipruner.selection import greedy
 
 SHAPES = [(2, 1, 3), (7, 2, 5), (37, 3, 41), (64, 9, 128), (123, 20, 123), (129, 1, 96), (577, 6, 64)]
@@ -78,19 +82,30 @@ def test_exactly_the_plain_picks_at_the_sizes_that_are_used(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "shape", [(LEAF, 1, 48), (2 * LEAF - 1, 4, 41), (2 * LEAF + 1, 1, 320), (577, 7, 96), (576, 2, 4096), (2049, 3, 64)]
+    "shape",
+    [
+        (LEAF, 1, 48),
+        (2 * LEAF - 1, 4, 41),
+        (2 * LEAF + 1, 1, 320),
+        (577, 7, 96),
+        (576, 2, 4096),
+        (2049, 3, 64),
+        (129, 20, 1024),
+    ],
 )
 def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, monkeypatch):
     monkeypatch.setattr(fused, "HAS_TILES", dtype == torch.bfloat16)
     monkeypatch.setattr(fused, "TILE", 1000)
     distinct = shape[0] // 3
     visual, text = tokens(*shape, distinct=distinct, dtype=dtype)
-    rho, _ = similarities(visual, text, 0.1)
+    rho = similarities(visual, 0.1)
     assert torch.equal(rho, rho.T)
+    rho_text = with_text(visual, text, 0.1)
     copies = [(visual == row).all(1).nonzero().flatten() for row in visual.float().unique(dim=0)]
     assert len(copies) == distinct
     for copy in copies:
         assert (rho[copy] == rho[copy[0]]).all()
+        assert (rho_text[copy] == rho_text[copy[0]]).all()
     order = mi_picks(visual, text, shape[0], 0.5)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
@@ -105,7 +120,7 @@ def test_bfloat16_tokens_are_multiplied_exactly(tiles, monkeypatch):
     monkeypatch.setattr(fused, "HAS_TILES", tiles)
     visual, text = tokens(576, 12, 1024, dtype=torch.bfloat16)
     unit, unit_text = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (visual, text))
-    rho, rho_text = similarities(visual, text, 1.0)
+    rho, rho_text = similarities(visual, 1.0), with_text(visual, text, 1.0)
     assert rho.dtype == torch.float32
     assert (rho - unit @ unit.T).abs().max() < 2e-6
     assert (rho_text - unit @ unit_text.T).abs().max() < 2e-6
@@ -122,7 +137,7 @@ def test_the_precision_of_other_products_is_as_it_was(monkeypatch):
 
     def multiply(*of):
         with pytest.raises(ZeroDivisionError):
-            similarities(*of, 0.1)
+            with_text(*of, 0.1)
         assert settings.fp32_precision == before
         return seen.pop()
 
@@ -205,3 +220,72 @@ def test_relevance_from_elsewhere(lam):
     assert torch.equal(mi_picks(visual, text, 40, lam, relevance=relevance), expected)
     batch = mi_picks(visual.expand(2, 150, 32), text.expand(2, 5, 32), 40, lam, relevance=relevance.expand(2, 150))
     assert torch.equal(batch, expected.expand(2, 40))
+
+
+@pytest.mark.parametrize("n_rows", [None, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_the_sum_over_a_vocabulary(tau, dtype, n_rows, monkeypatch):
+    monkeypatch.setattr(pmi, "BLOCK", 64)
+    visual, vocabulary = tokens(50, 301, 40, dtype=dtype)
+    visual[::7], vocabulary[::5] = 0, 0
+    expected = pmi.log_partition(visual.double(), vocabulary.double(), tau, n_rows)
+    for norm in (None, row_norm(vocabulary)):
+        found = fused.log_partition(visual, vocabulary, tau, n_rows, norm=norm)
+        torch.testing.assert_close(found, expected, atol=1e-6 / tau, rtol=1e-6)
+    together = fused.log_partition(visual.expand(2, 50, 40), vocabulary, tau, n_rows)
+    torch.testing.assert_close(together, expected.expand(2, 50, 1), atol=1e-6 / tau, rtol=1e-6)
+
+
+def test_what_an_image_says_by_itself_is_computed_once(monkeypatch):
+    """Other questions about it, budgets and lam read what is held; another tau, vocabulary, n_rows not."""
+    calls = Counter()
+    for name in ("similarities", "log_partition"):
+        plain = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, f=plain, n=name, **k: (calls.update([n]), f(*a, **k))[1])
+    visual, vocabulary = tokens(90, 300, 120)
+    held = {}
+
+    def ask(words, n_keep=20, visual=visual, held=held, vocabulary=vocabulary, **options):
+        features = Features(visual, vocabulary[words], vocabulary=vocabulary, held=held)
+        pruner = MIPruner(**{"support": "vocabulary"} | options)
+        picks = pruner.picks(features, n_keep)
+        assert torch.equal(picks, pruner.picks(replace(features, held=None), n_keep))
+        return calls - seen
+
+    seen = Counter()
+    assert ask([3, 4]) == {"similarities": 2, "log_partition": 2}  # once for the comparison that holds nothing
+    for words, options in (([7], {}), ([8, 9, 10], {"lam": 0.8}), ([8], {"n_keep": 60})):
+        seen = calls.copy()
+        assert ask(words, **options) == {"similarities": 1, "log_partition": 1}
+    for options in ({"tau": 0.2}, {"tau": 0.2, "vocabulary_rows": 100}, {"vocabulary": vocabulary.clone()}):
+        seen = calls.copy()
+        assert ask([3, 4], **options)["log_partition"] == 2
+    vocabulary.mul_(torch.rand(300, 1) + torch.rand(300, 120))
+    seen = calls.copy()
+    assert ask([3, 4])["log_partition"] == 2
+    wide = tokens(121, 1, 120)[0]
+    ask([3], visual=wide, held=(large := {}))
+    assert not any(key[0] == "rho" for key in large)  # more tokens than they are wide: rho is larger than they are
+
+
+def test_a_further_question_costs_a_third_of_the_product():
+    """CPU time of one thread, with lam 0.5 over a vocabulary; it is 0.2 of the product."""
+    visual, vocabulary = tokens(576, 500, 4096, dtype=torch.bfloat16)
+    norm, held, wide = row_norm(vocabulary), {}, visual.float()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = [math.inf, math.inf]
+
+    def ask(k):
+        features = Features(visual, vocabulary[k : k + 20], vocabulary=vocabulary, vocabulary_norm=norm, held=held)
+        MIPruner(0.5, support="vocabulary").select(features, 64)
+
+    ask(0)
+    for k in range(1, 9):
+        for place, run in enumerate((lambda: wide @ wide.T, lambda k=k: ask(k))):
+            start = time.process_time()
+            run()
+            best[place] = min(best[place], time.process_time() - start)
+    torch.set_num_threads(threads)
+    assert best[1] < 0.33 * best[0]

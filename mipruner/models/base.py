@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError, PromptError
+from mipruner.fused import row_norm
 from mipruner.intercept import Call
 from mipruner.prompt import Encoded, Picture, Prompt, Short, Tokens, Video, Visual, cut
 from mipruner.selection import Selection
@@ -75,6 +76,7 @@ class Adapter(ABC):
         self.prompt, self.system, self.thinking = prompt, system, thinking
         ids = {"image": model.config.image_token_id, "video": getattr(model.config, "video_token_id", None)}
         self.placeholder_ids = {kind: k for kind, k in ids.items() if k is not None}
+        self._vocabulary_norm: tuple[tuple | None, Tensor | None] = (None, None)
         self.placeholders: dict[str, str] = {}
         if tokenizer is not None:
             self.placeholders |= {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
@@ -278,7 +280,17 @@ class Adapter(ABC):
             "question": tokens.is_question.to(self.device),
             "vocabulary": self.model.get_input_embeddings().weight,
         }
-        return {name: value for name, value in known.items() if name in signals}
+        found = {name: value for name, value in known.items() if name in signals}
+        return found | {"vocabulary_norm": self.vocabulary_norm()} if "vocabulary" in found else found
+
+    def vocabulary_norm(self) -> Tensor:
+        """Norms of the rows of the input embeddings [n_vocabulary]; taken anew where the weights have changed."""
+        table = self.model.get_input_embeddings().weight
+        key = (table.data_ptr(), len(table), 0 if table.is_inference() else table._version)
+        if self._vocabulary_norm[0] != key:
+            with torch.no_grad():
+                self._vocabulary_norm = key, row_norm(table)
+        return self._vocabulary_norm[1]
 
     def read(self, prompt: Prompt, visuals: Sequence[Visual], signals: Set[str] = frozenset()) -> Encoded:
         """Embed one full-length prompt around its pictures."""

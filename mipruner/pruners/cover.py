@@ -8,7 +8,7 @@ from torch import Tensor
 from mipruner import pmi
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.fused import log_partition
+from mipruner.fused import log_partition_of
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, dense_greedy, lazy_greedy, take_rows
 
@@ -57,7 +57,7 @@ class CoverPruner(Pruner):
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         visual, options = features.visual, ("softmax",)
-        partition = log_partition(visual, features.vocabulary, self.tau, self.vocabulary_rows)
+        partition = log_partition_of(features, self.tau, self.vocabulary_rows)
         says = pmi.log_conditional(visual, features.text, self.tau, *options, partition).exp()
         shows = pmi.log_conditional(visual, visual, self.tau).exp()
         return cover(says, shows, n_keep, self.lam)

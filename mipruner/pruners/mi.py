@@ -8,7 +8,7 @@ from torch import Tensor
 from mipruner import pmi
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.fused import log_partition, mi_picks
+from mipruner.fused import log_partition_of, mi_picks
 from mipruner.prior import Prior, visual_prior
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, greedy
@@ -86,9 +86,8 @@ class MIPruner(Pruner):
         """Indices [.., n_keep] in the order of the greedy search, after the tokens ``given``."""
         if (self.aggregation, self.normalization, self.prior) == ("max", "softmax", "uniform"):
             relevance = None if self.support == "prompt" else self.s_cross(features)
-            return mi_picks(
-                features.visual, features.text, n_keep, self.lam, self.tau, given=given, relevance=relevance
-            )
+            options = {"given": given, "relevance": relevance, "held": features.held}
+            return mi_picks(features.visual, features.text, n_keep, self.lam, self.tau, **options)
         options = (self.tau, self.aggregation, self.normalization)
         redundancy = None if self.lam == 1 else pmi.redundancy(features.visual, *options, prior=self.p_visual(features))
         relevance = self.s_cross(features)
@@ -97,7 +96,7 @@ class MIPruner(Pruner):
     def s_cross(self, features: Features) -> Tensor:
         partition = None
         if self.support == "vocabulary":
-            partition = log_partition(features.visual, features.vocabulary, self.tau, self.vocabulary_rows)
+            partition = log_partition_of(features, self.tau, self.vocabulary_rows)
         return pmi.relevance(
             features.visual,
             features.text,

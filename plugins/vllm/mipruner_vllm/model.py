@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mipruner.features import Features
+from mipruner.fused import row_norm
 from mipruner_vllm import settings
 from mipruner_vllm.processor import OWN
 
@@ -137,4 +138,5 @@ class Pruned:
             return {}
         n_words = self.config.get_text_config().vocab_size
         device = next(self.get_language_model().parameters()).device
-        return {"vocabulary": self.embed_words(torch.arange(n_words, device=device))}
+        table = self.embed_words(torch.arange(n_words, device=device))
+        return {"vocabulary": table, "vocabulary_norm": row_norm(table)}
