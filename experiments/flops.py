@@ -36,6 +36,28 @@ def architecture(name: str) -> PreTrainedConfig:
     return AutoConfig.for_model(**known[name])
 
 
+STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}
+"""Whose tokenizer and image processor serve a model of random weights: the costs do not depend on which words."""
+
+
+def stand_in(name: str) -> tuple[PreTrainedConfig, Path]:
+    """The shape of ``name`` with the special ids of a demo, and the folder with that demo's tokenizer and processor.
+
+    Raises
+    ------
+    InputError
+        If no demo is of the family.
+    """
+    config = architecture(name)
+    if config.model_type not in STAND_INS:
+        raise InputError(f"random weights are for {', '.join(STAND_INS)} models, and {name} is a {config.model_type}")
+    folder = ROOT / STAND_INS[config.model_type]
+    for key, value in vars(AutoConfig.from_pretrained(folder)).items():
+        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            setattr(config, key, value)
+    return config, folder
+
+
 def build(config: PreTrainedConfig, dtype: torch.dtype, device: str = "meta", **options: Any) -> PreTrainedModel:
     """The model of a config without its weights: nothing on the meta device, whatever lay in memory elsewhere."""
     with torch.device("meta"):

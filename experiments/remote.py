@@ -17,7 +17,6 @@ from itertools import islice
 from statistics import fmean
 from typing import Any
 
-import httpx
 import openai
 from openai import OpenAI
 from PIL import Image
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError, sample_digest
 from experiments.results import Cell
+from experiments.served import vllm_version
 from mipruner.errors import InputError
 from mipruner.models.base import END_OF_THINKING
 
@@ -69,7 +69,7 @@ class Server:
                 f"the server at {self.client.base_url} serves {', '.join(served) or 'no model'}: choose one with "
                 f"engine.served_model{'' if wanted is None else f', {wanted} is not among them'}"
             )
-        return {"base_url": str(self.client.base_url), "model": wanted, "version": self._version()}
+        return {"base_url": str(self.client.base_url), "model": wanted, "version": vllm_version(self.client)}
 
     def probe(self, model: str) -> None:
         """Send a budget that is none, which the plug-in refuses and a server without it takes for nothing.
@@ -95,14 +95,6 @@ class Server:
                 "mipruner, see docs/serving.md"
             )
         self.pruning = pruning or ({"keep": 1.0} if prunes else {})
-
-    def _version(self) -> str | None:
-        """vLLM's; other servers have no such page."""
-        try:
-            page = str(self.client.base_url.copy_with(path="/version"))
-            return str(httpx.get(page, timeout=5).json()["version"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
-            return None
 
     def ask(self, model: str, text: str, urls: Sequence[str]) -> tuple[str, int | None]:
         """The answer, and how many tokens the prompt was."""

@@ -34,7 +34,9 @@ from experiments.benchmarks.base import BenchmarkError
 from experiments.benchmarks.demo import Demo
 from experiments.cell import run_cell
 from experiments.results import ROOT, Cell
-from experiments.tasks.serving import serve, soak
+from experiments.served import serve
+from experiments.soak import soak
+from experiments.tasks.serving import scenes
 from mipruner.decoding import Decoding
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
@@ -354,5 +356,5 @@ def test_a_server_with_another_pruner_is_not_taken_for_the_one_asked_for(served,
 
 
 def test_a_soak_loses_nothing_and_mixes_nothing_up(served):
-    found = soak(served, 200, concurrency=16)
+    found = soak(served, scenes(4, 4, seed=0), lambda keep: {"keep": keep}, 200, concurrency=16)
     assert found.wrong == [] and found.asked == 200 and found.refused > 10

@@ -29,22 +29,18 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from experiments import build, results
 from experiments.engines import ENGINES, Budget
-from experiments.flops import Decoder, architecture, vision_flops
+from experiments.flops import Decoder, stand_in, vision_flops
 from experiments.machine import CLOCKS, Memory, machine, measure_limits, spread
-from experiments.results import ROOT
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import FAMILIES, Adapter, Prompt
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import Visual
 from mipruner.timing import Stopwatch
-
-STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}
-"""Whose tokenizer and image processor serve a model of random weights: the costs do not depend on which words."""
 
 
 @dataclass
@@ -91,14 +87,8 @@ class Subject:
 
 def random_model(name: str, dtype: str, device: str, attn_implementation: str) -> Adapter:
     """A model with the shape of ``name`` and random weights, which take as long as trained ones."""
-    config = architecture(name)
-    if config.model_type not in STAND_INS:
-        raise InputError(f"random weights are for {', '.join(STAND_INS)} models, and {name} is a {config.model_type}")
-    folder = ROOT / STAND_INS[config.model_type]
+    config, folder = stand_in(name)
     family, tokenizer = FAMILIES[config.model_type], AutoTokenizer.from_pretrained(folder)
-    for key, value in vars(AutoConfig.from_pretrained(folder)).items():
-        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-            setattr(config, key, value)
     processor = family.image_processor_class.from_pretrained(folder)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(

@@ -15,5 +15,4 @@ class Gemma3Questions(Questions, gemma3_mm.Gemma3MultiModalProcessor):
     Gemma3Questions, info=gemma3_mm.Gemma3ProcessingInfo, dummy_inputs=gemma3_mm.Gemma3DummyInputsBuilder
 )
 class PrunedGemma3(Pruned, gemma3_mm.Gemma3ForConditionalGeneration):
-    def sizes(self, kwargs: dict) -> list[int]:
-        return kwargs["num_patches"].view(-1).tolist()
+    tiles = "num_patches"

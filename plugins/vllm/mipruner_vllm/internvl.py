@@ -15,5 +15,4 @@ class InternVLQuestions(Questions, interns1.InternS1MultiModalProcessor):
     InternVLQuestions, info=interns1.InternS1ProcessingInfo, dummy_inputs=interns1.InternS1DummyInputsBuilder
 )
 class PrunedInternVL(Pruned, interns1.InternS1ForConditionalGeneration):
-    def sizes(self, kwargs: dict) -> list[int]:
-        return kwargs["image_num_patches"].view(-1).tolist()
+    tiles = "image_num_patches"

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class Pruned:
     Does nothing unless the model's config has the setting ``mipruner``.
     """
 
+    tiles: ClassVar[str | None] = None
+    """The argument that holds the number of tiles of each image, None where there are no tiles."""
+
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mipruner = settings.read(vllm_config.model_config.hf_config)
@@ -72,7 +75,7 @@ class Pruned:
 
     def sizes(self, kwargs: dict[str, Any]) -> list[int] | None:
         """Entries of ``pixel_values`` that belong to each image, None where it has one entry an image."""
-        return None
+        return None if self.tiles is None else kwargs[self.tiles].view(-1).tolist()
 
     def part(self, kwargs: dict[str, Any], n: int, places: list[int]) -> dict[str, Any]:
         """The arguments for the images at ``places`` of n."""
@@ -103,14 +106,15 @@ class Pruned:
         """The rows [n_kept, d] that enter the language model, words between them included."""
         is_candidate = self.is_candidate(rows)
         kept = torch.ones_like(is_candidate)
-        n_visual = int(is_candidate.sum())
-        if int(n_keep) < n_visual:
+        places = is_candidate.nonzero()[:, 0]
+        shares = n_keep.view(-1).tolist()
+        if sum(shares) < len(places):
             text = self.embed_words(question_ids.view(-1))
-            visual = rows[is_candidate][:, : text.shape[1]]  # without Qwen3-VL's columns of deepstack rows
-            features = Features(visual=visual, text=text, grid=self.grid(n_visual, thw), **self.signals)
-            chosen = self.mipruner.pruner(features, int(n_keep)).indices
             kept = ~is_candidate
-            kept[is_candidate.nonzero()[:, 0][chosen]] = True
+            for part, share in zip(places.chunk(len(shares)), shares, strict=True):
+                visual = rows[part][:, : text.shape[1]]  # without Qwen3-VL's columns of deepstack rows
+                features = Features(visual=visual, text=text, grid=self.grid(len(part), thw), **self.signals)
+                kept[part[self.mipruner.pruner(features, share).indices]] = True
         out = self.place(rows, thw)[kept]
         layout = layout.view(-1).to(rows.device)
         is_row = layout < 0

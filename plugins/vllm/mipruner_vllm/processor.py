@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -48,6 +49,8 @@ class Questions:
     placeholders: ClassVar[tuple[str, ...]] = ("<image>",)
     marker: ClassVar[str] = "image_token_id"
     """The config's name for the id that stands for an image in the prompt as sent."""
+    is_scored_by_tile: ClassVar[bool] = False
+    """Whether each tile has a budget of its own, as with `mipruner.prune`, which sees tiles as images."""
 
     @cached_property
     def settings(self) -> settings.Settings | None:
@@ -119,11 +122,13 @@ class Questions:
         spans = [
             Span.of(one[0].content, self.n_fixed(mm_items["image"].get_image_size(k))) for k, one in enumerate(updates)
         ]
-        counts = [span.n_candidates for span in spans]
-        shares = split_budget(budget(request.keep, sum(counts)), counts)
+        counts = [span.tiles() if self.is_scored_by_tile else [span.n_candidates] for span in spans]
+        flat = [n for one in counts for n in one]
+        left = iter(split_budget(budget(request.keep, sum(flat)), flat))
+        shares = [list(islice(left, len(one))) for one in counts]
         if shares != counts and not request.question:
             raise InputError("the question is empty or of unknown words only: a pruner needs a text, or send keep=1.0")
-        details = [span.shorten(n) for span, n in zip(spans, shares, strict=True)]
+        details = [span.shorten(sum(one)) for span, one in zip(spans, shares, strict=True)]
         shorter = [[u.with_content(d) for u in one] for one, d in zip(updates, details, strict=True)]
         for k, item in enumerate(mm_res.kwargs["image"]):
             if item is None:  # the engine has it under this very hash
@@ -177,6 +182,12 @@ class Span:
     @property
     def n_candidates(self) -> int:
         return int((self.layout < 0).sum()) - self.n_fixed
+
+    def tiles(self) -> list[int]:
+        """Rows of each run of rows without words in between."""
+        is_row = torch.nn.functional.pad((self.layout < 0).int(), (1, 1))
+        turns = is_row.diff().nonzero()[:, 0]
+        return (turns[1::2] - turns[::2]).tolist()
 
     def shorten(self, n_keep: int) -> PromptUpdateDetails:
         """The placeholders of ``n_keep`` candidates with everything that is always kept."""

@@ -9,11 +9,11 @@ from mipruner_vllm.processor import Questions
 
 class SmolVLMQuestions(Questions, idefics3.Idefics3MultiModalProcessor):
     placeholders = ("<image>", "<fake_token_around_image>", "<global-img>")
+    is_scored_by_tile = True
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     SmolVLMQuestions, info=smolvlm.SmolVLMProcessingInfo, dummy_inputs=smolvlm.SmolVLMDummyInputsBuilder
 )
 class PrunedSmolVLM(Pruned, smolvlm.SmolVLMForConditionalGeneration):
-    def sizes(self, kwargs: dict) -> list[int]:
-        return kwargs["num_patches"].view(-1).tolist()
+    tiles = "num_patches"

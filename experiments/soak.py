@@ -1,0 +1,114 @@
+"""Many mixed requests on a server: whether each gets its own answer, and what the server's memory does meanwhile."""
+
+import itertools
+import random
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.served import Reply, Served
+
+BUDGETS = (64, 16, 8)
+BAD_BUDGETS = (0, 1.5, 100_000, "many", "auto", [1])
+"""Each must be refused with HTTP 400."""
+BROKEN = "data:image/png;base64,AAAA"
+"""An image that is none; refused as well."""
+TEXT_ONLY = "What color is the sun ?"
+PARTS = 10
+"""How often memory is read."""
+
+
+@dataclass
+class Soak:
+    """What came of many mixed requests.
+
+    Attributes
+    ----------
+    asked, with_image, refused : int
+        Requests that were answered or refused; of them those with an image; of them the bad ones, refused.
+    wrong : list of str
+        Answers that are not those of the same request alone, and bad requests that were not refused.
+    memory_mib : list of dict
+        By process, after the warm-up and after each tenth of the requests.
+    """
+
+    asked: int = 0
+    with_image: int = 0
+    refused: int = 0
+    wrong: list[str] = field(default_factory=list)
+    memory_mib: list[dict[str, float]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        names = sorted({name for read in self.memory_mib for name in read})
+        lines = ["| requests | " + " | ".join([*names, "all"]) + " |", "|" + "---|" * (len(names) + 2)]
+        for k, read in enumerate(self.memory_mib):
+            values = [*(read.get(name, 0) for name in names), sum(read.values())]
+            lines.append(f"| {k * self.asked // PARTS} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
+        return (
+            f"{self.asked} requests, {self.with_image} with an image; {self.refused} bad ones refused; "
+            f"{len(self.wrong)} wrong. Memory in MiB:\n\n" + "\n".join(lines)
+        )
+
+
+def soak(
+    served: Served,
+    questions: Sequence[tuple[str, str]],
+    pruning: Callable[[Any], dict[str, Any]] | None,
+    n_requests: int,
+    concurrency: int = 32,
+    seed: int = 0,
+) -> Soak:
+    """Requests drawn from (image, question) pairs times budgets, text alone, and bad ones, a tenth.
+
+    Each answer is compared with that of the same request alone, which is asked before: a warm-up.
+
+    Parameters
+    ----------
+    pruning : callable or None
+        What to send for a budget. None for a server that does not prune: no budgets, the bad requests are bad images.
+    """
+    budgets = BUDGETS if pruning else (None,)
+    kinds = [(*one, keep) for one in questions for keep in budgets]
+    kinds += [(None, TEXT_ONLY, None)] * (len(kinds) // 8 + 1)
+    rng, found = random.Random(seed), Soak()
+
+    def send(kind: tuple[str | None, str, Any]) -> Reply:
+        url, text, keep = kind
+        return served.ask(url, text, pruning(keep) if pruning and keep is not None else None)
+
+    def bad() -> tuple[str, str, Any]:
+        url, text = rng.choice(questions)
+        keep = rng.choice([*BAD_BUDGETS, None]) if pruning else None
+        return (BROKEN if keep is None else url), text, keep
+
+    alone = {kind: send(kind).text for kind in tqdm(dict.fromkeys(kinds), "each alone", file=sys.stderr)}
+    requests = [bad() if rng.random() < 0.1 else rng.choice(kinds) for _ in range(n_requests)]
+
+    found.memory_mib.append(served.memory_mib())
+    ends = [k * n_requests // PARTS for k in range(PARTS + 1)]
+    with ThreadPoolExecutor(concurrency) as pool:
+        for start, end in tqdm([*itertools.pairwise(ends)], "soak", file=sys.stderr):
+            part = requests[start:end]
+            for kind, reply in zip(part, pool.map(send, part), strict=True):
+                judge(found, kind, reply, alone)
+            found.memory_mib.append(served.memory_mib())
+    return found
+
+
+def judge(found: Soak, kind: tuple[str | None, str, Any], reply: Reply, alone: dict[Any, str]) -> None:
+    """Count one reply."""
+    url, text, keep = kind
+    is_bad = url == BROKEN or isinstance(keep, list) or kind not in alone
+    found.asked += 1
+    found.with_image += url is not None
+    if is_bad and reply.refused is not None and reply.refused[0] == 400:
+        found.refused += 1
+    elif is_bad or reply.refused is not None or reply.text != alone[kind]:
+        found.wrong.append(f"{text!r} with keep={keep!r}: {reply}")

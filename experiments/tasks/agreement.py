@@ -1,0 +1,82 @@
+"""Evaluate a data set through vLLM and in the pipeline, and compare every answer.
+
+    python run.py task=agreement                                   the demo's table
+    python run.py task=agreement model=demo_qwen3vl dataset=demo_canvases keeps=[0.25,0.11]
+
+Both ways are ordinary cells: what one of them has answered before is not asked again. Methods that vLLM cannot run
+are refused by the server, see docs/serving.md; `random` draws by the sample, of which a server knows nothing.
+"""
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments import build
+from experiments.cell import run_cell
+from experiments.remote import setting_of
+from experiments.results import ROOT, Cell, write_atomic
+from experiments.served import serve
+from experiments.tasks.serving import require_vllm
+
+CONF = ROOT / "conf"
+
+
+def cells(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The configs of a pruner's cells, one a budget."""
+    pruner = OmegaConf.load(CONF / "pruner" / f"{name}.yaml")
+    merged = OmegaConf.merge({key: value for key, value in config.items() if key != "pruner"}, {"pruner": pruner})
+    whole = OmegaConf.to_container(merged, resolve=True)
+    return [whole | {"keep": keep} for keep in (config["keeps"] if name != "none" else [1.0])]
+
+
+def compared(config: dict[str, Any], name: str, log: Path) -> Iterator[dict[str, Any]]:
+    """A row for each budget of a pruner."""
+    asked = cells(config, name)
+    setting = None if name == "none" else setting_of(asked[0], 1.0)
+    options = ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
+    engine = OmegaConf.to_container(OmegaConf.load(CONF / "engine/server.yaml"))
+    with serve(build.weights(config["model"]["path"]), setting, log, *options) as served:
+        remote = [build.resolve(one | {"engine": engine | {"base_url": served.url}}) for one in asked]
+        records = [run_cell(one) for one in remote]
+    for one, there, record in zip(asked, remote, records, strict=True):
+        here = build.resolve(one | {"engine": {"name": "pipeline"}})
+        own = run_cell(here)
+        answers = [{row["id"]: row["prediction"] for row in Cell(cell).rows()} for cell in (there, here)]
+        yield {
+            "pruner": name,
+            "keep": one["keep"],
+            "n": len(answers[1]),
+            "equal": sum(answers[0].get(key) == value for key, value in answers[1].items()),
+            "metrics": own["metrics"] == record["metrics"] and own["standard_errors"] == record["standard_errors"],
+            "server": next(iter(record["metrics"].values())),
+            "pipeline": next(iter(own["metrics"].values())),
+        }
+
+
+def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    lines = [
+        f"| method | keep | questions | answers equal | {metric}, server | {metric}, pipeline | all metrics |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        values = [row["pruner"], row["keep"], row["n"], row["equal"], f"{row['server']:.2f}", f"{row['pipeline']:.2f}"]
+        lines.append("| " + " | ".join(map(str, values)) + f" | {'equal' if row['metrics'] else 'DIFFER'} |")
+    return "\n".join(lines) + "\n"
+
+
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    require_vllm()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server is stopped on the way out
+    out = Path(config["out"] or Path(config["results"]) / "agreement" / f"{config['model']['name']}.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row for name in config["pruners"] for row in compared(config, name, out.with_suffix(".log"))]
+    text = table(rows, "accuracy")
+    write_atomic(out, text)
+    print(text)
+    if any(row["equal"] < row["n"] or not row["metrics"] for row in rows):
+        sys.exit("the server and the pipeline do not agree")
