@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -304,6 +305,18 @@ def test_other_methods_answer_as_in_pipeline(pruner, options):
     with engine(QWEN, {"pruner": pruner, "options": options, "keep": 1 / 9}) as llm:
         outputs = ask(llm, [message(*one) for one in asked])
     assert tokens(outputs) == expected(QWEN, asked, 1 / 9, pruner, **options)
+
+
+def test_a_video_is_refused_and_the_engine_lives_on():
+    """Qwen3-VL reads videos; not one of them goes through unpruned or wrongly pruned."""
+    one = questions(QWEN)[0]
+    frames = np.zeros((4, 56, 56, 3), dtype=np.uint8)
+    clip = (frames, {"fps": 2.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4, "duration": 2.0})
+    text = "<|vision_start|><|video_pad|><|vision_end|>What happens ?"
+    with engine(QWEN) as llm:
+        with pytest.raises(ValueError, match="prunes no videos: send the frames as images"):
+            llm.generate({"prompt": text, "multi_modal_data": {"video": clip}}, use_tqdm=False)
+        assert tokens(ask(llm, [message(*one)], 1 / 4)) == expected(QWEN, [one], 1 / 4, lam=0.5)
 
 
 def test_answers_stay_under_preemption():

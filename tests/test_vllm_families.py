@@ -34,15 +34,25 @@ def asked_of(family):
     "family", ["qwen2_vl", "qwen2_5_vl", "llava_next", "llava_onevision", "internvl", "qwen3_vl_moe"]
 )
 def test_a_family_answers_as_in_pipeline_in_one_piece_and_in_many(family, tmp_path, monkeypatch):
-    model, processor = vllm_checkpoints.save(family, tmp_path, monkeypatch)
+    compare(family, tmp_path, pipeline_of(family, tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+def test_two_ranks_answer_as_in_pipeline(family, tmp_path, monkeypatch):
+    """Tensor parallelism: each rank has half of the word embeddings."""
+    compare(family, tmp_path, pipeline_of(family, tmp_path, monkeypatch), tensor_parallel_size=2)
+
+
+def pipeline_of(family, folder, patch):
+    """Saves a checkpoint; returns what `Pipeline` answers with the same weights."""
+    model, processor = vllm_checkpoints.save(family, folder, patch)
     adapter = FAMILIES[family](model, processor.tokenizer, tiny.processor_of(family))
 
     def expected(keep, text, *images):
-        return Pipeline(adapter, PRUNERS["mi"](lam=0.5), keep, Decoding(max_new_tokens=8))([Prompt(text, images)])[
-            0
-        ].tokens
+        pipeline = Pipeline(adapter, PRUNERS["mi"](lam=0.5), keep, Decoding(max_new_tokens=8))
+        return pipeline([Prompt(text, list(images))])[0].tokens
 
-    compare(family, tmp_path, expected)
+    return expected
 
 
 @pytest.mark.parametrize("family", ["mistral3", "smolvlm", "gemma3"])
@@ -97,10 +107,10 @@ def test_qwen3_5_is_as_far_from_float32_as_bfloat16_alone(tmp_path, monkeypatch)
             assert distance(found, right) < 1.5 * alone < distance(found, other)
 
 
-def compare(family, folder, expected):
+def compare(family, folder, expected, **options):
     """Four budgets, several questions, images of two sizes, pieces that end inside an image, a warm prefix cache."""
     pieces, asked, answers = 192 if family == "llava_onevision" else 96, asked_of(family), set()
-    with engine(str(folder), max_num_batched_tokens=pieces, block_size=32) as llm:
+    with engine(str(folder), max_num_batched_tokens=pieces, block_size=32, **options) as llm:
         for keep in (1.0, 0.5, 0.25, 0.5):  # the last from a warm prefix cache
             right = [expected(keep, *one) for one in asked]
             assert tokens(ask(llm, [message(*one) for one in asked], keep, n=8)) == right, keep
