@@ -1,0 +1,170 @@
+"""Measure what `mipruner.prune` costs around `generate`, against stock and against the ideal.
+
+    OMP_NUM_THREADS=1 python run.py task=overhead out=docs/results/overhead_demo_llava_cpu.json
+    OMP_NUM_THREADS=1 python run.py task=overhead model=demo_qwen3vl +model.max_pixels=451584 'picture=[672,672]'
+
+Four calls take turns in random order, each with the same number of new tokens:
+
+    stock       generate on the whole prompt
+    everything  the same inside prune(model, pruner, keep=1.0)
+    pruned      the same inside prune(model, pruner, keep)
+    ideal       the vision encoder alone, then generate on a prompt of text as long as the short one
+
+A ratio is the median over rounds, within each of which the calls are close in time. The last line printed is the result
+as JSON.
+"""
+
+import inspect
+import json
+import random
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mipruner
+from experiments import build, results
+from experiments.machine import CLOCKS, machine, spread
+from mipruner.errors import InputError
+from mipruner.models import Adapter, Prompt
+from mipruner.selection import budget
+
+Call = Callable[[], object]
+
+
+def inputs_of(adapter: Adapter, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """What a processor gives for prompts with one image each, padded on the left."""
+    pixels = [adapter.pixels(prompt.images[0]) for prompt in prompts]
+    seen = adapter.encode(pixels)
+    rows = [adapter.tokenize(prompt, [visual]).ids for prompt, visual in zip(prompts, seen, strict=True)]
+    length = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+    padding = [torch.arange(length) >= length - len(row) for row in rows]
+    found = {"input_ids": ids, "attention_mask": torch.stack(padding).long()}
+    found |= {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+    found = {f"image_{name}" if name == "grid_thw" else name: x.to(adapter.device) for name, x in found.items()}
+    found["pixel_values"] = found["pixel_values"].to(adapter.model.dtype)
+    found["mm_token_type_ids"] = adapter.is_placeholder(found["input_ids"]).int()
+    taken = inspect.signature(adapter.model.forward).parameters
+    return {name: x for name, x in found.items() if name in taken}
+
+
+def calls(config: dict[str, Any], adapter: Adapter, inputs: dict[str, Tensor]) -> tuple[dict[str, Call], int]:
+    """The four calls, and how many visual tokens a prompt has."""
+    model, n_new = adapter.model, config["max_new_tokens"]
+    options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
+    (n_visual,) = set(adapter.is_placeholder(inputs["input_ids"]).sum(1).tolist())
+    batch, length = inputs["input_ids"].shape
+    word = inputs["input_ids"][0, -1].item()
+    text = torch.full((batch, length - n_visual + budget(config["keep"], n_visual)), word, device=adapter.device)
+    short = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    see = model.model.get_image_features
+    images = {name: x for name, x in inputs.items() if name in inspect.signature(see).parameters}
+
+    def stock() -> None:
+        model.generate(**inputs, **options)
+
+    def ideal() -> None:
+        see(**images)
+        model.generate(**short, **options)
+
+    def inside(keep: int | float) -> Call:
+        pruning = mipruner.prune(model, build.pruner(config), keep, tokenizer=adapter.tokenizer)
+
+        def run() -> None:
+            with pruning:
+                model.generate(**inputs, **options)
+
+        return run
+
+    every = {"stock": stock, "everything": inside(1.0), "pruned": inside(config["keep"]), "ideal": ideal}
+    return every, n_visual
+
+
+def take_turns(every: dict[str, Call], config: dict[str, Any], device: torch.device) -> dict[str, dict[str, list]]:
+    """Milliseconds by clock and call, one value a round."""
+    ms = {clock: {name: [] for name in every} for clock in CLOCKS}
+    shuffle = random.Random(config["seed"]).shuffle
+    for k in tqdm(range(-config["warmup"], config["repetitions"]), unit="round", leave=False):
+        order = list(every)
+        shuffle(order)
+        for name in order:
+            starts = {clock: now() for clock, now in CLOCKS.items()}
+            every[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            for clock, now in CLOCKS.items() if k >= 0 else ():
+                ms[clock][name].append(1e3 * (now() - starts[clock]))
+    return ms
+
+
+def row(batch: int, n_visual: int, n_keep: int, ms: dict[str, dict[str, list]]) -> dict[str, Any]:
+    """The result of one batch size."""
+    found = {"batch": batch, "visual_tokens": n_visual, "kept": n_keep, "ms": {}, "everything_over_stock": {}}
+    found["share_of_ideal_saving"] = {}
+    for clock, times in ms.items():
+        rounds = list(zip(*(times[name] for name in ("stock", "everything", "pruned", "ideal")), strict=True))
+        found["ms"][clock] = {name: spread(values) for name, values in times.items()}
+        found["everything_over_stock"][clock] = spread([everything / stock for stock, everything, _, _ in rounds])
+        shares = [(stock - pruned) / (stock - ideal) for stock, _, pruned, ideal in rounds]
+        found["share_of_ideal_saving"][clock] = spread(shares)
+    return found
+
+
+@torch.inference_mode()
+def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    adapter, benchmark = build.model(config), build.benchmark(config)
+    first = {}
+    for sample in benchmark.samples():
+        first.setdefault(sample.image_id, sample)
+    if len(first) < max(config["batches"]):
+        raise InputError(f"{config['dataset']['name']} has {len(first)} images: make batches smaller")
+    prompts = []
+    for sample in list(first.values())[: max(config["batches"])]:
+        image = benchmark.images(sample.image_id)[0]
+        prompts.append(Prompt(sample.text, [image.resize(config["picture"]) if config["picture"] else image]))
+    rows = []
+    for n in config["batches"]:
+        every, n_visual = calls(config, adapter, inputs_of(adapter, prompts[:n]))
+        rows.append(row(n, n_visual, budget(config["keep"], n_visual), take_turns(every, config, adapter.device)))
+    return {
+        "command": results.command(overrides),
+        "git_commit": results.git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": results.versions(),
+        "machine": machine(adapter.device),
+        **{group: config[group]["name"] for group in ("model", "pruner")},
+        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "new_tokens": config["max_new_tokens"],
+        "repetitions": config["repetitions"],
+        "rows": rows,
+    }
+
+
+def show(record: dict[str, Any]) -> str:
+    """A table of Markdown: CPU time on a CPU, wall time on a GPU."""
+    clock = "cpu" if "cpu" in record["machine"] else "wall"
+    lines = [
+        f"| {record['model']}, {record['dtype']}, ms of {clock} time | stock | keep=1.0 | pruned | ideal "
+        "| keep=1.0 / stock | share of the ideal saving |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in record["rows"]:
+        ms = [f"{one['ms'][clock][name]['median']:.1f}" for name in ("stock", "everything", "pruned", "ideal")]
+        ratio, share = one["everything_over_stock"][clock], one["share_of_ideal_saving"][clock]
+        told = [f"{ratio['median']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f})"]
+        told += [f"{share['median']:.0%} ({share['p20']:.0%} to {share['p80']:.0%})"]
+        lines.append(f"| batch {one['batch']}, {one['kept']} of {one['visual_tokens']} | {' | '.join(ms + told)} |")
+    return "\n".join(lines)
+
+
+def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    record = measure(build.resolve(config), overrides)
+    print(show(record))
+    if config["out"] is not None:
+        results.write_atomic(Path(config["out"]), json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
