@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test test-models test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test space test-space test-models test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -111,3 +111,20 @@ test-explorer: setup
 	command -v chromedriver >/dev/null || (apt-get update && apt-get install -y chromium chromium-driver)
 	$(BIN)/pip install -q selenium==4.51.0
 	$(BIN)/python -m pytest tests/explorer_browser.py
+
+# The explorer as a folder for Hugging Face Spaces, and its test, in an environment of its own: gradio needs an older pillow.
+SPACE ?= .venv-space
+
+space:
+	@test -n "$(OUT)" || { echo "say where: make space OUT=my-space"; exit 2; }
+	mkdir -p $(OUT) && cp -r conf mipruner experiments plugins/space/. $(OUT)
+	find $(OUT) -name __pycache__ -prune -exec rm -r {} +
+
+test-space: $(SPACE)/.installed
+	command -v chromedriver >/dev/null || (apt-get update && apt-get install -y chromium chromium-driver)
+	$(SPACE)/bin/python -m pytest tests/space_browser.py
+
+$(SPACE)/.installed: plugins/space/requirements.txt
+	$(PYTHON) -m venv $(SPACE)
+	$(SPACE)/bin/pip install -q -r plugins/space/requirements.txt pytest==9.2.0 pytest-timeout==2.4.0 selenium==4.51.0
+	touch $@
