@@ -24,6 +24,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from experiments.explorer import panels
+from experiments.explorer.core import Explorer
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 QUESTION = "What color is the snowman ?"
@@ -265,6 +268,57 @@ def test_an_upload_and_what_is_wrong_with_it(visitor, tmp_path):
     assert visitor.all("#shown h3")[0].text == EVIL and not visitor.all("#shown img, #shown script")
     visitor.one("file").send_keys(str(tmp_path / "bad.png"))
     visitor.until(lambda: "cannot be read as an image" in visitor.one("error").text)
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_an_image_is_pasted_or_dropped(visitor, way):
+    visitor.driver.execute_async_script(
+        "const [way, done] = arguments, canvas = document.createElement('canvas');"
+        "canvas.width = 60; canvas.height = 40; canvas.getContext('2d').fillRect(0, 0, 30, 40);"
+        "canvas.toBlob(blob => {"
+        "  const data = new DataTransfer();"
+        "  const options = {bubbles: true, cancelable: true, clipboardData: data, dataTransfer: data};"
+        "  data.items.add(new File([blob], 'own.png', {type: 'image/png'}));"
+        "  const Kind = way === 'paste' ? ClipboardEvent : DragEvent;"
+        "  document.dispatchEvent(new Kind(way, options));"
+        "  done();"
+        "})",
+        way,
+    )
+    visitor.until(lambda: "means nothing" in visitor.one("warning").text)
+    assert visitor.one("preview").get_property("naturalWidth") == 60 and visitor.value("scene") == ""
+    visitor.type("question", QUESTION)
+    assert "panels" in visitor.ask()
+    assert visitor.pixels(0).shape[:2] == (267, 400)
+
+
+def test_cancel_leaves_what_was_there_and_the_next_question_is_answered(visitor):
+    visitor.ask()
+    before = visitor.pixels(1)
+    visitor.type("question", "What color is the umbrella ?")
+    visitor.type("budgets", "128, 64, 48, 32, 16, 8")
+    visitor.one("go").click()
+    visitor.until(lambda: "panel" in visitor.one("state").text)
+    visitor.one("cancel").click()
+    visitor.until(lambda: visitor.one("state").text == "cancelled")
+    assert visitor.one("go").is_enabled() and not visitor.one("cancel").is_displayed() and not visitor.one("error").text
+    assert (visitor.pixels(1) == before).all()
+    visitor.type("budgets", "16")
+    assert visitor.ask().startswith("4 panels")
+
+
+def test_the_frame_of_a_notebook(visitor, tmp_path):
+    explorer = Explorer(["device=cpu", "decoding.max_new_tokens=4"])
+    view = explorer.ask("demo_llava", explorer.scene_image(0), "0", [QUESTION], [explorer.cell("mi", 16, {})], scene=0)
+    (tmp_path / "cell.html").write_text(f"<!doctype html><body>{panels.Frame(view)._repr_html_()}</body>")
+    visitor.driver.get((tmp_path / "cell.html").as_uri())
+    visitor.driver.switch_to.frame(0)
+    visitor.until(lambda: len(visitor.all("canvas")) == 2)
+    visitor.until(lambda: visitor.pixels(1).any())
+    before = visitor.pixels(0)
+    next(chip for chip in visitor.all(".chip") if chip.text == "snowman").click()
+    assert (visitor.pixels(0) != before).any()
+    visitor.driver.switch_to.default_content()
 
 
 @pytest.mark.parametrize(

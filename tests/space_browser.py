@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from explorer_browser import EVIL, QUESTION, Visitor, browser
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+
+from explorer_browser import EVIL, QUESTION, Visitor, browser
 
 ROOT = Path(__file__).parents[1]
 

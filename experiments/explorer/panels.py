@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,26 @@ def embedded(data: Any) -> str:
 def saved_page(view: dict[str, Any]) -> str:
     """One HTML file that shows ``view``, see `experiments.explorer.views.show`, without a server or another file."""
     return template().replace(DATA, embedded(view))
+
+
+@dataclass(frozen=True, repr=False)
+class Frame:
+    """A view as the last line of a notebook's cell: the page in a frame, with words, patches and slider alive.
+
+    Attributes
+    ----------
+    view : dict
+        See `experiments.explorer.views.show`.
+    height : int
+        In pixels.
+    """
+
+    view: dict[str, Any]
+    height: int = 640
+
+    def _repr_html_(self) -> str:
+        page = saved_page(self.view).replace("&", "&amp;").replace("'", "&#39;")
+        return f"<iframe srcdoc='{page}' style='width:100%;height:{self.height}px;border:0' title=Panels></iframe>"
 
 
 def data_url(image: Image.Image, width: int = MAX_WIDTH) -> str:

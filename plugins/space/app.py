@@ -23,7 +23,7 @@ const draw = () => { if (props.value) panels(element.querySelector('.panels'), p
 watch('value', draw);
 draw();
 """
-OWN = "An own image replaces the scene. The demo models have seen rendered scenes only: a photograph means nothing to them."
+OWN = "An own image replaces the scene. The demo models know rendered scenes only: photographs mean nothing to them."
 
 
 def ask(explorer: Explorer, progress: gr.Progress, asked: dict[str, Any]) -> dict[str, Any]:
