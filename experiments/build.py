@@ -81,7 +81,8 @@ def model(config: dict[str, Any]) -> Adapter:
 @lru_cache(maxsize=1)
 def _model(options: str, where: str) -> Adapter:
     options = json.loads(options)
-    options.pop("name")
+    for key in ("name", "family"):
+        options.pop(key, None)
     return load(**options | {"path": weights(options["path"])}, device=where)
 
 
@@ -144,7 +145,7 @@ def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
 
 
 def method(words: str, config: dict[str, Any]) -> Pruner | DecoderPruner:
-    """The pruner that words such as ``mi lam=1`` name, with the options of its file for the config's dataset and seed.
+    """The pruner that words such as ``mi lam=1`` name, with its file's options for the config's model, data and seed.
 
     Raises
     ------
@@ -152,7 +153,7 @@ def method(words: str, config: dict[str, Any]) -> Pruner | DecoderPruner:
         If there is no such pruner, or it has no such option or refuses its value.
     """
     name, given = parse_method(words)
-    shared = {"dataset": config["dataset"], "seed": config["seed"]}
+    shared = {key: config[key] for key in ("model", "dataset", "seed")}
     options = OmegaConf.to_container(OmegaConf.create(shared | {"pruner": _pruner_file(name)}), resolve=True)["pruner"]
     return make(**options | {key: yaml.safe_load(value) for key, value in given.items()})
 

@@ -72,6 +72,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 LOCK = ".lock"
 NOT_IDENTITY = (
+    "family",
     "task",
     "batch_size",
     "device",

@@ -8,7 +8,7 @@ from torch import Tensor
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pruners.base import DecoderPruner, DecoderView, Pruner, Reduction
-from mipruner.selection import budget
+from mipruner.selection import Auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,13 @@ class Composed(DecoderPruner):
         return self.door.s_cross(features)
 
     def n_entering(self, n_visual: int, n_keep: int) -> int:
-        n = budget(self.enter, n_visual)
+        n = self.door.budget(self.enter, n_visual)
         if n < n_keep:
             raise InputError(f"{n} tokens enter the language model, and {n_keep} are to be left inside: swap them")
         return n
+
+    def budget(self, keep: int | float | Auto, n_visual: int) -> int:
+        return self.inside.budget(keep, n_visual)
 
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
         return self.inside.stages(n_visual, n_keep, n_layers)

@@ -27,7 +27,7 @@ from mipruner.pipeline import Answer
 from mipruner.prompt import Picture, Prompt, Tokens, Visual
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.pruners.none import NoPruner
-from mipruner.selection import Auto, Selection, budget
+from mipruner.selection import Auto, Selection
 
 LOOK = 16
 """Tokens between two looks at whether the answer has ended."""
@@ -163,7 +163,7 @@ class Engine:
         self.bucket, self.longest, self.compiled = bucket, longest, compiled
         self.n_visual = adapter.side**2
         self.picture = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
-        self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else budget(keep, self.n_visual)
+        self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else pruner.budget(keep, self.n_visual)
         self.ends = torch.tensor(generation.eos_token_id, device=adapter.device).reshape(-1)
         length = self._padded(longest + self.n_keep + decoding.max_new_tokens)
         self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)

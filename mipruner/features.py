@@ -41,6 +41,8 @@ class Features:
         sequence for each sample.
     question : bool Tensor [.., n_text], optional
         False for the text tokens of the answer-format sentence and other instructions around the question.
+    prefixed : callable, optional
+        From words that a method puts before the text to the input-embedding rows [n, d] of both, tokenized in one.
     vocabulary : Tensor [n_vocabulary, d], optional
         The language model's input-embedding table. One for the whole batch.
     vocabulary_norm : Tensor [n_vocabulary], optional
@@ -67,6 +69,7 @@ class Features:
     clip_text: Tensor | None = None
     words: Sequence | None = None
     question: Tensor | None = None
+    prefixed: Callable[[str], Tensor] | None = None
     vocabulary: Tensor | None = None
     vocabulary_norm: Tensor | None = None
     valid: Tensor | None = None

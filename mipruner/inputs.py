@@ -136,7 +136,8 @@ class Inputs:
                 raise InputError("the images of this prompt were not encoded by this call inside this context")
         is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
-        tokens = Tokens(ids, is_text, torch.ones(int(is_text.sum()), dtype=torch.bool), words)
+        tokenizer = self.reader and self.reader.tokenizer
+        tokens = Tokens(ids, is_text, torch.ones(int(is_text.sum()), dtype=torch.bool), words, tokenizer)
         prompt = Prompt(self.reader.decode(ids[is_text].tolist()) if self.reader else "", ())
         return Encoded(
             ids=ids,

@@ -14,7 +14,7 @@ from mipruner.features import Features
 from mipruner.models.base import Adapter
 from mipruner.prompt import Encoded, Picture, Prompt, Short, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
-from mipruner.selection import Auto, Selection, budget, split_budget
+from mipruner.selection import Auto, Selection, split_budget
 from mipruner.shortening import Shortening, of_prefill
 from mipruner.timing import Stopwatch
 
@@ -142,7 +142,7 @@ class Pipeline:
             budgets = [sum(selection.n_rows for selection in chosen) for chosen in selections]
             per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
-            budgets = [budget(self.keep, sample.n_visual) if sample.visuals else 0 for sample in encoded]
+            budgets = [self.pruner.budget(self.keep, sample.n_visual) if sample.visuals else 0 for sample in encoded]
             per_layer, selections = run.per_layer, [by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
@@ -199,7 +199,7 @@ class Pipeline:
         if not encoded.visuals:
             return []
         counts = [visual.n_visual for visual in encoded.visuals]
-        n_keep = budget(self.keep, sum(counts))
+        n_keep = self.pruner.budget(self.keep, sum(counts))
         pairs = list(zip(encoded.features(), split_budget(n_keep, counts), strict=True))
         if isinstance(self.keep, Auto):
             pairs = [(features, self.enough(features, n)) for features, n in pairs]
@@ -241,7 +241,7 @@ class Pipeline:
     def nominal(self, sample: Encoded) -> int:
         """What the budget of one prompt means to a method inside the decoder."""
         n = sample.n_visual
-        return self.pruner.nominal(n, budget(self.keep, n), self.adapter.n_layers) if n else 0
+        return self.pruner.nominal(n, self.pruner.budget(self.keep, n), self.adapter.n_layers) if n else 0
 
 
 def whole(sample: Encoded) -> Short:

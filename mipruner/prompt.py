@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mipruner.errors import InputError
 from mipruner.features import Features
@@ -88,12 +89,15 @@ class Tokens:
         Those of T that belong to the question itself.
     words : list of str
         The tokens of T as strings, see `Features.words`.
+    tokenizer : PreTrainedTokenizerBase, optional
+        What made them.
     """
 
     ids: Tensor
     is_text: Tensor
     is_question: Tensor
     words: list[str]
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass(frozen=True)

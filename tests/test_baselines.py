@@ -35,6 +35,7 @@ from mipruner.pruners import (
 from mipruner.pruners.base import DecoderView
 from mipruner.pruners.mmtok import STOP_WORDS
 from mipruner.pruners.sparsevlm import density_peaks
+from mipruner.pruning import prune
 from tiny import picture, tiny, tokenizer
 
 SIZES = [(576, 64), (576, 33), (144, 128), (49, 7), (30, 1), (30, 29), (17, 5), (2, 1)]
@@ -331,6 +332,43 @@ def test_mmtok_covers_the_words_with_content():
     assert MMTokPruner()(bare, 9).indices.tolist() == mmtok(bare.text, bare.visual, bare.hidden, 9)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_mmtok_on_qwen_covers_the_whole_text_behind_a_prefix(family):
+    """The public code for Qwen: "Question: " and all that the user says, format sentence included, no stop words."""
+    adapter, text = tiny(family), "what is it\nanswer the question using a single word"
+    image = picture(1, 280, 224)
+    pruner = MMTokPruner(tau_text=0.01, stop_words=False, prefix="Question: ", rounding="down")
+    prompt = Prompt(text, [image], question="what is it")
+    visual = Pipeline(adapter, pruner, 1.0).see([image])[id(image)]
+    n = visual.n_visual
+    ids = torch.tensor(adapter.tokenizer("Question: " + text, add_special_tokens=False)["input_ids"])
+    rows = adapter.model.get_input_embeddings()(ids).detach()
+    expected = mmtok(rows, visual.tokens, visual.signals["hidden"], int(0.39 * n), tau_text=0.01)
+    (answer,) = Pipeline(adapter, pruner, 0.39)([prompt])
+    assert int(0.39 * n) != round(0.39 * n)
+    assert answer.selections[0].indices.tolist() == expected
+
+    inputs = adapter.image_processor([image], size=adapter.image_size, return_tensors="pt")
+    before, after = adapter.render([image])
+    placeholder = adapter.placeholders["image"]
+    ids = adapter.tokenizer(before.replace(placeholder, placeholder * n) + text + after, return_tensors="pt").input_ids
+    with prune(adapter.model, pruner, keep=0.39, tokenizer=adapter.tokenizer, text=text) as pruning:
+        adapter.model.generate(
+            input_ids=ids,
+            mm_token_type_ids=(ids == adapter.placeholder_ids["image"]).long(),
+            **inputs,
+            max_new_tokens=1,
+        )
+    assert pruning.selections[0][0].indices.tolist() == expected
+
+
+def test_mmtok_refuses_a_prefix_that_nobody_can_tokenize():
+    with pytest.raises(InputError, match="stop_words=false"):
+        MMTokPruner(prefix="Question: ")
+    with pytest.raises(InputError, match="tokenizer"):
+        MMTokPruner(prefix="Question: ", stop_words=False)(features(9), 3)
+
+
 def test_mmtok_keeps_a_piece_of_a_word_that_looks_like_a_stop_word():
     sample = features(5, n_text=3, words=[" the", "at", "re"])
     assert MMTokPruner().content(sample).tolist() == [True, True, True]
@@ -465,6 +503,13 @@ def test_dart_with_an_exact_count(n, n_keep):
     view, _ = decoder_view(n)
     indices = DARTPruner(exact=True).reduce(view, n_keep).indices.tolist()
     assert len(set(indices)) == n_keep == DARTPruner(exact=True).stages(n, n_keep, 32)[2]
+
+
+@pytest.mark.parametrize(("keep", "n"), [(0.222, 576), (0.1, 80), (0.25, 576), (0.334, 391), (1.0, 40), (0.01, 30)])
+def test_dart_on_qwen_cuts_the_budget_off(keep, n):
+    """The public code for Qwen: int(N (1 - reduction)); 0.9 off 80 tokens is 7 there, since 1 - 0.9 < 0.1."""
+    assert DARTPruner(rounding="down").budget(keep, n) == max(1, int(n * (1 - (1 - keep))))
+    assert DARTPruner(rounding="down").budget(7, n) == 7 == DARTPruner().budget(7, n)
 
 
 def test_dart_with_little_text_after_the_picture():

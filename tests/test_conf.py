@@ -29,6 +29,7 @@ def resolved(*overrides):
 def test_models(word):
     model = resolved(f"model={word}")["model"]
     assert model.pop("name") == word
+    importlib.import_module(f"mipruner.models.{model.pop('family')}")
     inspect.signature(load).bind(**model, device="cpu")
 
 
@@ -119,3 +120,16 @@ def test_old_commands_name_the_new_one(old, new):
     command = [sys.executable, "-m", f"experiments.{old[0]}", *old[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().endswith(new)
+
+
+def test_defaults_by_family_are_what_the_public_code_of_a_method_does_there():
+    """Of the method's public code for Qwen-VL; a word of the command line still wins."""
+    for model in ("qwen2vl_2b", "qwen25vl_7b", "qwen3vl_30b", "qwen35_9b", "demo_qwen3vl"):
+        mmtok = build.pruner(resolved(f"model={model}", "pruner=mmtok"))
+        assert (mmtok.tau_text, mmtok.stop_words, mmtok.prefix, mmtok.rounding) == (0.01, False, "Question: ", "down")
+        assert build.method("mmtok", resolved(f"model={model}")) == mmtok
+        assert build.pruner(resolved(f"model={model}", "pruner=dart")).budget(0.222, 576) // 8 * 8 + 4 == 124
+    for model in ("llava15_13b", "llava_onevision_7b", "internvl3_8b", "demo_llava"):
+        assert build.pruner(resolved(f"model={model}", "pruner=mmtok")) == PRUNERS["mmtok"]()
+        assert build.pruner(resolved(f"model={model}", "pruner=dart")).budget(0.222, 576) // 8 * 8 + 4 == 132
+    assert build.pruner(resolved("model=qwen2vl_7b", "pruner=mmtok", "pruner.tau_text=0.5")).tau_text == 0.5

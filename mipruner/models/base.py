@@ -254,7 +254,11 @@ class Adapter(ABC):
         counts = torch.ones_like(ids)
         counts[self.is_placeholder(ids)] = torch.tensor([n for _, runs in layouts for n in runs], dtype=counts.dtype)
         return Tokens(
-            ids.repeat_interleave(counts), is_text.repeat_interleave(counts), within(question)[is_text], words
+            ids.repeat_interleave(counts),
+            is_text.repeat_interleave(counts),
+            within(question)[is_text],
+            words,
+            self.tokenizer,
         )
 
     def tokenize_text(self, rendered: str, a_placeholder: re.Pattern) -> tuple[Tensor, Tensor]:
@@ -280,6 +284,9 @@ class Adapter(ABC):
             "question": tokens.is_question.to(self.device),
             "vocabulary": self.model.get_input_embeddings().weight,
         }
+        if tokens.tokenizer is not None:
+            query = prompt.text if prompt.query is None else prompt.query
+            known["prefixed"] = lambda prefix: self.embed(prefix + query, tokens.tokenizer)
         found = {name: value for name, value in known.items() if name in signals}
         return found | {"vocabulary_norm": self.vocabulary_norm()} if "vocabulary" in found else found
 
@@ -291,6 +298,11 @@ class Adapter(ABC):
             with torch.no_grad():
                 self._vocabulary_norm = key, row_norm(table)
         return self._vocabulary_norm[1]
+
+    def embed(self, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Input-embedding rows [n, d] of a text by itself."""
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        return self.model.get_input_embeddings()(ids.to(self.device))
 
     def read(self, prompt: Prompt, visuals: Sequence[Visual], signals: Set[str] = frozenset()) -> Encoded:
         """Embed one full-length prompt around its pictures."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.selection import Selection, top_k
+from mipruner.selection import Auto, Selection, budget, top_k
 
 
 def _all_finite(x: Tensor) -> bool:
@@ -52,6 +52,16 @@ class Method:
     def notes(self, features: Features) -> dict[str, str]:
         """What a record must say about how the method ran on these features, where that depends on the model."""
         return {}
+
+    def budget(self, keep: int | float | Auto, n_visual: int) -> int:
+        """Number of tokens to keep, see `mipruner.selection.budget`; a method whose code rounds otherwise overrides it.
+
+        Raises
+        ------
+        InputError
+            If ``keep`` is no budget, or asks for more tokens than there are.
+        """
+        return budget(keep, n_visual)
 
     def check(self, features: Features, n_keep: int) -> None:
         """Refuse what no method can prune; everything may be kept of anything.

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -6,7 +7,7 @@ from torch import Tensor
 from mipruner.errors import InputError
 from mipruner.pmi import similarity
 from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
-from mipruner.selection import top_k
+from mipruner.selection import Auto, top_k
 
 N_PIVOTS = 4
 """Pivots among the visual tokens, and as many among the text after them."""
@@ -21,9 +22,8 @@ class DARTPruner(DecoderPruner):
     stay.
 
     Differs from the public code, which is read through a fork, where fewer than four text tokens follow the picture:
-    the pivots there are then share the budget. Its code for Qwen cuts a fraction of the visual tokens off to a whole
-    number, where ``keep`` is rounded here: of 576 tokens keep=0.222 leaves 132, there 124. As in that code the pivots
-    take turns in the order of a Python set of their places in the prompt, which decides who picks first.
+    the pivots there are then share the budget. As in that code the pivots take turns in the order of a Python set of
+    their places in the prompt, which decides who picks first.
 
     Parameters
     ----------
@@ -32,6 +32,9 @@ class DARTPruner(DecoderPruner):
     exact : bool
         Keep T tokens, not ``8 (T // 8) + 4``: at most T pivots, and the first to pick take one more where T leaves a
         remainder.
+    rounding : "nearest" or "down"
+        How a fraction ``keep`` becomes T. ``down`` is ``int(N (1 - reduction))``, which the authors do on Qwen: of 576
+        tokens keep=0.222 then leaves 124, else 132.
     """
 
     title = "DART"
@@ -42,11 +45,20 @@ class DARTPruner(DecoderPruner):
 
     layer: int = 2
     exact: bool = False
+    rounding: Literal["nearest", "down"] = "nearest"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rounding not in ("nearest", "down"):
+            raise InputError(f"unknown rounding {self.rounding!r}: choose nearest or down")
         if self.layer < 1:
             raise InputError(f"layer={self.layer} is below 1: keys are read from the layer before")
+
+    def budget(self, keep: int | float | Auto, n_visual: int) -> int:
+        n_keep = super().budget(keep, n_visual)
+        if self.rounding == "nearest" or not isinstance(keep, float):
+            return n_keep
+        return max(1, int(n_visual * (1 - (1 - keep))))  # their option is the reduction, 1 - keep as a float
 
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
         if self.exact:

@@ -1,7 +1,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Selection, dense_greedy, lazy_greedy, take_rows
+from mipruner.selection import Auto, Selection, dense_greedy, lazy_greedy, take_rows
 
 STOP_WORDS = frozenset(
     re.findall(
@@ -33,18 +33,24 @@ class MMTokPruner(Pruner):
 
     Patches of padding are never picked, but stay in both softmaxes and stay to be covered, each at weight 1 / N.
 
+    The defaults are those of the public code for LLaVA. For Qwen it has tau_text=0.01, stop_words=false,
+    prefix="Question: " and rounding=down, which conf/pruner/mmtok.yaml sets for that family.
+
     Differs from the public code in what is left once the unpadded patches are spent: padding then fills the budget.
-    The public code for Qwen also puts "Question: " before the text, which is not part of T here, and reads the
-    answer-format sentence, which this leaves out.
 
     Parameters
     ----------
     tau_text, tau_visual : float
-        Temperatures of the two softmaxes. The authors set tau_text to 0.02 on LLaVA and 0.01 on Qwen.
+        Temperatures of the two softmaxes.
     alpha : float
         Weight of the coverage of visual tokens.
     stop_words : bool
-        Whether words without content are left out of the question (as the authors do on LLaVA, not on Qwen).
+        Whether words without content are left out of the question.
+    prefix : str, optional
+        Words put before the text for the choice alone. All of both is then to be covered, the answer-format sentence
+        too; by default it is the question without that sentence.
+    rounding : "nearest" or "down"
+        How a fraction ``keep`` becomes a number of tokens.
     """
 
     title = "MMTok"
@@ -56,12 +62,22 @@ class MMTokPruner(Pruner):
     tau_visual: float = 0.2
     alpha: float = 0.5
     stop_words: bool = True
+    prefix: str | None = None
+    rounding: Literal["nearest", "down"] = "nearest"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
-    wants: ClassVar[frozenset[str]] = frozenset({"words", "question", "valid"})
+    wants: ClassVar[frozenset[str]] = frozenset({"words", "question", "prefixed", "valid"})
 
     def __post_init__(self):
         if not (self.tau_text > 0 and self.tau_visual > 0):
             raise InputError(f"the temperatures {self.tau_text} and {self.tau_visual} are not both positive")
+        if self.prefix and self.stop_words:
+            raise InputError("stop words are left out of the question alone: set stop_words=false with a prefix")
+        if self.rounding not in ("nearest", "down"):
+            raise InputError(f"unknown rounding {self.rounding!r}: choose nearest or down")
+
+    def budget(self, keep: int | float | Auto, n_visual: int) -> int:
+        n_keep = super().budget(keep, n_visual)
+        return max(1, int(keep * n_visual)) if self.rounding == "down" and isinstance(keep, float) else n_keep
 
     def select(self, features: Features, n_keep: int) -> Selection:
         return Selection(self.order(features, n_keep).sort(-1).values)
@@ -70,12 +86,21 @@ class MMTokPruner(Pruner):
         valid = features.valid
         if valid is None:
             valid = torch.ones_like(features.visual[..., 0], dtype=torch.bool)
-        words = self.content(features)
-        cover_text = (similarity(features.text, features.visual) / self.tau_text).softmax(-1)
-        cover_text = cover_text * (words / words.sum(-1, keepdim=True))[..., None]
+        text, weights = self.covered_text(features)
+        cover_text = (similarity(text, features.visual) / self.tau_text).softmax(-1) * weights[..., None]
         cover_visual = (similarity(features.hidden, features.hidden) / self.tau_visual).softmax(-1) / valid.shape[-1]
         cover = torch.cat([cover_text, self.alpha * cover_visual], -2).mT.contiguous()  # row = what one token covers
         return facility_location(cover, valid, n_keep)
+
+    def covered_text(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Text rows [.., m, d] that are to be covered, and how much each counts [.., m]."""
+        if self.prefix:
+            if features.prefixed is None:
+                raise InputError("MMTok's prefix is put before the text by its tokenizer, and none is known")
+            text = features.prefixed(self.prefix)
+            return text, text.new_full((len(text),), 1 / len(text), dtype=torch.float32)
+        words = self.content(features)
+        return features.text, words / words.sum(-1, keepdim=True)
 
     def content(self, features: Features) -> Tensor:
         """Which text tokens [.., n_text] are to be covered: the question's, without stop words; all if none is left."""
