@@ -31,6 +31,8 @@ def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Deco
 
     def run(watch: Callable) -> int:
         engine.watch = watch
+        if engine.pipeline is not None:  # on a CPU
+            engine.pipeline.cache = VisionCache()
         return len(engine(prompt).tokens)
 
     return run

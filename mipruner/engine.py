@@ -6,7 +6,7 @@
 Each of these four is a function of tensors that is recorded as a CUDA graph and then replayed: `see` and `step` once,
 `score` for each number of question tokens, `prefill` for each bucket of prompt lengths. The host uploads token ids
 before and reads the answer after; in between it waits for nothing, except that every `LOOK` tokens it asks whether the
-answer has ended. On a CPU the same functions are called as they are.
+answer has ended. On a CPU there is nothing to record, and static shapes only cost: the pipeline answers.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.base import Adapter
-from mipruner.pipeline import Answer
+from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Picture, Prompt, Tokens, Visual
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.pruners.none import NoPruner
@@ -132,6 +132,14 @@ class Engine:
         Tokens beside the picture that a prompt may have.
     compiled : bool
         Whether torch.compile fuses prefill and step before they are recorded.
+    static : bool, optional
+        Whether shapes are static; by default on a GPU only, and the pipeline answers elsewhere. On a CPU the recorded
+        functions are then called as they are, which is for tests.
+
+    Attributes
+    ----------
+    pipeline : Pipeline or None
+        What answers instead where shapes are not static.
 
     Raises
     ------
@@ -149,6 +157,7 @@ class Engine:
         bucket: int = 64,
         longest: int = 192,
         compiled: bool = False,
+        static: bool | None = None,
     ):
         generation, text_config = adapter.model.generation_config, adapter.model.config.text_config
         if decoding.temperature or generation.repetition_penalty not in (None, 1.0):
@@ -161,17 +170,20 @@ class Engine:
             raise InputError("the engine's shapes are fixed, and keep=auto is not: use the pipeline")
         self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
         self.bucket, self.longest, self.compiled = bucket, longest, compiled
+        self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
+        """Called around each stage. Nothing is timed by default, because a clock makes the host wait."""
+        static = adapter.device.type == "cuda" if static is None else static
+        self.pipeline = None if static else Pipeline(adapter, pruner, keep, decoding)
         self.n_visual = adapter.side**2
         self.picture = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
         self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else pruner.budget(keep, self.n_visual)
         self.ends = torch.tensor(generation.eos_token_id, device=adapter.device).reshape(-1)
         length = self._padded(longest + self.n_keep + decoding.max_new_tokens)
-        self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
+        if static:
+            self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
         self.graphs: dict[tuple, Graph] = {}
         self.asked: tuple[Picture | None, dict] = None, {}
         """The latest picture, and `Features.held` of it."""
-        self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
-        """Called around each stage. Nothing is timed by default, because a clock makes the host wait."""
 
     @torch.inference_mode()
     def __call__(self, prompt: Prompt, pixels: dict[str, Any] | None = None) -> Answer:
@@ -184,6 +196,9 @@ class Engine:
         """
         if len(prompt.images) != 1:
             raise InputError(f"the engine answers about one picture, not {len(prompt.images)}: use the pipeline")
+        if self.pipeline is not None:
+            self.pipeline.watch = self.watch
+            return self.pipeline([prompt])[0]
         tokens = self.adapter.tokenize(prompt, [self.picture])
         if (n_other := len(tokens.ids) - self.n_visual) > self.longest:
             raise InputError(f"the prompt has {n_other} tokens beside the picture: raise longest")

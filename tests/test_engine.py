@@ -1,5 +1,7 @@
 """The engine against the pipeline: the same tokens from static shapes, padded prompts and its own cache."""
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
 from experiments.benchmarks.demo import Demo
+from mipruner import engine as engines
 from mipruner import fused
 from mipruner.decoding import Decoding
-from mipruner.engine import LOOK, Engine, Graph
+from mipruner.engine import LOOK, Graph
 from mipruner.errors import InputError
 from mipruner.models import load
 from mipruner.models.llava import LlavaAdapter
@@ -20,6 +23,8 @@ from mipruner.pruners import PRUNERS, FastVPruner, MIAttentionPruner, MIPruner, 
 
 DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Engine = partial(engines.Engine, static=True)
+"""As on a GPU."""
 
 
 def tiny(n_layers=2, seed=0):
@@ -251,3 +256,20 @@ def test_the_vocabulary_is_summed_over_once_an_image(demo, monkeypatch):
         demo.model.get_input_embeddings().weight.mul_(2)
         assert torch.equal(demo.vocabulary_norm(), 2 * norm)
         demo.model.get_input_embeddings().weight.div_(2)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU shapes are static")
+def test_on_a_cpu_the_pipeline_answers(demo, monkeypatch):
+    """Static shapes are no gain there; what the engine refuses on a GPU it refuses all the same."""
+    decoding, stages = Decoding(max_new_tokens=4), []
+    engine = engines.Engine(demo, MIPruner(), 16, decoding)
+    engine.watch = lambda stage: (stages.append(stage), nullcontext())[1]
+    expected = Pipeline(demo, MIPruner(), 16, decoding)(prompts(1))[0]
+    monkeypatch.setattr(engines.Engine, "prefill", None)
+    found = engine(prompts(1)[0])
+    assert found.tokens == expected.tokens and engine.graphs == {}
+    assert stages == ["vision", "scoring", "prefill", "decode"]
+    with pytest.raises(InputError, match="one picture, not 2"):
+        engine(Prompt("Which ?", prompts(1)[0].images * 2))
+    with pytest.raises(InputError, match="inside the decoder"):
+        engines.Engine(demo, FastVPruner(), 16, decoding)

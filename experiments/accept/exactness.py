@@ -195,7 +195,7 @@ def check_pruned(adapter: Adapter, n_images: int) -> Iterator[Line]:
     equal = [agree(new, a.tokens, lead, tolerance) for a, new, lead in zip(alone, inside, leads, strict=True)]
     yield counted("mipruner.prune against Pipeline", equal, "Pipeline", words)
     try:
-        engine = Engine(adapter, pruner, SHARE, decoding)
+        engine = Engine(adapter, pruner, SHARE, decoding, static=True)
         equal = [
             agree(engine(p).tokens, a.tokens, lead, tolerance) for p, a, lead in zip(prompts, alone, leads, strict=True)
         ]
