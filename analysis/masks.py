@@ -203,7 +203,7 @@ def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str],
     )
     adapter = build.model(config | {"device": "cpu"})
     with torch.inference_mode():
-        visuals = adapter.encode([adapter.pixels(image) for image in prompt.images])
+        visuals = adapter.encode([adapter.preprocess(image) for image in prompt.images])
         features = adapter.read(prompt, visuals, {"words"}).features()[0]
         options = {key: config["pruner"][key] for key in ("tau", "normalization") if key in config["pruner"]}
         return list(features.words), cross_pmi(features.visual, features.text, **options).numpy()

@@ -25,7 +25,7 @@ from experiments.results import Cell
 from mipruner.errors import InputError, PromptError
 from mipruner.models import Prompt, Video
 from mipruner.pipeline import Answer, Pipeline
-from mipruner.prompt import Picture
+from mipruner.prompt import Media
 
 WINDOW = 256
 """Samples that are sorted by length among themselves. No larger, so that those sharing a picture stay close."""
@@ -79,9 +79,9 @@ class Pictures:
 
     def __init__(self, benchmark: Benchmark, pipeline: Pipeline):
         self.benchmark, self.pipeline = benchmark, pipeline
-        self._held: OrderedDict[str, list[Picture]] = OrderedDict()
+        self._held: OrderedDict[str, list[Media]] = OrderedDict()
 
-    def load(self, samples: Sequence[Sample]) -> tuple[dict[str, list[Picture]], dict[str, str]]:
+    def load(self, samples: Sequence[Sample]) -> tuple[dict[str, list[Media]], dict[str, str]]:
         """Pictures and error messages of the samples, by image_id."""
         images, errors = {}, {}
         for image_id in dict.fromkeys(sample.image_id for sample in samples):
@@ -97,7 +97,7 @@ class Pictures:
             self._held.popitem(last=False)
         return images, errors
 
-    def _prepared(self, image_id: str) -> list[Picture]:
+    def _prepared(self, image_id: str) -> list[Media]:
         """One image or video, processed. Raises SampleError if it cannot be read or the processor refuses it."""
         frames = self.benchmark.images(image_id)
         images = [Video(frames)] if self.benchmark.is_video else frames
@@ -111,7 +111,7 @@ class Pictures:
 
 
 def prompts_of(
-    pipeline: Pipeline, samples: Sequence[Sample], images: dict[str, list[Picture]], text_scope: str
+    pipeline: Pipeline, samples: Sequence[Sample], images: dict[str, list[Media]], text_scope: str
 ) -> tuple[dict[str, Prompt], dict[str, str]]:
     """The prompts of the samples that have an image, and what is wrong with the text of others, by sample id."""
     prompts, errors = {}, {}
@@ -126,7 +126,7 @@ def prompts_of(
             sample=sample.id,
         )
         try:
-            pipeline.adapter.check_text(prompt)
+            pipeline.adapter.chat.check_text(prompt)
             prompts[sample.id] = prompt
         except PromptError as error:
             errors[sample.id] = str(error)
@@ -136,7 +136,7 @@ def prompts_of(
 def answer_batch(
     pipeline: Pipeline,
     samples: Sequence[Sample],
-    images: dict[str, list[Picture]],
+    images: dict[str, list[Media]],
     errors: dict[str, str],
     text_scope: str,
 ) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, Sampl
 from experiments.results import Cell
 from experiments.served import vllm_version
 from mipruner.errors import InputError
-from mipruner.models.base import END_OF_THINKING
+from mipruner.models.chat import END_OF_THINKING
 
 MAX_IMAGES = 128
 """Encoded images that are kept for the samples that follow."""

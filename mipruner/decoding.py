@@ -18,7 +18,7 @@ from transformers import (
 
 from mipruner import draws
 from mipruner.errors import InputError
-from mipruner.models.base import Adapter
+from mipruner.models.adapter import Adapter
 from mipruner.prompt import Batch
 
 

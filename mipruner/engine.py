@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.models.base import Adapter
+from mipruner.models.adapter import Adapter
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Picture, Prompt, Tokens, Visual
 from mipruner.pruners import DecoderPruner, Pruner
@@ -187,7 +187,7 @@ class Engine:
 
     @torch.inference_mode()
     def __call__(self, prompt: Prompt, pixels: dict[str, Any] | None = None) -> Answer:
-        """Answer one prompt; ``pixels`` is what ``adapter.pixels`` gives for its picture, if that is there already.
+        """Answer one prompt; ``pixels`` is what ``adapter.preprocess`` gives for its picture, if that is there already.
 
         Raises
         ------
@@ -202,7 +202,7 @@ class Engine:
         tokens = self.adapter.tokenize(prompt, [self.picture])
         if (n_other := len(tokens.ids) - self.n_visual) > self.longest:
             raise InputError(f"the prompt has {n_other} tokens beside the picture: raise longest")
-        pixels = self.adapter.pixels(prompt.images[0]) if pixels is None else pixels
+        pixels = self.adapter.preprocess(prompt.images[0]) if pixels is None else pixels
         values = self.upload(pixels["pixel_values"].to(self.adapter.model.dtype))
         text_ids, layout = self.upload(tokens.ids[tokens.is_text]), self.layout(tokens.ids)
         with self.watch("vision"):
@@ -230,7 +230,7 @@ class Engine:
         ends = self.ends.tolist()
         new = new[: next((k for k, token in enumerate(new) if token in ends), None)]
         return Answer(
-            text=self.adapter.decode(new),
+            text=self.adapter.chat.decode(new),
             tokens=new,
             selections=[Selection(kept.cpu())],
             n_visual=[self.n_visual],

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from mipruner.errors import InputError
 from mipruner.intercept import Call
-from mipruner.models.base import Adapter
+from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.prompt import Encoded, Prompt, Tokens, Visual
 from mipruner.question import Reader, between_special
 
@@ -27,7 +26,7 @@ class Seen:
     """One pass of the vision encoder: the arguments of the model's method, what it returned, what was captured."""
 
     inputs: dict[str, Any]
-    features: SimpleNamespace
+    output: VisionOutput
     calls: list[Call]
 
 
@@ -38,7 +37,7 @@ def see(
     out = method(*args, **kwargs)
     inputs = dict(zip(names, args, strict=False)) | kwargs
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    return out, Seen(inputs, adapter.noted(out), calls)
+    return out, Seen(inputs, adapter.read_output(out), calls)
 
 
 @lru_cache(maxsize=8)
@@ -96,8 +95,8 @@ class Inputs:
         for kind, k in self.adapter.placeholder_ids.items():
             one = seen.get(kind == "video")
             if one is not None and bool((ids == k).any()):
-                pixels = self.adapter.unbatch(kind == "video", one.inputs, runs)
-                visuals = self.adapter.visuals(one.features, one.calls, pixels, self.signals)
+                pixels = self.adapter.split_pixels(kind == "video", one.inputs, runs)
+                visuals = self.adapter.make_visuals(one.output, one.calls, pixels, self.signals)
                 queues[k] = [self._known(visual) for visual in visuals] if "vocabulary" in self.signals else visuals
         n_rows = sum(len(visual.rows) for queue in queues.values() for visual in queue)
         copies = n_placeholders // max(n_rows, 1)  # beams: each prompt stands there several times
@@ -132,7 +131,7 @@ class Inputs:
         ids, embeds, position_ids = ids[rows], embeds[rows], position_ids[:, rows]
         places = [torch.searchsorted(rows, place) for _, place in images]
         for (visual, _), place in zip(images, places, strict=True):
-            if len(place) != len(visual.rows) or not self.adapter.placed(ids[place], embeds[place], visual.rows):
+            if len(place) != len(visual.rows) or not self.adapter.is_placed(ids[place], embeds[place], visual.rows):
                 raise InputError("the images of this prompt were not encoded by this call inside this context")
         is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []

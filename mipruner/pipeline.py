@@ -11,8 +11,8 @@ from torch import Tensor
 from mipruner.decoding import Decoding, decode, prefill
 from mipruner.door import Prompts
 from mipruner.features import Features
-from mipruner.models.base import Adapter
-from mipruner.prompt import Encoded, Picture, Prompt, Short, Visual, collate
+from mipruner.models.adapter import Adapter
+from mipruner.prompt import Encoded, Media, Prompt, Short, Visual, collate
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.selection import Auto, Selection, split_budget
 from mipruner.shortening import Shortening, of_prefill
@@ -64,20 +64,20 @@ class VisionCache:
     def __init__(self, max_bytes: int = 2**30):
         self.max_bytes = max_bytes
         # With the image, so that its id is not used again.
-        self._held: OrderedDict[int, tuple[Picture, Visual, frozenset[str]]] = OrderedDict()
+        self._held: OrderedDict[int, tuple[Media, Visual, frozenset[str]]] = OrderedDict()
 
-    def signals(self, image: Picture) -> frozenset[str]:
+    def signals(self, image: Media) -> frozenset[str]:
         """The signals that ``image`` is held with."""
         return self._held[id(image)][2] if id(image) in self._held else frozenset()
 
-    def get(self, image: Picture, signals: Set[str] = frozenset()) -> Visual | None:
+    def get(self, image: Media, signals: Set[str] = frozenset()) -> Visual | None:
         """What is held of ``image``, if it was seen with these ``signals``."""
         if id(image) not in self._held or not signals <= self.signals(image):
             return None
         self._held.move_to_end(id(image))
         return self._held[id(image)][1]
 
-    def put(self, image: Picture, visual: Visual, signals: Set[str] = frozenset()) -> None:
+    def put(self, image: Media, visual: Visual, signals: Set[str] = frozenset()) -> None:
         self._held[id(image)] = (image, visual, frozenset(signals))
         self._held.move_to_end(id(image))
         while len(self._held) > 1 and sum(visual.n_bytes for _, visual, _ in self._held.values()) > self.max_bytes:
@@ -111,7 +111,7 @@ class Pipeline:
         self.adapter, self.pruner, self.keep = adapter, pruner, keep
         self.decoding = decoding or Decoding()
         self.cache = VisionCache()
-        self._prepared: dict[int, tuple[Picture, dict[str, Any]]] = {}
+        self._prepared: dict[int, tuple[Media, dict[str, Any]]] = {}
         self.watch = Stopwatch(adapter.device)
 
     @torch.inference_mode()
@@ -146,7 +146,7 @@ class Pipeline:
             per_layer, selections = run.per_layer, [by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
-                text=self.adapter.decode(new),
+                text=self.adapter.chat.decode(new),
                 tokens=new,
                 selections=[Selection(s.indices.cpu()) for s in chosen],
                 n_visual=[visual.n_visual for visual in sample.visuals],
@@ -161,12 +161,12 @@ class Pipeline:
             )
         ]
 
-    def prepare(self, images: Sequence[Picture]) -> None:
+    def prepare(self, images: Sequence[Media]) -> None:
         """Run the image processor ahead of a call with these very objects. May run in another thread."""
         for image in images:
             self._prepared[id(image)] = (image, self._pixels(image))
 
-    def see(self, images: Sequence[Picture]) -> dict[int, Visual]:
+    def see(self, images: Sequence[Media]) -> dict[int, Visual]:
         """Every distinct picture through the vision encoder once, by ``id``.
 
         Once more where it is held without a signal that the pruner reads; it is then held with the old and the new.
@@ -184,12 +184,12 @@ class Pipeline:
                 self.cache.put(image, visual, signals)
         return visuals
 
-    def _pixels(self, image: Picture) -> dict[str, Any]:
+    def _pixels(self, image: Media) -> dict[str, Any]:
         prepared, pixels = self._prepared.pop(id(image), (None, None))
         if prepared is image:
             return pixels
         self.adapter.kinds([image])  # a video to a family without videos is an error of the user's
-        return self.adapter.pixels(image)
+        return self.adapter.preprocess(image)
 
     def select(self, encoded: Encoded) -> list[Selection]:
         """What enters the language model of each image of one prompt, by its share of the budget.

@@ -47,7 +47,8 @@ class Video:
         return tuple(k / self.fps for k in range(len(self.frames)))
 
 
-Picture = Image.Image | Video
+Media = Image.Image | Video
+"""What a prompt can hold before its text."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Prompt:
     """
 
     text: str
-    images: Sequence[Picture]
+    images: Sequence[Media]
     query: str | None = None
     question: str | None = None
     sample: str = ""

@@ -307,7 +307,7 @@ class Pruning:
             return method(*args, **kwargs)  # Qwen-VL looks at videos through the method for images
         here.looking, is_video = True, name == "get_video_features"
         try:
-            with self.adapter.watched(is_video, self._inputs.signals) as calls:
+            with self.adapter.capture(is_video, self._inputs.signals) as calls:
                 out, seen = see(self.adapter, method, self._names[name], args, kwargs, calls)
         finally:
             here.looking = False

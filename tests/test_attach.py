@@ -628,7 +628,7 @@ def test_transformers_pipeline_on_the_demo():
 def test_the_qwen_shaped_demo():
     adapter = load(DEMO / "qwen3vl")
     question, image = "Is there a sun in the image ?", picture(2, 336, 252)
-    pixels = adapter.pixels(image)
+    pixels = adapter.preprocess(image)
     n = int(pixels["grid_thw"].prod()) // 4
     text = f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|> USER: {question} ASSISTANT:"
     inputs = dict(adapter.tokenizer(text, return_tensors="pt"))

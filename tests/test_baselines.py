@@ -266,7 +266,7 @@ def test_clip_relevance_is_measured_in_the_named_clip(clip_folder):
     question = "what colour is the umbrella beside the old green house on the hill"
     prompt = Prompt(f"{question}\nAnswer briefly.", [picture(1, 90, 70)], question=question)
     pipeline = Pipeline(adapter, CDPruner(), 5)
-    pixels = adapter.pixels(prompt.images[0])
+    pixels = adapter.preprocess(prompt.images[0])
     visuals = list(pipeline.see(prompt.images).values())
     (features,) = adapter.read(prompt, visuals, CDPruner().signals).features()
 

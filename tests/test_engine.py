@@ -206,7 +206,7 @@ def test_prompts_of_one_bucket_share_a_graph():
 def test_pixels_may_be_given():
     engine = Engine(tiny(), MIPruner(), 5, Decoding(max_new_tokens=5))
     prompt = prompts(1)[0]
-    pixels = engine.adapter.pixels(prompt.images[0])
+    pixels = engine.adapter.preprocess(prompt.images[0])
     assert engine(prompt, pixels).tokens == engine(prompt).tokens
 
 

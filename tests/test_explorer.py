@@ -88,7 +88,7 @@ def test_pmi_of_words_and_patches(explorer, image):
     adapter, _ = explorer.adapter("demo_llava")
     view = explorer.ask("demo_llava", image, "words", [QUESTION], [explorer.cell("mi", 16, {})])
     with torch.inference_mode():
-        visuals = adapter.encode([adapter.pixels(image)], frozenset())
+        visuals = adapter.encode([adapter.preprocess(image)], frozenset())
         (features,) = adapter.read(Prompt(QUESTION, [image]), visuals, {"words"}).features()
         expected = pmi.cross_pmi(features.visual, features.text)
         table, spelled = views.readable(adapter)

@@ -100,7 +100,7 @@ def test_options_reach_the_pruner_or_the_model():
         Pruned(DEMO, lam=2)
     with pytest.raises(InputError, match="unexpected keyword argument 'lamda'"):
         Pruned(DEMO, lamda=1, device="cpu")
-    assert Pruned(DEMO, device="cpu", prompt="vicuna_v1").pipeline.adapter.prompt.startswith("A chat")
+    assert Pruned(DEMO, device="cpu", prompt="vicuna_v1").pipeline.adapter.chat.prompt.startswith("A chat")
 
 
 def test_generation_options_of_lmms_eval():

@@ -27,7 +27,7 @@ from mipruner.intercept import Stepped
 from mipruner.models import PROMPTS, Prompt, Video, load
 from mipruner.models.llava import LlavaAdapter, covered
 from mipruner.pipeline import Pipeline
-from mipruner.prompt import Batch, collate
+from mipruner.prompt import Batch, Visual, collate
 from mipruner.pruners import NoPruner, Pruner, RandomPruner
 from mipruner.selection import Selection
 from tiny import (
@@ -274,9 +274,9 @@ def test_pictures_seen_together_are_pictures_seen_alone():
         adapter = tiny(family)
         images = list({id(i): i for p in prompts_of(family) for i in p.images}.values())
         signals = frozenset({"attention", "attention_to_self", "hidden", "keys"})
-        together = adapter.encode([adapter.pixels(image) for image in images], signals)
+        together = adapter.encode([adapter.preprocess(image) for image in images], signals)
         for image, ours in zip(images, together, strict=True):
-            (alone,) = adapter.encode([adapter.pixels(image)], signals)
+            (alone,) = adapter.encode([adapter.preprocess(image)], signals)
             assert ours.grid == alone.grid and ours.times == alone.times
             torch.testing.assert_close(ours.rows, alone.rows, atol=1e-4, rtol=1e-4)
             assert ours.signals.keys() == alone.signals.keys()
@@ -300,7 +300,7 @@ def test_hooks_are_gone_after_an_exception(family, monkeypatch):
         counts.append(n_hooks())
         raise RuntimeError("in the vision tower")
 
-    pixels = [adapter.pixels(prompts_of(family)[0].images[0])]
+    pixels = [adapter.preprocess(prompts_of(family)[0].images[0])]
     adapter.encode(pixels, frozenset({"attention"}))
     counts = [n_hooks()]
     module = adapter.vision.merger if family in QWEN else adapter.model.model.multi_modal_projector
@@ -427,10 +427,10 @@ def test_newlines_are_no_candidates(family):
 def test_videos_of_one_call_of_llava_onevision_come_apart():
     """As `generate` calls it with a batch of videos, each of which ends in a newline on some versions."""
     adapter = tiny("llava_onevision")
-    pixels = [adapter.pixels(video(seed, 3)) for seed in (4, 5)]
+    pixels = [adapter.preprocess(video(seed, 3)) for seed in (4, 5)]
     alone = [adapter.encode([one])[0].rows for one in pixels]
     batch = adapter.model.model.get_video_features(torch.stack([one["pixel_values"] for one in pixels]))
-    for ours, expected in zip(adapter.rows(batch.pooler_output, pixels), alone, strict=True):
+    for ours, expected in zip(adapter.split_rows(batch.pooler_output, pixels), alone, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -453,7 +453,7 @@ def test_pruners_see_the_users_words_and_the_projected_patches(family):
     image = prompts_of(family)[0].images[0]
     prompt = Prompt(text, [image], query="Is it red ?", question="red", sample="s")
     signals = frozenset({"words", "question"})
-    visuals = adapter.encode([adapter.pixels(image)])
+    visuals = adapter.encode([adapter.preprocess(image)])
     (features,) = adapter.read(prompt, visuals, signals).features()
     table = adapter.model.get_input_embeddings().weight
     assert torch.equal(features.text, table[tokenizer()("Is it red ?").input_ids])
@@ -512,10 +512,10 @@ def test_encoder_attention_is_that_of_an_eager_encoder(family, recorded):
     eager, adapter = tiny(family, "recorder"), tiny(family)
     images = [image for prompt in prompts_of(family) for image in prompt.images]
     images += [picture(8, 100, 100)]
-    found = adapter.encode([adapter.pixels(image) for image in images], frozenset({"attention"}))
+    found = adapter.encode([adapter.preprocess(image) for image in images], frozenset({"attention"}))
     for image, visual in zip(images, found, strict=True):
         recorded.clear()
-        one = eager.pixels(image)
+        one = eager.preprocess(image)
         eager.encode([one])
         if family in QWEN:
             expected = qwen_attention(eager, one["grid_thw"][0].tolist(), recorded)
@@ -577,10 +577,10 @@ def tokens_of_tiles(family: str, tiles: list[list[float]], image) -> list[float]
 def test_hidden_and_keys_of_a_merged_token_are_the_mean_over_its_patches(family, recorded):
     adapter, image = tiny(family), picture(6, 140, 112)
     signals = frozenset({"hidden", "keys", "attention_to_self"})
-    (visual,) = adapter.encode([adapter.pixels(image)], signals)
+    (visual,) = adapter.encode([adapter.preprocess(image)], signals)
     inside = []
     handle = adapter.vision.merger.register_forward_pre_hook(lambda module, args: inside.append(args[0]))
-    adapter.encode([adapter.pixels(image)])
+    adapter.encode([adapter.preprocess(image)])
     handle.remove()
     tokens = inside[0].view(-1, 4, 32).mean(1)
     merged = adapter.vision.merger(inside[0])  # in the order of the windows where there are any
@@ -667,19 +667,19 @@ def test_draws_have_their_probabilities():
 
 def test_a_thinking_models_answer_is_what_comes_after_the_thinking():
     adapter = tiny("qwen3_vl", thinking=True)
-    after = adapter.render([picture(0, 56, 56)])[1]
+    after = adapter.chat.render(["image"])[1]
     assert after.endswith("<think>\n")
-    assert not tiny("qwen3_vl").render([picture(0, 56, 56)])[1].endswith("<think>\n")
+    assert not tiny("qwen3_vl").chat.render(["image"])[1].endswith("<think>\n")
     ids = tokenizer()("It is </think> not </think>\n\nred .").input_ids
-    assert adapter.decode(ids) == "red ."
-    assert adapter.decode(tokenizer()("It is not").input_ids) == ""
-    assert tiny("qwen3_vl").decode(ids) == "It is </think> not </think>\n\nred ."
+    assert adapter.chat.decode(ids) == "red ."
+    assert adapter.chat.decode(tokenizer()("It is not").input_ids) == ""
+    assert tiny("qwen3_vl").chat.decode(ids) == "It is </think> not </think>\n\nred ."
 
 
 def test_system_message_and_template():
-    system = tiny("qwen3_vl", system="You are a helpful assistant.").render([picture(0, 56, 56)])[0]
+    system = tiny("qwen3_vl", system="You are a helpful assistant.").chat.render(["image"])[0]
     assert system.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
-    before, after = tiny("llava", prompt=PROMPTS["vicuna_v1"]).render([picture(0, 56, 56)] * 2)
+    before, after = tiny("llava", prompt=PROMPTS["vicuna_v1"]).chat.render(["image", "image"])
     assert before.endswith("to the user's questions. USER: <image><image>\n") and after == " ASSISTANT:"
 
 
@@ -696,7 +696,7 @@ def test_a_template_is_tokenized_around_its_pictures():
     words = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     plain = tiny("llava")
     adapter = LlavaAdapter(plain.model, words, plain.image_processor, prompt="a {image}b {text}")
-    visuals = adapter.encode([adapter.pixels(picture(0, 56, 56))])
+    visuals = adapter.encode([adapter.preprocess(picture(0, 56, 56))])
     tokens = adapter.tokenize(Prompt("a", [picture(0, 56, 56)]), visuals)
     assert tokens.ids.tolist() == [1, 4, 5] + [3] * 16 + [5, 6, 4]
     assert tokens.is_text.tolist() == [False] * 21 + [True]
@@ -724,8 +724,8 @@ def test_square_padding_with_the_mean_colour():
     image = picture(0, 112, 42)
     canvas = Image.new("RGB", (112, 112), (122, 116, 104))
     canvas.paste(image, (0, 35))
-    one = adapter.pixels(image)
-    assert torch.equal(one["pixel_values"], plain.pixels(canvas)["pixel_values"])
+    one = adapter.preprocess(image)
+    assert torch.equal(one["pixel_values"], plain.preprocess(canvas)["pixel_values"])
     # 28 pixels a patch: the picture lies on 35 .. 77, that is on the rows 1 and 2 of 0 .. 3
     assert one["valid"].tolist() == [[row in (1, 2)] * 4 for row in range(4)]
     (visual,) = adapter.encode([one], frozenset({"valid"}))
@@ -738,22 +738,22 @@ def test_square_padding_with_the_mean_colour():
 def test_pixel_limits():
     image = picture(0, 200, 120)
     small = tiny("qwen3_vl", min_pixels=28 * 28, max_pixels=4 * 28 * 28)
-    (visual,) = small.encode([small.pixels(image)])
+    (visual,) = small.encode([small.preprocess(image)])
     assert visual.grid == (1, 2)
     large = tiny("qwen3_vl", min_pixels=40 * 28 * 28, max_pixels=50 * 28 * 28)
-    assert 40 <= large.encode([large.pixels(image)])[0].n_visual <= 50
+    assert 40 <= large.encode([large.preprocess(image)])[0].n_visual <= 50
 
 
 @pytest.mark.parametrize("family", sorted(set(CLASSES) - set(WITH_VIDEO)))
 def test_a_family_without_videos_says_so(family):
     adapter = tiny(family)
     with pytest.raises(InputError, match="takes no video"):
-        adapter.render([video(0, 2)])
+        adapter.kinds([video(0, 2)])
 
 
 def test_prompts_that_cannot_be_used():
     adapter, image = tiny("qwen3_vl"), picture(0, 56, 56)
-    visuals = adapter.encode([adapter.pixels(image)])
+    visuals = adapter.encode([adapter.preprocess(image)])
     for text, message in [(" ", "empty"), ("a <|image_pad|> b", "placeholder"), ("a <|video_pad|>", "placeholder")]:
         with pytest.raises(InputError, match=message):
             adapter.read(Prompt(text, [image]), visuals)
@@ -761,8 +761,8 @@ def test_prompts_that_cannot_be_used():
         adapter.read(Prompt("a", [image], query="b"), visuals)
     with pytest.raises(InputError, match="at least one frame"):
         Video([])
-    with pytest.raises(InputError, match="one picture a prompt"):
-        tiny("llava_onevision").render([image, image])
+    with pytest.raises(InputError, match="one image per prompt"):
+        tiny("llava_onevision").kinds([image, image])
 
 
 # Loading.
@@ -795,12 +795,14 @@ def test_load_from_a_folder(family, tmp_path):
     adapter = load(tmp_path, dtype="bfloat16", attn_implementation="eager")
     assert type(adapter) is type(plain)
     assert adapter.model.dtype == torch.bfloat16 and not adapter.model.training
-    assert adapter.render([picture(0, 56, 56)]) == plain.render([picture(0, 56, 56)])
+    assert adapter.chat.render(["image"]) == plain.chat.render(["image"])
     (tmp_path / "chat_template.jinja").unlink()  # older repositories keep the processor's template in JSON
     (tmp_path / "chat_template.json").write_text(
         json.dumps({"chat_template": "{{ messages[0]['content'][1]['text'] }}!"})
     )
-    assert load(tmp_path).render([picture(0, 56, 56)]) == ("", "!")
+    assert load(tmp_path).chat.render(["image"]) == ("", "!")
+    with pytest.raises(InputError, match="writes 0 placeholders for 1 images"):
+        load(tmp_path).tokenize(Prompt("a", [picture(0, 56, 56)]), [Visual(torch.empty(4, 32), None)])
     with pytest.raises(InputError, match="no_such_option"):
         load(tmp_path, no_such_option=1)
     with pytest.raises(InputError, match="int3"):

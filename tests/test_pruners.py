@@ -258,7 +258,7 @@ def test_only_what_is_asked_for_is_read():
 def test_an_adapter_hands_out_the_language_model_s_vocabulary():
     adapter = load(Path(__file__).parent.parent / "experiments/demo/llava", dtype="float32")
     picture = Image.new("RGB", (336, 336), (90, 120, 150))
-    visuals = adapter.encode([adapter.pixels(picture)])
+    visuals = adapter.encode([adapter.preprocess(picture)])
     prompt = Prompt("What color is the sun ?", [picture])
     features = adapter.read(prompt, visuals, MIPruner(support="vocabulary").signals).features()[0]
     assert features.vocabulary is adapter.model.get_input_embeddings().weight

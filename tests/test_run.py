@@ -265,12 +265,12 @@ def recorded(monkeypatch, cls, name):
 
 def test_long_questions_first_and_every_picture_once(tmp_path, monkeypatch):
     settings = config(tmp_path, "batch_size=3", n=5)
-    loads, pixels = recorded(monkeypatch, Toy, "images"), recorded(monkeypatch, LlavaAdapter, "pixels")
-    looks = recorded(monkeypatch, LlavaAdapter, "look")
+    loads, pixels = recorded(monkeypatch, Toy, "images"), recorded(monkeypatch, LlavaAdapter, "preprocess")
+    passes = recorded(monkeypatch, LlavaAdapter, "run_encoder")
     run_cell(settings)
     assert [row["id"] for row in Cell(settings).rows()] == [f"{k}-{j}" for j in (1, 0) for k in range(5)]
     assert loads == [("0",), ("1",), ("2",), ("3",), ("4",)]
-    assert len(pixels) == sum(len(batch) for batch, _ in looks) == 5
+    assert len(pixels) == sum(len(batch) for (batch,) in passes) == 5
 
 
 def test_pictures_do_not_pile_up(tmp_path, monkeypatch):
@@ -322,14 +322,14 @@ def test_a_question_that_cannot_be_asked_fails_alone(tmp_path, monkeypatch, text
 
 
 def test_an_image_that_the_processor_refuses_fails_alone(tmp_path, monkeypatch, record_property):
-    pixels = LlavaAdapter.pixels
+    pixels = LlavaAdapter.preprocess
 
     def refusing(self, image):
         if image.getpixel((0, 0))[0] == 80:
             raise ValueError("absolute aspect ratio must be smaller than 200")
         return pixels(self, image)
 
-    monkeypatch.setattr(LlavaAdapter, "pixels", refusing)
+    monkeypatch.setattr(LlavaAdapter, "preprocess", refusing)
     record = run_cell(config(tmp_path))
     errors = {failed["id"]: failed["error"] for failed in record["failed"]}
     said = "the model's image processor refuses 2, 84 x 84: absolute aspect ratio must be smaller than 200"

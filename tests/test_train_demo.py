@@ -174,7 +174,7 @@ def test_dropped_tokens_keep_their_place_in_qwens_grid():
     image = render(make_scene(scene_generators(4, 1)[0], canvas=(252, 336)))
     kept = torch.tensor([0, 5, 6, 40, 77, 107])
     question = "What color is the sun ?"
-    (seen,) = adapter.encode([adapter.pixels(image)], frozenset())
+    (seen,) = adapter.encode([adapter.preprocess(image)], frozenset())
     encoded = adapter.read(Prompt(text=question, images=[image]), [seen], frozenset())
     short = adapter.shorten(encoded, [Selection(kept)])
     inputs = collate([short]).language_model_inputs()

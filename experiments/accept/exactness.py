@@ -58,7 +58,7 @@ class Stock:
     def inputs(self, prompt: Prompt) -> dict[str, Any]:
         """Arguments of a stock ``generate``."""
         adapter = self.adapter
-        visuals = adapter.encode([adapter.pixels(image) for image in prompt.images])
+        visuals = adapter.encode([adapter.preprocess(image) for image in prompt.images])
         ids = adapter.tokenize(prompt, visuals).ids[None].to(adapter.device)
         images = {name: x.to(adapter.device) for name, x in image_inputs(adapter, prompt.images[0]).items()}
         images = {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in images.items()}

@@ -36,7 +36,7 @@ def check_prompts(adapter: Adapter, model: str, folder: Path) -> Iterator[Line]:
     if family is None:
         plain.prompt = None
     image = Image.new("RGB", (336, 336), (90, 120, 150))
-    visuals = adapter.encode([adapter.pixels(image)])
+    visuals = adapter.encode([adapter.preprocess(image)])
     questions, source = QUESTIONS, "the rule of this model's family"
     if family is not None:
         questions, source = family.get("questions", QUESTIONS), family["source"]
@@ -58,7 +58,7 @@ def check_prompts(adapter: Adapter, model: str, folder: Path) -> Iterator[Line]:
     if family is None:
         yield not_run(name, "no numbers of this model are stored")
         return
-    found = [len(adapter.encode([adapter.pixels(Image.new("RGB", size))])[0].rows) for size in SIZES]
+    found = [len(adapter.encode([adapter.preprocess(Image.new("RGB", size))])[0].rows) for size in SIZES]
     yield check(
         name, found == family["visual_tokens"], family["visual_tokens"], found, "", family["visual_tokens_source"]
     )
@@ -89,8 +89,8 @@ def own_ids(
 
 def expanded(adapter: Adapter, text: str, visuals: Sequence[Visual]) -> list[int]:
     """Ids of a rendered prompt of one image, with the placeholder repeated for each row."""
-    layout, runs = adapter.layout(visuals[0])
-    text = text.replace(adapter.placeholders["image"], layout, 1)
+    layout, runs = adapter.lay_out(visuals[0])
+    text = text.replace(adapter.chat.placeholders["image"], layout, 1)
     bos = adapter.tokenizer.bos_token
     ids = adapter.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
     counts, places = iter(runs), set(adapter.placeholder_ids.values())

@@ -120,7 +120,7 @@ def say_patches(adapter: Adapter, visual: Tensor, tau: float = 0.1) -> list[list
 def see(adapter: Adapter, image: Image.Image) -> Seen:
     """One vision pass with everything that any pruner may ask for."""
     start = time.perf_counter()
-    (visual,) = adapter.encode([adapter.pixels(image)], SIGNALS)
+    (visual,) = adapter.encode([adapter.preprocess(image)], SIGNALS)
     ms = 1e3 * (time.perf_counter() - start)
     vocabulary = None if visual.grid is None else say_patches(adapter, visual.tokens)
     return Seen(image, visual, ms, vocabulary)

@@ -119,8 +119,8 @@ def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
     prompt = Prompt(sample.text, images, sample=sample.id)
     while n_text(adapter, prompt) < (config["n_text"] or 0):
         prompt = replace(prompt, text=f"the {prompt.text}")
-    ready = {id(image): adapter.pixels(image) for image in prompt.images}
-    adapter.pixels = lambda image: ready[id(image)]
+    ready = {id(image): adapter.preprocess(image) for image in prompt.images}
+    adapter.preprocess = lambda image: ready[id(image)]
     return adapter, prompt
 
 

@@ -38,7 +38,7 @@ Call = Callable[[], object]
 
 def inputs_of(adapter: Adapter, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """What a processor gives for prompts with one image each, padded on the left."""
-    pixels = [adapter.pixels(prompt.images[0]) for prompt in prompts]
+    pixels = [adapter.preprocess(prompt.images[0]) for prompt in prompts]
     seen = adapter.encode(pixels)
     rows = [adapter.tokenize(prompt, [visual]).ids for prompt, visual in zip(prompts, seen, strict=True)]
     length = max(map(len, rows))

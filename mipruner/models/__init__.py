@@ -1,6 +1,9 @@
-"""Adapters: what differs between model families, and nothing else."""
+"""Adapters, one file per model family. `FAMILIES` finds every class of this folder that names its ``model_types``."""
 
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -8,32 +11,29 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from mipruner.errors import InputError, ModelError
-from mipruner.models.base import Adapter
+from mipruner.models.adapter import Adapter
 from mipruner.models.hub import chat_template, locate
-from mipruner.models.internvl import InternVLAdapter
-from mipruner.models.llava import VICUNA_V1, LlavaAdapter
-from mipruner.models.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
-from mipruner.models.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
-from mipruner.models.video_llava import LLAVA_V1, VideoLlavaAdapter
 from mipruner.models.weights import load_weights
 from mipruner.prompt import Prompt, Video
 
+
+def _adapters() -> Iterator[type[Adapter]]:
+    """Every adapter class of this folder."""
+    for name in [f"{__name__}.{module.name}" for module in iter_modules(__path__)]:
+        for value in vars(import_module(name)).values():
+            if isinstance(value, type) and issubclass(value, Adapter) and value.__module__ == name:
+                yield value
+
+
 FAMILIES: dict[str, type[Adapter]] = {
-    "llava": LlavaAdapter,
-    "qwen2_vl": QwenVLAdapter,
-    "qwen2_5_vl": QwenVLAdapter,
-    "qwen3_vl": Qwen3VLAdapter,
-    "qwen3_vl_moe": Qwen3VLAdapter,
-    "video_llava": VideoLlavaAdapter,
-    "llava_next": LlavaNextAdapter,
-    "llava_onevision": LlavaOnevisionAdapter,
-    "internvl": InternVLAdapter,
-    "qwen3_5": Qwen3VLAdapter,
+    name: adapter for adapter in _adapters() for name in vars(adapter).get("model_types", ())
 }
 """Adapter by the ``model_type`` of the model's config."""
 
-PROMPTS = {"vicuna_v1": VICUNA_V1, "llava_v1": LLAVA_V1}
-"""Conversations by their name in the original code."""
+PROMPTS: dict[str, str] = {
+    name: template for adapter in FAMILIES.values() for name, template in adapter.prompts.items()
+}
+"""Prompt templates by their name in the original code."""
 
 
 def load(

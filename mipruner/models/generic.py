@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from mipruner.errors import InputError
 from mipruner.intercept import Call
-from mipruner.models.base import Adapter
+from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.prompt import Visual
 from mipruner.pruners.base import Method, Pruner
 
@@ -161,29 +160,31 @@ class GenericAdapter(Adapter):
                 found |= set(value if isinstance(value, list) else [value])
         return {k for k in found if isinstance(k, int)}
 
-    def pixels(self, image):
+    def preprocess(self, image):
         raise InputError(f"a {self.model.config.model_type} has no adapter: use mipruner.prune around its own generate")
 
-    features = pixels
+    run_encoder = preprocess
 
-    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+    def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
         return nullcontext([])
 
-    def noted(self, out) -> SimpleNamespace:
+    def read_output(self, output: Any) -> VisionOutput:
         find = ROWS.get(self.model.config.model_type, lambda owner, out: getattr(out, "pooler_output", None))
-        rows = find(self.owner, out)
+        rows = find(self.owner, output)
         if rows is None:
             raise InputError(f"{self.model.config.model_type}: get_image_features returns no pooler_output; {PAGE}")
-        return SimpleNamespace(pooler_output=rows)
+        return VisionOutput(rows)
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         grids = inputs.get("video_grid_thw" if is_video else "image_grid_thw")
         return [{"runs": list(runs), "grids": None if grids is None else grids.tolist()}]
 
-    def visuals(self, features, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]) -> list[Visual]:
+    def make_visuals(
+        self, output: VisionOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
+    ) -> list[Visual]:
         """One `Visual` for each entry of ``pooler_output``; rows of several images in one tensor part by the runs of
         placeholders."""
-        rows, (one,) = features.pooler_output, pixels
+        rows, (one,) = output.rows, pixels
         if isinstance(rows, Tensor) and rows.ndim == 2:
             ends = torch.tensor(one["runs"]).cumsum(0)
             runs = one["runs"][: int((ends <= len(rows)).sum())]
@@ -192,10 +193,10 @@ class GenericAdapter(Adapter):
         grids = one["grids"] if one["grids"] is not None and len(one["grids"]) == len(rows) else [None] * len(rows)
         return [Visual(rows=image, grid=grid_of(len(image), thw)) for image, thw in zip(rows, grids, strict=True)]
 
-    def placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
+    def is_placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
         test = PLACED.get(self.model.config.model_type)
         if test is None:
-            return super().placed(ids, embeds, rows)
+            return super().is_placed(ids, embeds, rows)
         return bool(test(embeds, rows.to(embeds), self.model.get_input_embeddings()(ids)))
 
 

@@ -59,7 +59,7 @@ def lacking(folder: Path) -> str | None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The processor's chat template, if it has one of its own: the tokenizer's may know nothing of pictures."""
+    """The processor's chat template, if it has one of its own: the tokenizer's may know nothing of images."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
     if (folder / "chat_template.json").exists():

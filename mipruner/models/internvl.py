@@ -1,26 +1,26 @@
-"""InternVL: a picture is up to twelve tiles and a thumbnail; four patches make a token, by pixel shuffle."""
+"""InternVL: an image is up to twelve tiles and a thumbnail; four patches make a token, by pixel shuffle."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GotOcr2ImageProcessorPil
+from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
 from mipruner.models.llava import LlavaAdapter
-from mipruner.prompt import Picture, Video, Visual
+from mipruner.prompt import Media, Video, Visual
 
 
 class InternVLAdapter(LlavaAdapter):
-    """Takes pictures and videos; the tokens of all tiles share one budget. A frame is one tile and has a number."""
+    """Takes images and videos; the tokens of all tiles share one budget. A frame is one tile and has a number."""
 
+    model_types = ("internvl",)
     image_processor_class = GotOcr2ImageProcessorPil
     signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the projector reads four patches at once
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.placeholders["video"] = "<video>"  # in the chat template; the frames in its place have image tokens
+    def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        return super().write_placeholders(tokenizer) | {"video": "<video>"}  # replaced by frames with image tokens
 
-    def pixels(self, image: Picture) -> dict[str, Any]:
+    def preprocess(self, image: Media) -> dict[str, Any]:
         is_video = isinstance(image, Video)
         images = list(image.frames) if is_video else [image]
         values = self.image_processor(images=images, crop_to_patches=not is_video, return_tensors="pt")["pixel_values"]
@@ -29,25 +29,25 @@ class InternVLAdapter(LlavaAdapter):
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         return (0, 0, *size)
 
-    def layout(self, visual: Visual) -> tuple[str, list[int]]:
-        image = f"{self.tokenizer.start_image_token}{self.placeholders['image']}{self.tokenizer.end_image_token}"
+    def lay_out(self, visual: Visual) -> tuple[str, list[int]]:
+        image = f"{self.tokenizer.start_image_token}{self.chat.placeholders['image']}{self.tokenizer.end_image_token}"
         if not visual.is_video:
             return image, [len(visual.rows)]
         n_frames = len(visual.times)
         text = "\n".join(f"Frame{k + 1}: {image}" for k in range(n_frames))
         return text, [len(visual.rows) // n_frames] * n_frames
 
-    def inside(self, is_video: bool) -> tuple[nn.Module, ...]:
+    def attention_modules(self, is_video: bool) -> tuple[nn.Module, ...]:
         layer = self.tower(is_video).encoder.layer[self.model.config.vision_feature_layer]
         return layer.attention, layer, layer.attention.q_norm, layer.attention.k_norm
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
-        """A run is a picture. So is a frame: nothing in the model's arguments tells that it belongs to a video."""
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+        """A run is an image. So is a frame: nothing in the model's arguments tells that it belongs to a video."""
         n_tokens = int(self.side * self.model.config.downsample_ratio) ** 2
         tiles = inputs["pixel_values"].split([n // n_tokens for n in runs])
         return [{"pixel_values": one} for one in tiles]
 
-    def rows(self, pooled: Tensor, pixels: Sequence[dict[str, Any]]) -> list[Tensor]:
+    def split_rows(self, pooled: Tensor, pixels: Sequence[dict[str, Any]]) -> list[Tensor]:
         return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:

@@ -1,6 +1,6 @@
 """LLaVA-1.5: patches of one ViT layer, an MLP, a language model with plain positions.
 
-Its kin differ in how many tiles a picture is cut into and how their patches are put in a row; they override that.
+Related families override how many tiles an image is cut into and in which order their patches stand.
 """
 
 from collections.abc import Sequence, Set
@@ -15,31 +15,33 @@ from transformers import CLIPImageProcessorPil
 from transformers.utils import ModelOutput
 
 from mipruner.intercept import Call, captured
-from mipruner.models.attention import cls_attention, received_attention
-from mipruner.models.base import Adapter
+from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.models.clip import ClipSpace
-from mipruner.prompt import Picture, Prompt, Tokens, Visual
+from mipruner.models.encoder_attention import cls_attention, received_attention
+from mipruner.prompt import Media, Prompt, Tokens, Visual
 
 VICUNA_V1 = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image}\n{text} ASSISTANT:"
 )
-"""The conversation that LLaVA-1.5 was tuned on and is evaluated with: 35 tokens stand before the picture."""
+"""The conversation that LLaVA-1.5 was tuned on and is evaluated with: 35 tokens precede the image."""
 
 
 class LlavaAdapter(Adapter):
-    """Takes pictures.
+    """Takes images.
 
     Parameters
     ----------
     square : bool
-        Pad a picture to a square with the mean colour, as LLaVA-1.5's evaluation does, instead of cutting its longer
+        Pad an image to a square with the mean colour, as LLaVA-1.5's evaluation does, instead of cutting its longer
         side.
     clip : str, optional
         Folder or hub id of the CLIP that the vision encoder comes from. Its text tower is loaded once a method asks
         for it (CDPruner).
     """
 
+    model_types = ("llava",)
+    prompts: ClassVar[dict[str, str]] = {"vicuna_v1": VICUNA_V1}
     image_processor_class = CLIPImageProcessorPil
     signals: ClassVar[frozenset[str]] = frozenset(
         {"attention", "attention_to_self", "hidden", "cls_hidden", "keys", "project", "valid", "clip_visual"}
@@ -59,9 +61,9 @@ class LlavaAdapter(Adapter):
             found["clip_text"] = self.clip_space.text(prompt.text if prompt.question is None else prompt.question)
         return found
 
-    def pixels(self, image: Picture) -> dict[str, Any]:
+    def preprocess(self, image: Media) -> dict[str, Any]:
         if not self.square:
-            return {"pixel_values": self.normalised([image])}
+            return {"pixel_values": self.normalize([image])}
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
         side = max(image.size)
         left, top = (int(-edge) for edge in self.box(image.size)[:2])
@@ -69,18 +71,18 @@ class LlavaAdapter(Adapter):
         padded = Image.new("RGB", (side, side), colour)
         padded.paste(image.convert("RGB"), (left, top))
         return {
-            "pixel_values": self.normalised([padded]),
+            "pixel_values": self.normalize([padded]),
             "valid": covered(image.width, side, self.side, size)
             & covered(image.height, side, self.side, size)[:, None],
         }
 
-    def normalised(self, images: Sequence[Image.Image]) -> Tensor:
-        """One tile [3, height, width] a picture; transformers has two names for it."""
+    def normalize(self, images: Sequence[Image.Image]) -> Tensor:
+        """One tile [3, height, width] an image; transformers has two names for it."""
         (values,) = self.image_processor(images=list(images), return_tensors="pt").values()
         return values
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The centre square that CLIP's processor cuts out, or the square around the padded picture."""
+        """The centre square that CLIP's processor cuts out, or the square around the padded image."""
         (width, height), side = size, (max if self.square else min)(size)
         left, top = (width - side) / 2, (height - side) / 2
         if self.square:
@@ -100,33 +102,37 @@ class LlavaAdapter(Adapter):
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.vision_tower
 
-    def inside(self, is_video: bool) -> tuple[nn.Module, ...]:
-        """The attention of the layer that the projector reads, that layer, and what puts out its queries and keys.
+    def attention_modules(self, is_video: bool) -> tuple[nn.Module, ...]:
+        """Attention of the layer that the projector reads, the layer, and its projections to queries and keys.
 
-        hidden_states[-2] is what layers[-2] puts out.
+        hidden_states[-2] is the output of layers[-2].
         """
         index = self.model.config.vision_feature_layer
         layer = self.tower(is_video).encoder.layers[index if index < 0 else index - 1]
         return layer.self_attn, layer, layer.self_attn.q_proj, layer.self_attn.k_proj
 
-    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
-        return captured(*self.inside(is_video)[1:]) if signals & self.signals else nullcontext([])
+    def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+        return captured(*self.attention_modules(is_video)[1:]) if signals & self.signals else nullcontext([])
 
-    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
-        return self.model.model.get_image_features(pixel_values=self.values(pixels))
+    def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+        return self.model.model.get_image_features(pixel_values=self.join_tiles(pixels))
 
-    def values(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
+    def join_tiles(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
         """All tiles [n_tiles, 3, height, width]."""
         return torch.cat([one["pixel_values"] for one in pixels]).to(self.device, self.model.dtype)
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         return [{"pixel_values": one[None]} for one in inputs["pixel_values"]]
 
-    def visuals(
-        self, features: ModelOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
+    def make_visuals(
+        self,
+        output: VisionOutput,
+        calls: list[Call],
+        pixels: Sequence[dict[str, Any]],
+        signals: Set[str],
     ) -> list[Visual]:
-        names, attn = signals & self.signals, self.inside("times" in pixels[0])[0]
-        rows = self.rows(features.pooler_output, pixels)
+        names, attn = signals & self.signals, self.attention_modules("times" in pixels[0])[0]
+        rows = self.split_rows(output.rows, pixels)
         found = self.vision_signals(calls, attn, pixels, names) if names else [{}] * len(pixels)
         return [
             Visual(
@@ -139,12 +145,12 @@ class LlavaAdapter(Adapter):
             for own, one, signals_of_one in zip(rows, pixels, found, strict=True)
         ]
 
-    def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
-        """Rows [n_rows, d] of each picture, from the ``pooler_output`` of `features`."""
+    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+        """Rows [n_rows, d] of each image, from ``pooler_output``."""
         return pooled
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
-        """What belongs to patches [n_tiles, patches, c], in the order and number [n_visual, c] of the visual tokens."""
+        """Values of patches [n_tiles, patches, c] as values of the visual tokens [n_visual, c]."""
         return tiles.flatten(0, 1)
 
     def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
@@ -158,7 +164,7 @@ class LlavaAdapter(Adapter):
     def vision_signals(
         self, calls: Sequence[Call], attn: nn.Module, pixels: Sequence[dict[str, Any]], names: Set[str]
     ) -> list[dict[str, Any]]:
-        """The named fields of `Features`, for each picture; calls of layer, queries, keys [n_tiles, patches, d]."""
+        """The named fields of `Features`, for each image; calls of layer, queries, keys [n_tiles, patches, d]."""
         hidden, q, k = (call.output for call in calls)
         q, k = (x.unflatten(-1, (attn.num_heads, -1)) for x in (q, k))
         first = int(hidden.shape[1] - self.side**2)  # patch 0, behind the CLS if there is one

@@ -1,10 +1,10 @@
-"""LLaVA-NeXT and LLaVA-OneVision: a picture is a small version of itself and crops of it at a higher resolution.
+"""LLaVA-NeXT and LLaVA-OneVision: an image is a small version of itself and crops of it at a higher resolution.
 
 The crops are put together again, without their padding, and each line of patches ends in a newline row. Newline rows
 are no patches: they are never scored and always kept, like text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,27 +15,28 @@ from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
 from mipruner.models.llava import LlavaAdapter
-from mipruner.prompt import Picture, Video
+from mipruner.prompt import Media, Video
 
 
 class LlavaNextAdapter(LlavaAdapter):
-    """Takes pictures; the tokens of all crops share one budget."""
+    """Takes images; the tokens of all crops share one budget."""
 
+    model_types = ("llava_next",)
     image_processor_class = LlavaNextImageProcessorPil
     signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # what is merged keeps its place among the crops
 
-    def pixels(self, image: Picture) -> dict[str, Any]:
+    def preprocess(self, image: Media) -> dict[str, Any]:
         out = self.image_processor(images=[image], return_tensors="pt")
         return {"pixel_values": out["pixel_values"][0], "image_sizes": out["image_sizes"]}
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         return (0, 0, *size)
 
-    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+    def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         sizes = torch.cat([one["image_sizes"] for one in pixels]).to(self.device)
-        return self.model.model.get_image_features(pixel_values=self.values(pixels), image_sizes=sizes)
+        return self.model.model.get_image_features(pixel_values=self.join_tiles(pixels), image_sizes=sizes)
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         pinpoints, edge = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
         pairs = zip(inputs["pixel_values"], inputs["image_sizes"], strict=True)
         return [
@@ -64,39 +65,41 @@ class LlavaNextAdapter(LlavaAdapter):
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """Takes one picture, or videos: a frame is one tile whose patches are pooled 2 x 2, and a newline ends a video.
+    """Takes one image, or videos: a frame is one tile whose patches are pooled 2 x 2, and a newline ends a video.
 
-    Several pictures in one prompt, for which the model was trained with another cut, are refused.
+    Several images in one prompt, for which the model was trained with another cut, are refused.
     """
 
+    model_types = ("llava_onevision",)
     image_processor_class = LlavaOnevisionImageProcessorPil
 
-    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
-        if len(images) > 1 and not all(isinstance(image, Video) for image in images):
-            raise InputError("LLaVA-OneVision takes one picture a prompt here: ask about each by itself")
-        return super().render(images)
+    def kinds(self, images: Iterable[Media]) -> list[str]:
+        kinds = super().kinds(images)
+        if len(kinds) > 1 and "image" in kinds:
+            raise InputError("LLaVA-OneVision takes one image per prompt here: ask about each by itself")
+        return kinds
 
-    def pixels(self, image: Picture) -> dict[str, Any]:
+    def preprocess(self, image: Media) -> dict[str, Any]:
         if not isinstance(image, Video):
-            return super().pixels(image)
+            return super().preprocess(image)
         processor = self.image_processor
         size = (processor.size["width"], processor.size["height"])
         frames = [frame.convert("RGB").resize(size, processor.resample) for frame in image.frames]
         values = processor(images=[frames], return_tensors="pt")["pixel_values"]
         return {"pixel_values": values[:, 0], "times": image.times}  # tile 0 is the frame as a whole
 
-    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+    def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         if "times" not in pixels[0]:
-            return super().features(pixels)
-        return self.model.model.get_video_features(self.values(pixels)[None])
+            return super().run_encoder(pixels)
+        return self.model.model.get_video_features(self.join_tiles(pixels)[None])
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         if not is_video:
-            return super().unbatch(is_video, inputs, runs)
+            return super().split_pixels(is_video, inputs, runs)
         (videos,) = (value for name, value in inputs.items() if name.startswith("pixel_values"))
         return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in videos]
 
-    def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
         if "times" not in pixels[0]:
             return pooled
         counts = [len(one["pixel_values"]) * ((self.side + 1) // 2) ** 2 for one in pixels]

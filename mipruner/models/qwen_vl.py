@@ -1,7 +1,7 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: pictures of any size, four patches a token, positions in time and plane.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, four patches a token, positions in time and plane.
 
-Positions are those of the full prompt, always: renumbering would tear the grid apart, and where a new token stands
-follows from the last of them, never from the length of the cache.
+Tokens always keep their positions of the full prompt: renumbering would destroy the grid. The position of a new token
+follows from the last position, never from the length of the cache.
 """
 
 from collections.abc import Sequence, Set
@@ -10,29 +10,30 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLImageProcessorPil
+from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
 
 from mipruner.errors import InputError
 from mipruner.intercept import Call, captured
-from mipruner.models.attention import received_attention
-from mipruner.models.base import Adapter
-from mipruner.prompt import Picture, Video, Visual
+from mipruner.models.adapter import Adapter, VisionOutput
+from mipruner.models.encoder_attention import received_attention
+from mipruner.prompt import Media, Video, Visual
 
 
 class QwenVLAdapter(Adapter):
-    """Takes pictures and videos, several a prompt. Two frames of a video make one step in time.
+    """Takes images and videos, several a prompt. Two frames of a video make one step in time.
 
     Parameters
     ----------
     min_pixels, max_pixels : int, optional
-        Size to which a picture is scaled, before the patches; by default what the model's image processor says.
+        Size to which an image is scaled, before the patches; by default what the model's image processor says.
     min_frame_pixels, max_frame_pixels : int
         The same for a frame of a video.
     """
 
+    model_types = ("qwen2_vl", "qwen2_5_vl")
     image_processor_class = Qwen2VLImageProcessorPil
     default_positions = "keep"
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "attention_to_self", "hidden", "keys"})
@@ -48,7 +49,7 @@ class QwenVLAdapter(Adapter):
     ):
         super().__init__(*args, **kwargs)
         if self.positions == "repack":
-            raise InputError("positions=repack would tear the grid of a Qwen-VL picture apart: use keep")
+            raise InputError("positions=repack would destroy the grid of a Qwen-VL image: use keep")
         size = self.image_processor and self.image_processor.size
         self.image_size = size and {
             "shortest_edge": min_pixels or size["shortest_edge"],
@@ -65,7 +66,7 @@ class QwenVLAdapter(Adapter):
         """Patches along one side of a token."""
         return self.vision.spatial_merge_size
 
-    def pixels(self, image: Picture) -> dict[str, Any]:
+    def preprocess(self, image: Media) -> dict[str, Any]:
         if not isinstance(image, Video):
             out = self.image_processor(images=[image], size=self.image_size, return_tensors="pt")
             return {"pixel_values": out["pixel_values"], "grid_thw": out["image_grid_thw"]}
@@ -86,36 +87,37 @@ class QwenVLAdapter(Adapter):
     def patch_area(self) -> int:
         return self.model.config.vision_config.patch_size**2
 
-    def watched(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
+    def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
         attn = self.vision.blocks[self.attention_block].attn
         watched = (attn, attn.qkv, self.vision.blocks[-1])
         return captured(*watched) if signals & self.signals else nullcontext([])
 
-    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+    def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device)
-        return self.model.model.get_image_features(values, self.grids(pixels))
+        return self.model.model.get_image_features(values, self.join_grids(pixels))
 
-    def grids(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
+    def join_grids(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
         return torch.cat([one["grid_thw"] for one in pixels]).to(self.device)
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         grids = inputs["video_grid_thw" if is_video else "image_grid_thw"]
         return [
             {"grid_thw": grid[None]} | ({"times": tuple(range(int(grid[0])))} if is_video else {}) for grid in grids
         ]
 
-    def visuals(
-        self, features: ModelOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
+    def make_visuals(
+        self,
+        output: VisionOutput,
+        calls: list[Call],
+        pixels: Sequence[dict[str, Any]],
+        signals: Set[str],
     ) -> list[Visual]:
-        names, grids = signals & self.signals, self.grids(pixels)
+        names, grids = signals & self.signals, self.join_grids(pixels)
         counts = (grids.prod(-1) // self.merge**2).tolist()
         attn = self.vision.blocks[self.attention_block].attn
         found = self.vision_signals(calls, attn, grids, names) if names else {}
         found = {name: rows.split(counts) for name, rows in found.items()}
-        deepstack = [
-            torch.cat(list(layer)) if isinstance(layer, list | tuple) else layer
-            for layer in getattr(features, "deepstack_features", None) or []
-        ]
+        deepstack = [torch.cat(list(layer)) if isinstance(layer, list | tuple) else layer for layer in output.deepstack]
         deepstack = [layer.split(counts) for layer in deepstack]
         return [
             Visual(
@@ -125,20 +127,20 @@ class QwenVLAdapter(Adapter):
                 deepstack=tuple(layer[k] for layer in deepstack),
                 times=one.get("times", ()),
             )
-            for k, (rows, one, (t, h, w)) in enumerate(zip(features.pooler_output, pixels, grids.tolist(), strict=True))
+            for k, (rows, one, (t, h, w)) in enumerate(zip(output.rows, pixels, grids.tolist(), strict=True))
         ]
 
     @property
     def attention_block(self) -> int:
-        """The last block in which all patches of a picture see each other (Qwen2.5-VL has blocks of windows)."""
+        """The last block in which all patches of an image see each other (Qwen2.5-VL has blocks of windows)."""
         return max(getattr(self.vision, "fullatt_block_indexes", None) or [len(self.vision.blocks) - 1])
 
     def vision_signals(
         self, calls: Sequence[Call], attn: nn.Module, grids: Tensor, names: Set[str]
     ) -> dict[str, Tensor]:
-        """The named fields of `Features` for all pictures together, the mean over the patches of a token.
+        """The named fields of `Features` for all images together, the mean over the patches of a token.
 
-        Attention is within a picture, or a step of a video: the segments of ``cu_seqlens``.
+        Attention is within an image, or a step of a video: the segments of ``cu_seqlens``.
         """
         inside, qkv, hidden = calls
         q, k = qkv.output.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)[:2]
@@ -186,25 +188,24 @@ class QwenVLAdapter(Adapter):
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Also takes pictures and videos; each step of a video is preceded by the time in words.
+    """Also takes images and videos; each step of a video is preceded by the time in words.
 
     Those words are text of the prompt, not of the user: they are never pruned and never score a token. Each step has
     its own start and end tokens, so the pair that the chat template puts around a video goes.
     """
 
-    def render(self, images: Sequence[Picture]) -> tuple[str, str]:
-        before, after = super().render(images)
-        return before.replace(self.around(self.placeholders["video"]), self.placeholders["video"]), after
+    model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 
-    def around(self, placeholder: str) -> str:
-        config, names = self.model.config, self.tokenizer.convert_ids_to_tokens
-        return names(config.vision_start_token_id) + placeholder + names(config.vision_end_token_id)
+    def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        config = self.model.config
+        ids = [config.vision_start_token_id, config.video_token_id, config.vision_end_token_id]
+        return super().write_placeholders(tokenizer) | {"video": "".join(tokenizer.convert_ids_to_tokens(ids))}
 
-    def layout(self, visual: Visual) -> tuple[str, list[int]]:
+    def lay_out(self, visual: Visual) -> tuple[str, list[int]]:
         if not visual.is_video:
-            return super().layout(visual)
+            return super().lay_out(visual)
         steps = self.model.config.vision_config.temporal_patch_size
         times = [*visual.times, *[visual.times[-1]] * (-len(visual.times) % steps)]
         means = [(times[k] + times[k + steps - 1]) / 2 for k in range(0, len(times), steps)]
-        frame = self.around(self.placeholders["video"])
+        frame = self.chat.placeholders["video"]
         return "".join(f"<{mean:.1f} seconds>{frame}" for mean in means), [len(visual.rows) // len(means)] * len(means)

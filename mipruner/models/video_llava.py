@@ -1,7 +1,7 @@
 """Video-LLaVA: LLaVA-1.5 with a second tower for videos, whose frames keep their CLS."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from transformers import VideoLlavaImageProcessor
 from transformers.utils import ModelOutput
 
 from mipruner.models.llava import LlavaAdapter
-from mipruner.prompt import Picture, Video
+from mipruner.prompt import Media, Video
 
 LLAVA_V1 = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -19,32 +19,34 @@ LLAVA_V1 = (
 
 
 class VideoLlavaAdapter(LlavaAdapter):
-    """Takes pictures and videos. A frame is 257 rows: its CLS, never a candidate and always kept, and 256 patches."""
+    """Takes images and videos. A frame is 257 rows: its CLS, never a candidate and always kept, and 256 patches."""
 
+    model_types = ("video_llava",)
+    prompts: ClassVar[dict[str, str]] = {"llava_v1": LLAVA_V1}
     image_processor_class = VideoLlavaImageProcessor
     signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the CLS rows stay anyway
 
-    def pixels(self, image: Picture) -> dict[str, Any]:
+    def preprocess(self, image: Media) -> dict[str, Any]:
         if not isinstance(image, Video):
-            return super().pixels(image)
-        return {"pixel_values": self.normalised(image.frames), "times": image.times}
+            return super().preprocess(image)
+        return {"pixel_values": self.normalize(image.frames), "times": image.times}
 
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.video_tower if is_video else self.model.model.image_tower
 
-    def features(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
-        values = self.values(pixels)
+    def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+        values = self.join_tiles(pixels)
         if "times" in pixels[0]:
             return self.model.model.get_video_features(values[None])
         return self.model.model.get_image_features(values)
 
-    def unbatch(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
+    def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         (values,) = (value for name, value in inputs.items() if name.startswith("pixel_values"))
         if is_video:
             return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in values]
         return [{"pixel_values": one[None]} for one in values]
 
-    def rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
         if "times" not in pixels[0]:
             return pooled
         return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]

@@ -1,0 +1,173 @@
+"""The text side of a prompt: chat template, token ids, the text of an answer."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mipruner.errors import InputError, PromptError
+from mipruner.prompt import Prompt, Tokens
+
+TEXT = "\N{LEFT WHITE CURLY BRACKET}text\N{RIGHT WHITE CURLY BRACKET}"
+"""Stands for the user's text while the template around it is rendered."""
+
+END_OF_THINKING = "</think>"
+
+
+class Chat:
+    """Renders and tokenizes prompts, and decodes answers.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        A fast tokenizer.
+    placeholders : dict of str
+        Text that the chat template writes for an ``image`` and for a ``video``.
+    placeholder_ids : collection of int
+        Token ids that image rows replace.
+    prompt : str, optional
+        Template with ``{image}`` and ``{text}`` instead of the tokenizer's chat template. The text on each side of an
+        image is then tokenized by itself, as the original LLaVA code does.
+    system : str, optional
+        System message for the chat template; by default the template's own.
+    thinking : bool
+        Ask the chat template for a thinking answer, and read what comes after the thinking.
+
+    Raises
+    ------
+    InputError
+        If there is neither a chat template nor ``prompt``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        placeholders: Mapping[str, str],
+        placeholder_ids: Collection[int],
+        prompt: str | None = None,
+        system: str | None = None,
+        thinking: bool = False,
+    ):
+        if prompt is None and tokenizer.chat_template is None:
+            raise InputError("the tokenizer has no chat template: give prompt, a template with {image} and {text}")
+        self.tokenizer, self.placeholders = tokenizer, placeholders
+        self.placeholder_ids = sorted(placeholder_ids)
+        self.prompt, self.system, self.thinking = prompt, system, thinking
+
+    def render(self, kinds: Sequence[str]) -> tuple[str, str]:
+        """The prompt before and after the user's text, with one placeholder for each "image" or "video"."""
+        if self.prompt is not None:
+            rendered = self.prompt.format(image="".join(self.placeholders[kind] for kind in kinds), text=TEXT)
+        else:
+            content = [*({"type": kind} for kind in kinds), {"type": "text", "text": TEXT}]
+            messages = [{"role": "user", "content": content}]
+            if self.system is not None:
+                messages.insert(0, {"role": "system", "content": self.system})
+            rendered = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
+            )
+        before, after = rendered.split(TEXT)
+        return before, after
+
+    def check_text(self, prompt: Prompt) -> None:
+        """Check the text of one prompt before it is batched with others.
+
+        Raises
+        ------
+        PromptError
+            If the text is empty, contains a placeholder, or consists of characters that the tokenizer does not know.
+        """
+        query = prompt.text if prompt.query is None else prompt.query
+        if not query.strip():
+            raise PromptError(f"the question of sample {prompt.sample!r} is empty")
+        for placeholder in (*self.tokenizer.convert_ids_to_tokens(self.placeholder_ids), *self.placeholders.values()):
+            if placeholder in prompt.text:
+                raise PromptError(f"the text of sample {prompt.sample!r} contains the placeholder {placeholder!r}")
+        ids = self.tokenizer(query, add_special_tokens=False)["input_ids"]
+        if not set(ids) - set(self.tokenizer.all_special_ids):
+            raise PromptError(f"the tokenizer knows none of the characters of {query!r}, sample {prompt.sample!r}")
+
+    def tokenize(self, prompt: Prompt, kinds: Sequence[str], layouts: Sequence[tuple[str, list[int]]]) -> Tokens:
+        """Render and tokenize one prompt.
+
+        ``layouts`` holds, for each image or video, the text that replaces its placeholder, and the number of rows that
+        each placeholder token in that text stands for.
+
+        Raises
+        ------
+        InputError
+            If the text does not contain the query or the question, if the template leaves images out, or as in
+            `check_text`.
+        """
+        self.check_text(prompt)
+        query = prompt.text if prompt.query is None else prompt.query
+        question = prompt.text if prompt.question is None else prompt.question
+        for part in (query, question):
+            if part not in prompt.text:
+                raise InputError(f"{part!r} is not part of the text {prompt.text!r}")
+
+        before, after = self._fill(self.render(kinds), [text for text, _ in layouts])
+        rendered = before + prompt.text + after
+        ids, offsets = self._tokenize_text(rendered)
+
+        def within(part: str) -> Tensor:
+            start = len(before) + prompt.text.index(part)
+            return (offsets[:, 1] > start) & (offsets[:, 0] < start + len(part)) & (offsets[:, 1] > offsets[:, 0])
+
+        special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
+        is_text = within(query) & ~torch.isin(ids, special)
+        words = [
+            " " * (a == 0 or rendered[a - 1 : a + 1].strip() != rendered[a - 1 : a + 1]) + rendered[a:b].strip()
+            for a, b in offsets[is_text].tolist()
+        ]
+        counts = torch.ones_like(ids)
+        is_placeholder = torch.isin(ids, torch.tensor(self.placeholder_ids))
+        counts[is_placeholder] = torch.tensor([n for _, runs in layouts for n in runs], dtype=counts.dtype)
+        return Tokens(
+            ids.repeat_interleave(counts),
+            is_text.repeat_interleave(counts),
+            within(question)[is_text],
+            words,
+            self.tokenizer,
+        )
+
+    def _fill(self, parts: Sequence[str], texts: Sequence[str]) -> list[str]:
+        """The parts of a rendered prompt, with these texts for its placeholders, in order."""
+        placeholder = _pattern(self.placeholders.values())
+        found = sum(len(placeholder.findall(part)) for part in parts)
+        if found != len(texts):
+            raise InputError(
+                f"the chat template writes {found} placeholders for {len(texts)} images: give prompt, a template with "
+                "{image} and {text}"
+            )
+        rest = iter(texts)
+        return [placeholder.sub(lambda match: next(rest), part) for part in parts]
+
+    def _tokenize_text(self, rendered: str) -> tuple[Tensor, Tensor]:
+        """Ids [S], and where in ``rendered`` they come from, [S, 2]."""
+        ids, offsets, start, pieces = [], [], 0, [rendered]
+        if self.prompt is not None:
+            tokens = _pattern(self.tokenizer.convert_ids_to_tokens(self.placeholder_ids))
+            pieces = re.split(f"({tokens.pattern})", rendered)
+        bos = self.tokenizer.bos_token
+        for k, piece in enumerate(pieces):
+            with_bos = k == 0 and not (bos and rendered.startswith(bos))
+            tokens = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=with_bos)
+            ids += tokens["input_ids"]
+            offsets += [(start + a, start + b) for a, b in tokens["offset_mapping"]]
+            start += len(piece)
+        return torch.tensor(ids), torch.tensor(offsets)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of an answer, stripped here and nowhere else. Thinking that does not end has no answer."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if self.thinking:
+            text = text.rpartition(END_OF_THINKING)[2] if END_OF_THINKING in text else ""
+        return text.strip()
+
+
+def _pattern(texts: Collection[str]) -> re.Pattern[str]:
+    """Matches any of ``texts``."""
+    return re.compile("|".join(map(re.escape, texts)))
