@@ -24,7 +24,7 @@ from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.adapter import Adapter
 from mipruner.pipeline import Answer, Pipeline
-from mipruner.prompt import Picture, Prompt, Tokens, Visual
+from mipruner.prompt import Media, Prompt, Tokens, Visual
 from mipruner.pruners import DecoderPruner, Pruner
 from mipruner.pruners.none import NoPruner
 from mipruner.selection import Auto, Selection
@@ -182,7 +182,7 @@ class Engine:
         if static:
             self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
         self.graphs: dict[tuple, Graph] = {}
-        self.asked: tuple[Picture | None, dict] = None, {}
+        self.asked: tuple[Media | None, dict] = None, {}
         """The latest picture, and `Features.held` of it."""
 
     @torch.inference_mode()

@@ -349,8 +349,8 @@ def test_mmtok_on_qwen_covers_the_whole_text_behind_a_prefix(family):
     assert answer.selections[0].indices.tolist() == expected
 
     inputs = adapter.image_processor([image], size=adapter.image_size, return_tensors="pt")
-    before, after = adapter.render([image])
-    placeholder = adapter.placeholders["image"]
+    before, after = adapter.chat.render(["image"])
+    placeholder = adapter.chat.placeholders["image"]
     ids = adapter.tokenizer(before.replace(placeholder, placeholder * n) + text + after, return_tensors="pt").input_ids
     with prune(adapter.model, pruner, keep=0.39, tokenizer=adapter.tokenizer, text=text) as pruning:
         adapter.model.generate(
