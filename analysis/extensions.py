@@ -17,7 +17,8 @@ import pandas as pd
 
 from analysis import load, paired
 from analysis.pages import replace
-from analysis.tables import DATASETS, METHODS, MODELS, budget_name
+from analysis.tables import METHODS, budget_name
+from experiments import conf
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
 DEMOS = {"demo_llava": "demo", "demo_qwen3vl": "demo_canvases"}
@@ -69,8 +70,9 @@ def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dic
         found = {name: select(cells, model, **settings) for name, settings in reference.items()} | found
         rows = [[budget_name(keep), *(number(column.get(keep, [])) for column in found.values())] for keep in budgets]
         measured = found[list(columns)[-1]][budgets[0]]
-        title = f"{MODELS[model]}, {DATASETS[dataset]}: {sum(c.n_samples for c in measured):,} questions in "
-        title += f"{len(measured)} draws, {measured[0].n_visual:.0f} tokens a picture on average"
+        title = f"{conf.title('model', model)}, {conf.title('dataset', dataset)}: "
+        title += f"{sum(c.n_samples for c in measured):,} questions in {len(measured)} draws, "
+        title += f"{measured[0].n_visual:.0f} tokens a picture on average"
         parts.append(f"{title}\n\n" + markdown(["kept", *found], rows, slice(1, len(found) + 1)))
     return "\n\n".join(parts)
 
@@ -146,7 +148,7 @@ def automatic(cells: pd.DataFrame) -> str:
                 gain = 100 * (both.correct - both.fixed)
                 by_picture = gain.groupby([both.seed, both.image_id]).mean()
                 error = by_picture.std() / math.sqrt(len(by_picture))
-                name = f"{MODELS[model]}, {word}, quality {quality:g}"
+                name = f"{conf.title('model', model)}, {word}, quality {quality:g}"
                 kept = (
                     f"{both.kept.mean():.1f} ({np.percentile(both.kept, 10):.0f} to {np.percentile(both.kept, 90):.0f})"
                 )
@@ -175,12 +177,12 @@ def cover(cells: pd.DataFrame) -> str:
                 parts = {"all": gains} | {task: part for task, part in gains.groupby("task")}
                 tasks |= {task: len(part) for task, part in parts.items()}
                 n_contrasts += len(parts)
-                label = f"{MODELS[model]}, {budget_name(keep)}: {METHODS[method]}"
+                label = f"{conf.title('model', model)}, {budget_name(keep)}: {METHODS[method]}"
                 shown = {task: "{:+.1f} ± {:.1f}".format(*paired.clustered(part)) for task, part in parts.items()}
                 rows.append((label, number([b for _, b in pairs]), number([a for a, _ in pairs]), shown))
     if not rows:
         return ""
-    header = ["", "accuracy", "cover", *(f"{DATASETS.get(t, t)} ({n:,})" for t, n in tasks.items())]
+    header = ["", "accuracy", "cover", *(f"{conf.title('dataset', t)} ({n:,})" for t, n in tasks.items())]
     table = markdown(header, [[*row, *(shown.get(task, "") for task in tasks)] for *row, shown in rows])
     return (
         f"{table}\n\n{n_contrasts} contrasts were looked at; by chance one in twenty lies beyond two standard errors."

@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import load, tables
+from experiments import conf
 from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = [
@@ -149,7 +150,7 @@ def over_budget(table: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets], minor=False)
         ax.set(xlabel="visual tokens kept (%)" if fraction else "visual tokens kept", ylabel=y_label(rows))
-        ax.set_title(tables.MODELS.get(model, model))
+        ax.set_title(conf.title("model", model))
     legend(figure)
     return figure
 
@@ -169,7 +170,7 @@ def over_setting(table: pd.DataFrame) -> Figure:
                 ax.annotate(f"{best.ours:.1f}", (x[best.name], best.ours), **place)
         ax.margins(y=0.15)
         ax.set(xlabel={"lam": "\u03bb", "tau": "\u03c4"}.get(name, name), ylabel=y_label(rows))
-        ax.set_title(tables.MODELS.get(model, model))
+        ax.set_title(conf.title("model", model))
     legend(figure)
     return figure
 
@@ -186,11 +187,11 @@ def choices(table: pd.DataFrame) -> Figure:
             shift = (i - (len(settings) - 1) / 2) * 0.18
             x = [places.index(place) + shift for place in zip(points.dataset, points.keep, strict=True)]
             draw(ax, x, points, setting.replace("=", " = "), colour, marker, "none")
-        names = [f"{tables.DATASETS.get(dataset, dataset)}\n{tables.budget_name(keep)}" for dataset, keep in places]
+        names = [f"{conf.title('dataset', dataset)}\n{tables.budget_name(keep)}" for dataset, keep in places]
         ax.set_xticks(range(len(places)), names)
         ax.set_xlim(-0.5, len(places) - 0.5)
         ax.grid(axis="x", visible=False)
-        ax.set(ylabel="accuracy (%)", title=tables.MODELS.get(model, model))
+        ax.set(ylabel="accuracy (%)", title=conf.title("model", model))
     legend(figure)
     return figure
 
@@ -228,7 +229,7 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
                 point.latency_ms, point.ours, color=BLACK, marker="*", ms=7, ls="none", label=tables.METHODS["none"]
             )
         ax.set(xlabel=label, ylabel=y_label(rows))
-        ax.set_title(f"{tables.MODELS.get(model, model)}, keep {tables.budget_name(keep)}")
+        ax.set_title(f"{conf.title('model', model)}, keep {tables.budget_name(keep)}")
     legend(figure)
     return figure
 
@@ -256,7 +257,7 @@ def stages(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.set(
             xlabel="latency of one prompt (ms)",
-            title=f"{tables.MODELS.get(model, model)}, keep {tables.budget_name(keep)}",
+            title=f"{conf.title('model', model)}, keep {tables.budget_name(keep)}",
         )
     legend(figure)
     return figure

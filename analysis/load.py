@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
+from experiments.conf import ABOUT, CONF
 from experiments.results import NOT_IDENTITY, parse_method
 
 HERE = Path(__file__).parent
-CONF = HERE.parent / "conf"
 
 EFFICIENCY = "efficiency"
 """Folder and dataset of what task=efficiency measures."""
@@ -61,7 +61,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in compared.items()
-        if key.split(".")[-1] not in (*WHERE, *NOT_IDENTITY) and ".hub." not in key and key not in SEEDS
+        if key not in SEEDS and not {*WHERE, *NOT_IDENTITY, *ABOUT} & {*key.split(".")}
     }
 
 

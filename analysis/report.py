@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from analysis import figures, load, masks, tables
-from experiments import build
+from experiments import build, conf
 from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.explorer import panels
 
@@ -99,7 +99,7 @@ def figures_html(cells: pd.DataFrame) -> str:
             figure.savefig(vector, format="svg", metadata={"Date": None})
         plt.close(figure)
         kind, source = figures.FIGURES[name]
-        caption = html.escape(f"{tables.TITLES.get(source, source)}: {(kind.__doc__ or '').splitlines()[0]}")
+        caption = html.escape(f"{conf.experiment_title(source)}: {(kind.__doc__ or '').splitlines()[0]}")
         blocks.append(
             f"<figure><img src='{data_url(vector.getvalue(), 'image/svg+xml')}' alt='{caption}'>"
             f"<figcaption>{caption}</figcaption></figure>"
@@ -186,7 +186,7 @@ def show_case(case: Case) -> dict[str, Any]:
 def case_html(case: Case) -> str:
     """Heading and place of a case; the script draws its panels there when it comes into view."""
     first = next(iter(case.rows.values()))
-    group = html.escape(f"{tables.MODELS.get(case.model, case.model)}, {case.dataset}, {tables.budget_name(case.keep)}")
+    group = html.escape(f"{conf.title('model', case.model)}, {case.dataset}, {tables.budget_name(case.keep)}")
     task = html.escape(first["task"])
     return (
         f"<article class=case data-group='{group}' data-task='{task}'>"

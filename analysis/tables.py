@@ -20,72 +20,13 @@ import pandas as pd
 import yaml
 
 from analysis import load, paired
+from experiments import conf
 from experiments.results import parse_method
 from mipruner.pruners import PRUNERS
 
-EXPERIMENTS = load.CONF / "experiment"
+EXPERIMENTS = conf.CONF / "experiment"
 
-TITLES = {
-    "table1": "Pruning methods on LLaVA-1.5-7B",
-    "table2": "Pruning methods on Qwen3-VL-2B and -8B",
-    "table3": "Efficiency on POPE, LLaVA-1.5-7B, 128 and 64 tokens",
-    "table4": "Video question answering on Video-LLaVA-7B",
-    "table5": "Ablation of the temperature tau, LLaVA-1.5-7B",
-    "table6": "Ablation of the normalization, LLaVA-1.5-7B",
-    "table7": "Large models: LLaVA-1.5-13B and Qwen3-VL-30B",
-    "table8": "GQA with hybrid sampling, Qwen3-VL-8B",
-    "table9": "Efficiency on POPE, LLaVA-1.5-7B, 32 tokens",
-    "table10": "POPE in its three settings, LLaVA-1.5-7B",
-    "table11": "POPE in its three settings, Qwen3-VL",
-    "demo": "Demo: the paper's own pruners on the embedded LLaVA",
-    "demo_table1": "Demo: pruning methods on the embedded LLaVA",
-    "demo_table2": "Demo: pruning methods on the embedded Qwen3-VL-shaped model",
-    "demo_table3": "Demo: efficiency on the embedded LLaVA, 64 and 32 tokens",
-    "demo_table4": "Demo: the shape of the video table",
-    "demo_table5": "Demo: ablation of the temperature tau",
-    "demo_table6": "Demo: ablation of the normalization",
-    "demo_table7": "Demo: both embedded models",
-    "demo_table8": "Demo: hybrid sampling",
-    "demo_table9": "Demo: efficiency on the embedded LLaVA, 16 and 8 tokens",
-    "demo_table10": "Demo: POPE's questions, embedded LLaVA",
-    "demo_table11": "Demo: POPE's questions, embedded Qwen3-VL-shaped model",
-    "demo_fig4": "Demo: accuracy over the budget, embedded Qwen3-VL-shaped model",
-    "demo_fig6a": "Demo: maximal or global aggregation",
-    "demo_fig6b": "Demo: the balance lam of relevance and redundancy",
-}
 METHODS = {name: cls.title for name, cls in PRUNERS.items()}
-DATASETS = {
-    "gqa": "GQA",
-    "scienceqa": "SQA",
-    "textvqa": "TextVQA",
-    "mmvet": "MM-Vet",
-    "mme": "MME",
-    "pope": "POPE",
-    "tgif": "TGIF",
-    "msvd": "MSVD",
-    "msrvtt": "MSRVTT",
-    "demo": "Demo",
-    "demo_sparse": "Demo, sparse",
-    "demo_canvases": "Demo, canvases",
-    "demo_gqa": "Demo GQA",
-    "demo_scienceqa": "Demo SQA",
-    "demo_textvqa": "Demo TextVQA",
-    "demo_mme": "Demo MME",
-    "demo_pope": "Demo POPE",
-}
-MODELS = {
-    "llava15_7b": "LLaVA-1.5-7B",
-    "llava15_13b": "LLaVA-1.5-13B",
-    "qwen2vl_7b": "Qwen2-VL-7B",
-    "qwen25vl_7b": "Qwen2.5-VL-7B",
-    "qwen3vl_2b": "Qwen3-VL-2B",
-    "qwen3vl_8b": "Qwen3-VL-8B",
-    "qwen3vl_8b_thinking": "Qwen3-VL-8B, thinking",
-    "qwen3vl_30b": "Qwen3-VL-30B",
-    "video_llava_7b": "Video-LLaVA-7B",
-    "demo_llava": "demo LLaVA",
-    "demo_qwen3vl": "demo Qwen3-VL",
-}
 METRICS = {
     "accuracy": "acc",
     "score": "score",
@@ -95,21 +36,6 @@ METRICS = {
     "peak_memory_gib": "memory (GiB)",
     "latency_ms": "latency (ms)",
 }
-DEMO_METRICS = ["accuracy", "gqa", "scienceqa", "textvqa", "mme", "pope", "pope_f1", "pope_yes_rate"]
-HEADLINES = {
-    "demo": DEMO_METRICS,
-    "demo_sparse": DEMO_METRICS,
-    "demo_canvases": DEMO_METRICS,
-    "demo_pope": ["accuracy", "pope_f1", "pope_yes_rate"],
-    "mmvet": ["score"],
-    "mme": ["perception"],
-    "pope": ["accuracy", "f1", "yes_rate"],
-    "tgif": ["accuracy", "score"],
-    "msvd": ["accuracy", "score"],
-    "msrvtt": ["accuracy", "score"],
-}
-"""The numbers of a dataset that a table shows; ``accuracy`` for those not listed."""
-
 DIGITS = {"f1": 2, "yes_rate": 2, "score": 2, "peak_memory_gib": 2}
 """Decimals of a number that the paper does not print; one for the metrics not listed, two for every printed one."""
 
@@ -184,7 +110,7 @@ def product(table: str, swept: dict[str, list[str]]) -> list[tuple]:
         for values in itertools.product(*(swept[key] for key in extra)):
             setting = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(extra, values, strict=True))
             keep = "1.0" if method == "none" else keep
-            metrics = HEADLINES.get(dataset, ["accuracy"])
+            metrics = conf.read("dataset", dataset)["shown"]
             rows += [(table, model, keep, method, setting, dataset, metric) for metric in metrics]
     return list(dict.fromkeys(rows))
 
@@ -208,7 +134,7 @@ def same(a, b) -> bool:
 def satisfies(cell, setting: dict[str, str]) -> bool:
     """Whether a cell has these settings and is default in everything else; ``decoding`` names a file of its group."""
     if "decoding" in setting:
-        chosen = yaml.safe_load((load.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text())
+        chosen = yaml.safe_load((conf.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text())
         setting = {key: value for key, value in (setting | chosen).items() if key not in ("decoding", "defaults")}
     return all(same(cell.settings.get(key), value) for key, value in setting.items()) and cell.differs <= set(setting)
 
@@ -381,7 +307,7 @@ def grid(table: pd.DataFrame) -> Grid:
     groups: dict[str, list[Row]] = {}
     for key, numbers in table.groupby("row", sort=False):
         model, keep, method, setting = key
-        title = MODELS.get(model, model) + ("" if method == "none" else f", keep {budget_name(keep)}")
+        title = conf.title("model", model) + ("" if method == "none" else f", keep {budget_name(keep)}")
         label = METHODS.get(method, method) + (f" ({setting})" if setting else "")
         entries = {number.column: entry(number, marks.get((key, number.column), "")) for number in numbers.itertuples()}
         cells = [entries.get(column, Entry()) for column in columns]
@@ -391,7 +317,7 @@ def grid(table: pd.DataFrame) -> Grid:
     name = table.table.iloc[0]
     return Grid(
         name,
-        TITLES.get(name, name),
+        conf.experiment_title(name),
         [(column_name(*column), marks.get(column, "")) for column in columns],
         [*groups.items()],
         footnotes,
@@ -452,9 +378,11 @@ def column_name(dataset: str, metric: str) -> str:
     if metric in COSTS:
         return METRICS[metric]
     split = metric.removesuffix(plain(metric)).rstrip("_")
-    if metric in DATASETS or split in DATASETS:
-        return " ".join(filter(None, [DATASETS.get(split), DATASETS.get(metric) or METRICS[plain(metric)]]))
-    return " ".join(filter(None, [DATASETS.get(dataset, dataset), split, METRICS.get(plain(metric), plain(metric))]))
+    known = conf.names("dataset")
+    if metric in known or split in known:
+        named = conf.title("dataset", metric) if metric in known else METRICS[plain(metric)]
+        return " ".join(filter(None, [split and conf.title("dataset", split), named]))
+    return " ".join(filter(None, [conf.title("dataset", dataset), split, METRICS.get(plain(metric), plain(metric))]))
 
 
 def budget_name(keep: str) -> str:
@@ -482,7 +410,7 @@ def remarks(table: pd.DataFrame) -> list[str]:
     scores = measured[~measured.metric.isin(COSTS)]
     if len(scores):
         counts = scores.groupby("dataset", sort=False).n_samples.max()
-        samples = ", ".join(f"{DATASETS.get(dataset, dataset)} {count:,.0f}" for dataset, count in counts.items())
+        samples = ", ".join(f"{conf.title('dataset', dataset)} {count:,.0f}" for dataset, count in counts.items())
         lines.append("± is the standard error over the samples, or the standard deviation over seeds (Random).")
         lines.append(f"Samples: {samples}.")
     cost = measured[measured.metric.isin(COSTS)]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import benchmarks
+from experiments import benchmarks, conf
 from experiments.benchmarks.base import Benchmark, BenchmarkError
 from experiments.judge import Judge
 from experiments.results import ROOT, parse_method
@@ -56,6 +56,8 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     if config["keep"] != "auto":
         del config["quality"], config["keep_max"]
     del config["image"], config["question"]
+    for group in ("model", "dataset"):
+        config[group] = conf.without_about(config[group])
     return config
 
 
@@ -80,7 +82,7 @@ def model(config: dict[str, Any]) -> Adapter:
 
 @lru_cache(maxsize=1)
 def _model(options: str, where: str) -> Adapter:
-    options = json.loads(options)
+    options = conf.without_about(json.loads(options))
     for key in ("name", "family"):
         options.pop(key, None)
     return load(**options | {"path": weights(options["path"])}, device=where)
@@ -154,21 +156,9 @@ def method(words: str, config: dict[str, Any]) -> Pruner | DecoderPruner:
     """
     name, given = parse_method(words)
     shared = {key: config[key] for key in ("model", "dataset", "seed")}
-    options = OmegaConf.to_container(OmegaConf.create(shared | {"pruner": _pruner_file(name)}), resolve=True)["pruner"]
+    file = conf.read("pruner", name) if name in conf.names("pruner") else {"name": name}  # another package's
+    options = OmegaConf.to_container(OmegaConf.create(shared | {"pruner": file}), resolve=True)["pruner"]
     return make(**options | {key: yaml.safe_load(value) for key, value in given.items()})
-
-
-def _pruner_file(name: str) -> dict[str, Any]:
-    """conf/pruner/<name>.yaml over the files that it names as its defaults; of another package's pruner the name."""
-    path = ROOT / "conf/pruner" / f"{name}.yaml"
-    if not path.exists():
-        return {"name": name}
-    own = yaml.safe_load(path.read_text())
-    for base in own.pop("defaults", []):
-        base, _, part = base.partition("@")
-        if base != "_self_":
-            own = ({part: _pruner_file(base)} if part else _pruner_file(base)) | own
-    return own
 
 
 def decoding(config: dict[str, Any]) -> Decoding:

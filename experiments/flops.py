@@ -4,18 +4,17 @@ Multiply-adds count as two FLOPs, attention as the full square (kernels that ski
 causal half do less), in the way of torch's FlopCounterMode, which the tests compare with.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from experiments.conf import names, read
 from experiments.results import ROOT
 from mipruner.errors import InputError
-
-ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 
 
 def architecture(name: str) -> PreTrainedConfig:
@@ -24,16 +23,17 @@ def architecture(name: str) -> PreTrainedConfig:
     Raises
     ------
     InputError
-        If the name is neither a folder nor in architectures.yaml.
+        If the name is neither a folder nor a file of conf/model with a shape.
     """
-    conf = ROOT / "conf/model" / f"{name}.yaml"
-    path = ROOT / (yaml.safe_load(conf.read_text())["path"] if conf.exists() else name)
+    models = {known: read("model", known) for known in names("model")}
+    options = models.get(name, {"path": name})
+    path = ROOT / options["path"]
     if (path / "config.json").exists():
         return AutoConfig.from_pretrained(path)
-    known = yaml.safe_load(ARCHITECTURES.read_text())
-    if name not in known:
-        raise InputError(f"there is no shape of {name!r}: give a folder with config.json, or {', '.join(known)}")
-    return AutoConfig.for_model(**known[name])
+    if "shape" not in options:
+        known = ", ".join(known for known, options in models.items() if "shape" in options)
+        raise InputError(f"there is no shape of {name!r}: give a folder with config.json, or {known}")
+    return AutoConfig.for_model(**deepcopy(options["shape"]))
 
 
 STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}

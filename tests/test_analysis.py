@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from analysis import figures, load, masks, report, tables
+from experiments import conf
 from experiments.benchmarks.base import BenchmarkError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -423,7 +424,7 @@ def fill(results, source, accuracy=lambda want: 50.0, skip=lambda want: False):
     for want in tables.wanted(source).drop_duplicates(["model", "dataset", "method", "keep", "setting"]).itertuples():
         if not skip(want):
             options = {k: json.loads(v) if v[0].isdigit() else v for k, v in tables.parse_setting(want.setting).items()}
-            metrics = dict.fromkeys(tables.HEADLINES.get(want.dataset, ["accuracy"]), accuracy(want))
+            metrics = dict.fromkeys(conf.read("dataset", want.dataset)["shown"], accuracy(want))
             write_record(results, want.model, want.dataset, want.method, want.keep, metrics, **options)
 
 

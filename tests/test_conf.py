@@ -8,7 +8,7 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments import build
+from experiments import build, conf
 from experiments.results import ROOT, cell_id
 from mipruner.models import load
 from mipruner.pruners import PRUNERS
@@ -133,3 +133,21 @@ def test_defaults_by_family_are_what_the_public_code_of_a_method_does_there():
         assert build.pruner(resolved(f"model={model}", "pruner=mmtok")) == PRUNERS["mmtok"]()
         assert build.pruner(resolved(f"model={model}", "pruner=dart")).budget(0.222, 576) // 8 * 8 + 4 == 132
     assert build.pruner(resolved("model=qwen2vl_7b", "pruner=mmtok", "pruner.tau_text=0.5")).tau_text == 0.5
+
+
+@pytest.mark.parametrize("group", ["model", "dataset"])
+def test_titles_tell_models_and_data_sets_apart(group):
+    titles = [conf.title(group, name) for name in conf.names(group)]
+    assert len(set(titles)) == len(titles) and not set(titles) & set(conf.names(group))
+
+
+def test_what_describes_a_cell_is_not_in_its_record():
+    record = resolved("model=llava15_7b", "dataset=pope")
+    assert not set(conf.ABOUT) & (record["model"].keys() | record["dataset"].keys())
+    assert all(conf.read("dataset", name)["shown"] for name in words("dataset"))
+
+
+def test_the_title_of_an_experiment_is_its_first_sentence():
+    assert conf.experiment_title("fig4").startswith("Fig. 4: accuracy on GQA over the budget")
+    assert conf.experiment_title("table1") == "Table 1: pruning methods on LLaVA-1.5-7B, 64 and 32 tokens"
+    assert all(conf.experiment_title(name) for name in words("experiment"))

@@ -1,0 +1,61 @@
+"""Files of conf as they stand, for what is read without a run: a file over its defaults, titles, shapes."""
+
+import re
+from functools import cache
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from experiments.results import ROOT
+
+CONF = ROOT / "conf"
+ABOUT = ("title", "shown", "shape")
+"""Keys of a model or data set that describe it and change no run."""
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@cache
+def read(group: str, name: str) -> dict[str, Any]:
+    """conf/<group>/<name>.yaml over those files of the group that its defaults name; interpolations stay as they are.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    own = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    merged = OmegaConf.create({})
+    for base in own.pop("defaults", []):
+        base, _, part = base.partition("@") if isinstance(base, str) else ("_self_", "", "")
+        if base != "_self_":
+            merged = OmegaConf.merge(merged, {part: read(group, base)} if part else read(group, base))
+    return OmegaConf.to_container(OmegaConf.merge(merged, own), resolve=False)
+
+
+def title(group: str, name: str) -> str:
+    """How a model or data set is called in tables and figures; its name if conf has no such file."""
+    return read(group, name).get("title", name) if name in names(group) else name
+
+
+@cache
+def experiment_title(name: str) -> str:
+    """The first sentence at the head of a file of conf/experiment, after its ``@package`` line; the name if none."""
+    path = CONF / "experiment" / f"{name}.yaml"
+    if not path.exists():
+        return name
+    _, *lines = path.read_text(encoding="utf-8").splitlines()
+    words = []
+    for line in lines:
+        if not (text := line.removeprefix("#").strip()):
+            break
+        words.append(text)
+    return re.split(r"\.(?= [A-Z]|$)", " ".join(words))[0]
+
+
+def without_about(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a model or data set that a run takes."""
+    return {key: value for key, value in options.items() if key not in ABOUT}
