@@ -6,6 +6,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import isabstract
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -19,7 +20,7 @@ from experiments.judge import Judge
 from experiments.results import ROOT, parse_method
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
-from mipruner.models import Adapter, load
+from mipruner.models import FAMILIES, Adapter, load
 from mipruner.pruners import DecoderPruner, Pruner, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
@@ -49,6 +50,7 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"unknown text_scope {config['text_scope']!r}: choose user or question")
     if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
         config["seed"] = config["decoding"]["seed"] = 0
+    config["model"]["name"] = config["model"]["name"] or _name(config["model"]["path"])
     if config["pruner"]["name"] == "none":
         config["keep"] = 1.0
     if config["engine"]["name"] == "pipeline":
@@ -74,8 +76,35 @@ def device(config: dict[str, Any]) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _name(path: str | None) -> str:
+    """What records call a model that is given by its path."""
+    if not path:
+        raise InputError("model=any needs a model: model.path=google/gemma-3-4b-it, or a folder")
+    return Path(path).name
+
+
 def model(config: dict[str, Any]) -> Adapter:
-    """The adapter of a resolved config; a sweep over pruners loads its model once. Raises `ModelError`."""
+    """The adapter of a resolved config; a sweep over pruners loads its model once.
+
+    Raises
+    ------
+    ModelError
+        If it does not load.
+    InputError
+        If it has no adapter of its own.
+    """
+    adapter = any_model(config)
+    if not adapter.reads_inside:
+        raise InputError(
+            f"{config['model']['path']} is a {adapter.model.config.model_type}, which has no adapter here and runs by "
+            "its own processor and generate: benchmarks and image= question= take it, this task takes only "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    return adapter
+
+
+def any_model(config: dict[str, Any]) -> Adapter:
+    """As `model`, also of a type without an adapter of its own."""
     options = config["model"] | {key: config[key] for key in ("positions",) if key in config}
     return _model(json.dumps(options), device(config))
 

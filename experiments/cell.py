@@ -15,7 +15,7 @@ from experiments.remote import Server
 from experiments.results import NOT_IDENTITY, Cell, command
 from experiments.tracking import track
 from mipruner.errors import InputError
-from mipruner.pipeline import Pipeline
+from mipruner.processed import pipeline_of
 
 Draw = Callable[[dict[str, Any], list[dict[str, Any]], Benchmark, Path], None]
 """Draws some samples of a cell, whose record and rows are given, into a file."""
@@ -77,7 +77,7 @@ def run_cell(
             record |= tracker.report(record)
             cell.finish(record)
         return record
-    pipeline = Pipeline(build.model(config), *choices)
+    pipeline = pipeline_of(build.any_model(config), *choices)
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
     with cell.alone(), track(config["logger"], cell) as tracker:

@@ -69,6 +69,8 @@ class Inputs:
     reader : Reader, optional
     texts : sequence of str, optional
         The part of each prompt that is T.
+    questions : sequence of str, optional
+        The part of each T that is the question itself.
     signals : set of str
         Optional fields of `Features` that the method reads.
     """
@@ -76,6 +78,7 @@ class Inputs:
     adapter: Adapter
     reader: Reader | None
     texts: Sequence[str] | None
+    questions: Sequence[str] | None
     signals: frozenset[str]
     recent: deque[Visual] = field(default_factory=lambda: deque(maxlen=RECENT), repr=False)
 
@@ -83,7 +86,8 @@ class Inputs:
         self, ids: Tensor, embeds: Tensor, valid: Tensor, position_ids: Tensor, seen: dict[bool, Seen]
     ) -> list[Encoded]:
         """The prompts of one call: ids [B, S], embeds [B, S, d], valid [B, S], position_ids [P, B, S]."""
-        rows = (valid, ids, embeds, position_ids.unbind(1), self._images(ids, seen), self._texts(len(ids)))
+        given = [_each(texts, len(ids)) for texts in (self.texts, self.questions)]
+        rows = (valid, ids, embeds, position_ids.unbind(1), self._images(ids, seen), *given)
         return [self._encode(*row) for row in zip(*rows, strict=True)]
 
     def _images(self, ids: Tensor, seen: dict[bool, Seen]) -> list[list[tuple[Visual, Tensor]]]:
@@ -125,7 +129,7 @@ class Inputs:
         self.recent.append(visual)
         return visual
 
-    def _encode(self, valid, ids, embeds, position_ids, images, text) -> Encoded:
+    def _encode(self, valid, ids, embeds, position_ids, images, text, question) -> Encoded:
         """One prompt without its padding."""
         rows = valid.nonzero()[:, 0]
         ids, embeds, position_ids = ids[rows], embeds[rows], position_ids[:, rows]
@@ -135,8 +139,10 @@ class Inputs:
                 raise InputError("the images of this prompt were not encoded by this call inside this context")
         is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
-        tokenizer = self.reader and self.reader.tokenizer
-        tokens = Tokens(ids, is_text, torch.ones(int(is_text.sum()), dtype=torch.bool), words, tokenizer)
+        is_question = torch.ones(int(is_text.sum()), dtype=torch.bool)
+        if question is not None and images:
+            is_question = self.reader.occurrence(ids, self.adapter.is_placeholder(ids), question)[is_text]
+        tokens = Tokens(ids, is_text, is_question, words, self.reader and self.reader.tokenizer)
         prompt = Prompt(self.reader.decode(ids[is_text].tolist()) if self.reader else "", ())
         return Encoded(
             ids=ids,
@@ -151,13 +157,6 @@ class Inputs:
             signals=self.adapter.text_signals(prompt, tokens, self.signals),
             sample=f"{zlib.crc32(ids.cpu().numpy().tobytes()):08x}",
         )
-
-    def _texts(self, n_prompts: int) -> list[str | None]:
-        """The given text of each prompt."""
-        given = self.texts or [None]
-        if n_prompts % len(given):
-            raise InputError(f"{len(given)} texts were given, and there are {n_prompts} prompts")
-        return [text for text in given for _ in range(n_prompts // len(given))]
 
     def _question(self, text: str | None, ids: Tensor) -> Tensor:
         """T [S] bool of one prompt."""
@@ -179,3 +178,11 @@ def _runs(row: Tensor) -> tuple[list[bool], list[int]]:
     """The values of row [S] and how often each is repeated."""
     values, counts = row.unique_consecutive(return_counts=True)
     return values.tolist(), counts.tolist()
+
+
+def _each(given: Sequence[str] | None, n_prompts: int) -> list[str | None]:
+    """The given text of each prompt."""
+    given = given or [None]
+    if n_prompts % len(given):
+        raise InputError(f"{len(given)} texts were given, and there are {n_prompts} prompts")
+    return [text for text in given for _ in range(n_prompts // len(given))]

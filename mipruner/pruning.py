@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ def prune(
     *,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     text: str | Sequence[str] | None = None,
+    question: str | Sequence[str] | None = None,
     positions: str | None = None,
     **options: Any,
 ) -> "Pruning":
@@ -92,6 +93,8 @@ def prune(
     tokenizer : tokenizer or processor, optional
     text : str or sequence of str, optional
         The part of each prompt that is T, where it is not all that the user says.
+    question : str or sequence of str, optional
+        The part of T that is the question itself, for methods that read only that; all of T by default.
     positions : "repack" or "keep", optional
         See `Adapter`; by default what the family's public pruners do.
 
@@ -106,7 +109,7 @@ def prune(
         At once if the model is of no known family or an option does not fit; on entering, if this thread prunes the
         model already; inside, from the call that cannot be served.
     """
-    return Pruning(model, pruner, keep, tokenizer, text, positions, options)
+    return Pruning(model, pruner, keep, tokenizer, text, question, positions, options)
 
 
 def attach(model: PreTrainedModel, *args: Any, **options: Any) -> "Pruning":
@@ -147,9 +150,11 @@ class Pruning:
     ----------
     encoded : list of Encoded
         This thread's latest prompts that had images, in full.
+    watch : callable
+        From the name of a stage, "vision" or "scoring", to a context around it.
     """
 
-    def __init__(self, model, pruner, keep, tokenizer, text, positions, options):
+    def __init__(self, model, pruner, keep, tokenizer, text, question, positions, options):
         self._stack: ExitStack | None = None
         self._used = True  # until the arguments are known to be good
         self.model = _unwrapped(model)
@@ -165,8 +170,8 @@ class Pruning:
             check(self.model.config.model_type, pruner)
         self.pipeline = Pipeline(self.adapter, pruner, keep)
         reader = reader_of(saved_tokenizer(self.model.name_or_path) if tokenizer is None else tokenizer, self.adapter)
-        if text is not None and reader is None:
-            raise InputError("text is found in the prompt by its tokens: give tokenizer, too")
+        if reader is None and (text is not None or question is not None):
+            raise InputError("text and question are found in the prompt by their tokens: give tokenizer, too")
         if text is None and (reader is None or reader.template is None):
             warnings.warn(
                 "no tokenizer with a chat template is known: T is taken to be the text between the last image and "
@@ -174,7 +179,9 @@ class Pruning:
                 stacklevel=3,
             )
         self.reader = reader
-        self._inputs = Inputs(self.adapter, reader, [text] if isinstance(text, str) else text, pruner.signals)
+        given = [[one] if isinstance(one, str) else one for one in (text, question)]
+        self._inputs = Inputs(self.adapter, reader, *given, pruner.signals)
+        self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
         outer, inner = type(self.model), type(self.adapter.owner)
         self._names = {"call": _names(outer.forward), "model": _names(inner.forward)}
         self._vision = [f"get_{kind}_features" for kind in ("image", "video") if hasattr(inner, f"get_{kind}_features")]
@@ -254,6 +261,13 @@ class Pruning:
         return [by_picture(*pair) for pair in zip(kept, self.encoded, strict=True)]
 
     @property
+    def per_layer(self) -> list[list[int]]:
+        """Visual tokens that entered each layer, one list for each of this thread's latest prompts."""
+        if self.shortening is not None and self.shortening.per_layer:
+            return self.shortening.per_layer
+        return [[sum(s.n_rows for s in chosen)] * self.adapter.n_layers for chosen in self.selections]
+
+    @property
     def last(self) -> list[Kept]:
         """What became of each prompt of this thread's latest call that had images."""
         return [
@@ -307,7 +321,7 @@ class Pruning:
             return method(*args, **kwargs)  # Qwen-VL looks at videos through the method for images
         here.looking, is_video = True, name == "get_video_features"
         try:
-            with self.adapter.capture(is_video, self._inputs.signals) as calls:
+            with self.watch("vision"), self.adapter.capture(is_video, self._inputs.signals) as calls:
                 out, seen = see(self.adapter, method, self._names[name], args, kwargs, calls)
         finally:
             here.looking = False
@@ -358,8 +372,9 @@ class Pruning:
         columns = padding(mask, n_before + ids.shape[1])
         valid = torch.ones_like(ids, dtype=torch.bool) if columns is None else columns[:, -ids.shape[1] :]
         given = (given[None] if given.ndim == 2 else given).expand(-1, *ids.shape)
-        encoded = self._inputs(ids, kwargs["inputs_embeds"], valid, given, getattr(self._here, "seen", {}))
-        prompts, selections = self.pipeline.choose(encoded, valid)
+        with self.watch("scoring"):
+            encoded = self._inputs(ids, kwargs["inputs_embeds"], valid, given, getattr(self._here, "seen", {}))
+            prompts, selections = self.pipeline.choose(encoded, valid)
         self._here.encoded, self._here.selections = encoded, selections
         return prompts
 

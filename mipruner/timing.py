@@ -22,15 +22,16 @@ class Stopwatch:
         self.device, self.clock = device, clock
         self.ms: dict[str, float] = defaultdict(float)
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds, with nothing left to do on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = self._now()
+        start = self.now()
         try:
             yield
         finally:
-            self.ms[stage] += 1000 * (self._now() - start)
+            self.ms[stage] += 1000 * (self.now() - start)

@@ -27,7 +27,8 @@ def resolved(*overrides):
 
 @pytest.mark.parametrize("word", words("model"))
 def test_models(word):
-    model = resolved(f"model={word}")["model"]
+    path = ["model.path=folder/any"] if word == "any" else []
+    model = resolved(f"model={word}", *path)["model"]
     assert model.pop("name") == word
     importlib.import_module(f"mipruner.models.{model.pop('family')}")
     inspect.signature(load).bind(**model, device="cpu")

@@ -15,6 +15,7 @@ from experiments.explorer import panels, views
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
+from mipruner.processed import pipeline_of
 from mipruner.pruners import PRUNERS
 from mipruner.selection import Auto
 
@@ -55,15 +56,18 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> s
     picture, question = open_picture(image), str(question)
     choices = build.pruner(config), build.budget(config), build.decoding(config)
     for _ in range(2):  # the first warms up
-        pipeline = Pipeline(build.model(config), *choices)
+        pipeline = pipeline_of(build.any_model(config), *choices)
         (told,) = pipeline([Prompt(question, [picture])])
-    kept, ms = told.selections[0].indices.tolist(), pipeline.watch.ms
+    kept, ms = sum(selection.n_rows for selection in told.selections), pipeline.watch.ms
     lines = [
         told.text,
-        f"  {config['model']['name']}  {config['pruner']['name']}  tokens kept {len(kept)} of {told.n_visual[0]}",
+        f"  {config['model']['name']}  {config['pruner']['name']}  tokens kept {kept} of {sum(told.n_visual)}",
         "  ms, once warm: "
         + "  ".join(f"{stage} {spent:.1f}" for stage, spent in (ms | {"total": sum(ms.values())}).items()),
     ]
+    if not pipeline.adapter.reads_inside:
+        lines.append(f"  no page shows the tokens: a {pipeline.adapter.model.config.model_type} has no adapter here")
+        return "\n".join(lines)
     out = Path(config["results"]) / "answers"
     out.mkdir(parents=True, exist_ok=True)
     out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.html"

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 
 from mipruner.errors import InputError, ModelError
 from mipruner.models.adapter import Adapter
+from mipruner.models.generic import PAGE, GenericAdapter, refusal
 from mipruner.models.hub import chat_template, locate
+from mipruner.models.processor import load_processor
 from mipruner.models.weights import load_weights
 from mipruner.prompt import Prompt, Video
 
@@ -50,6 +52,8 @@ def load(
 ) -> Adapter:
     """Load a stock transformers model from a folder or the hub and wrap it in the adapter of its family.
 
+    A type without a family gets a `GenericAdapter` with its own processor, for `mipruner.processed`.
+
     Parameters
     ----------
     path : str or Path
@@ -72,7 +76,8 @@ def load(
     Raises
     ------
     ModelError
-        If the folder or the hub has no such model, its weights do not fit it, or its family has no adapter.
+        If the folder or the hub has no such model, its weights do not fit it, it cannot be pruned, or its processor
+        needs a package that is not there.
     InputError
         If an option is not one.
     """
@@ -96,19 +101,25 @@ def load(
         weights["device_map"] = device if device_map is None else device_map
     try:
         config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in FAMILIES:
-            raise ModelError(f"{path} is a {config.model_type!r}; there are adapters for {', '.join(sorted(FAMILIES))}")
-        family = FAMILIES[config.model_type]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        family = FAMILIES.get(config.model_type, GenericAdapter)
+        if family is GenericAdapter:
+            with torch.device("meta"):
+                reason = refusal(AutoModelForImageTextToText.from_config(config))
+            if reason is not None:
+                raise ModelError(f"{path} is a {config.model_type!r}, which cannot be pruned: {reason}; {PAGE}")
+            processor = load_processor(folder, config.model_type)
+            tokenizer = processor.tokenizer
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            processor = family.image_processor_class.from_pretrained(folder)
         tokenizer.chat_template = chat_template(folder) or tokenizer.chat_template
-        image_processor = family.image_processor_class.from_pretrained(folder)
         model = load_weights(AutoModelForImageTextToText, folder, **weights).eval()
         if "device_map" not in weights:
             model = model.to(device)
     except (OSError, ImportError, RuntimeError, ValueError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
     try:
-        return family(model, tokenizer, image_processor, prompt=PROMPTS.get(prompt, prompt), **options)
+        return family(model, tokenizer, processor, prompt=PROMPTS.get(prompt, prompt), **options)
     except TypeError as error:
         raise InputError(f"{path} is a {config.model_type}: {str(error).split('() ')[-1]}") from error
 

@@ -1,24 +1,24 @@
 """Any model that puts rows of its vision encoder into its prompt: what no family says of itself is read from the call.
 
-It knows no image processor and nothing inside the vision encoder, so it serves `mipruner.prune` with the methods that
-read image rows, text, grid and vocabulary.
+It knows nothing inside the vision encoder, so it serves `mipruner.prune` with the methods that read image rows, text,
+grid and vocabulary, and with the model's own processor `mipruner.processed`.
 """
 
 import inspect
 import math
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from mipruner.errors import InputError
 from mipruner.intercept import Call
 from mipruner.models.adapter import Adapter, VisionOutput
-from mipruner.prompt import Visual
+from mipruner.prompt import Media, Prompt, Video, Visual
 from mipruner.pruners.base import Method, Pruner
 
 ROWS = {
@@ -36,6 +36,9 @@ PLACED = {
 
 OWN_GENERATE = {"janus"}
 """Types whose own ``generate`` ends in the stock one."""
+
+ALONE = {"hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "mistral_large4"}
+"""Types to which transformers itself gives other logits in a padded batch than alone."""
 
 TESTED = frozenset(
     [
@@ -138,10 +141,35 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 class GenericAdapter(Adapter):
-    """For `mipruner.prune` around a model of a type without an adapter of its own."""
+    """A model of a type without an adapter of its own.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase, optional
+    processor : ProcessorMixin, optional
+        The model's own; only `inputs` reads it.
+    options
+        See `Adapter`.
+    """
 
     default_positions = "keep"
     reads_inside = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: ProcessorMixin | None = None,
+        **options: Any,
+    ):
+        self.processor = processor
+        super().__init__(model, tokenizer, getattr(processor, "image_processor", None), **options)
+        if tokenizer is not None:  # none of them may stand in a question
+            self.chat.placeholder_ids = sorted(k for k in self.around_ids if k < len(tokenizer))
+
+    def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        token = getattr(self.processor, "image_token", None)
+        return {"image": token} if isinstance(token, str) else super().write_placeholders(tokenizer)
 
     @property
     def owner(self) -> nn.Module:
@@ -161,9 +189,48 @@ class GenericAdapter(Adapter):
         return {k for k in found if isinstance(k, int)}
 
     def preprocess(self, image):
-        raise InputError(f"a {self.model.config.model_type} has no adapter: use mipruner.prune around its own generate")
+        raise InputError(
+            f"a {self.model.config.model_type} has no adapter, so it runs by its own processor and generate only: use "
+            f"mipruner.processed.ProcessorPipeline (run.py without task=) or mipruner.prune; {PAGE}"
+        )
 
     run_encoder = preprocess
+
+    def kinds(self, images: Iterable[Media]) -> list[str]:
+        kinds = ["video" if isinstance(image, Video) else "image" for image in images]
+        if "video" in kinds:
+            raise InputError(
+                f"a {self.model.config.model_type} has no adapter, and takes images only here: give videos to its own "
+                f"processor, inside mipruner.prune; {PAGE}"
+            )
+        return kinds
+
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What the model's own processor makes of prompts that all have images or all have none, padded on the left.
+
+        Raises
+        ------
+        InputError
+            If the chat template shows no system message, or the processor refuses the prompts.
+        """
+        texts, chat = [], self.chat
+        for prompt in prompts:
+            chat.check_text(prompt)
+            before, after = chat.render(self.kinds(prompt.images))
+            if chat.system and chat.prompt is None and chat.system not in before:
+                raise InputError(f"the chat template of this {self.model.config.model_type} shows no system message")
+            texts.append(before + prompt.text + after)
+        images = [list(prompt.images) for prompt in prompts]
+        bos = self.tokenizer.bos_token
+        options = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        try:
+            batch = self.processor(
+                text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **options
+            )
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            names = ", ".join(repr(prompt.sample) for prompt in prompts)
+            raise InputError(f"the processor of {self.model.config.model_type} refuses {names}: {error}") from error
+        return dict(batch.to(self.device, self.model.dtype))
 
     def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
         return nullcontext([])

@@ -1,0 +1,158 @@
+"""Models without an adapter: prompts by their own processor, answers by their own `generate`, inside `mipruner.prune`.
+
+adapter = mipruner.models.load("google/gemma-3-4b-it")
+pipeline_of(adapter, mipruner.pruners.make("mi"), keep=0.25)([Prompt("What is this?", [image])])
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from mipruner import draws
+from mipruner.decoding import Decoding, inverse
+from mipruner.models.adapter import Adapter
+from mipruner.models.generic import ALONE, GenericAdapter
+from mipruner.pipeline import Answer, Pipeline
+from mipruner.prompt import Encoded, Media, Prompt
+from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pruning import prune
+from mipruner.selection import Auto, Selection, budget
+from mipruner.timing import Stopwatch
+
+
+class Draw(LogitsProcessor):
+    """Leaves one token a row, drawn as `mipruner.decoding.decode` draws it, and notes when the first logits came."""
+
+    def __init__(self, decoding: Decoding, samples: Sequence[str], now):
+        self.decoding, self.now = decoding, now
+        self.generators = [draws.generator(decoding.seed, sample or str(k)) for k, sample in enumerate(samples)]
+        self.prefilled: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prefilled is None:
+            self.prefilled = self.now()
+        if not self.decoding.temperature:
+            return scores
+        p = self.decoding.warpers()(input_ids, scores.float()).softmax(-1)
+        uniform = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])
+        token = inverse(p, uniform.to(p.device))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0)
+
+
+class ProcessorPipeline:
+    """`mipruner.pipeline.Pipeline` for a `GenericAdapter`: ``pipeline(prompts)`` answers a batch.
+
+    Every call encodes its images; nothing is held for the next. Times of ``watch`` begin where the processor has ended.
+
+    Parameters
+    ----------
+    adapter : GenericAdapter
+        With its processor, from `mipruner.models.load`.
+    pruner, keep, decoding
+        As of `Pipeline`.
+    """
+
+    def __init__(
+        self,
+        adapter: GenericAdapter,
+        pruner: Pruner | DecoderPruner,
+        keep: int | float | Auto,
+        decoding: Decoding | None = None,
+    ):
+        self.adapter, self.pruner, self.keep = adapter, pruner, keep
+        self.decoding = decoding or Decoding()
+        self.watch = Stopwatch(adapter.device)
+
+    def prepare(self, images: Sequence[Media]) -> None:
+        """Let the image processor see images ahead of their call, which it may refuse. May run in another thread."""
+        if images:
+            self.adapter.image_processor(images=list(images), return_tensors="pt")
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answer ``prompts``; adds the time of each stage to ``watch``.
+
+        Raises
+        ------
+        InputError
+            As `Pipeline` and `GenericAdapter.inputs`.
+        """
+        groups = [[k for k, prompt in enumerate(prompts) if bool(prompt.images) is shown] for shown in (True, False)]
+        if self.adapter.model.config.model_type in ALONE:
+            groups = [[k] for k in range(len(prompts))]
+        answers: dict[int, Answer] = {}
+        for members in filter(None, groups):
+            told = self._answer([prompts[k] for k in members])
+            answers |= dict(zip(members, told, strict=True))
+        return [answers[k] for k in range(len(prompts))]
+
+    def _answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        inputs = self.adapter.inputs(prompts)
+        if not prompts[0].images:
+            none = [0] * self.adapter.n_layers
+            return [
+                Answer(self.adapter.chat.decode(new), new, [], [], 0, [], [], none)
+                for new in self._generate(inputs, prompts)
+            ]
+        queries = [prompt.text if prompt.query is None else prompt.query for prompt in prompts]
+        pruning = prune(
+            self.adapter.model,
+            self.pruner,
+            self.keep,
+            tokenizer=self.adapter.processor,
+            text=queries,
+            question=[prompt.question or query for prompt, query in zip(prompts, queries, strict=True)],
+            positions=self.adapter.positions,
+        )
+        pruning.watch = self.watch
+        with pruning:
+            tokens = self._generate(inputs, prompts)
+            rows = zip(prompts, tokens, pruning.encoded, pruning.selections, pruning.per_layer, strict=True)
+            return [self._told(*row) for row in rows]
+
+    def _generate(self, inputs: dict[str, Any], prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The new tokens of each prompt, without the end of text."""
+        model, tokenizer, watch = self.adapter.model, self.adapter.tokenizer, self.watch
+        config = copy.deepcopy(model.generation_config)
+        config.update(max_new_tokens=self.decoding.max_new_tokens, do_sample=False, num_beams=1, max_length=None)
+        config.update(temperature=None, top_p=None, top_k=None)
+        if config.eos_token_id is None:
+            config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        draw = Draw(self.decoding, [prompt.sample for prompt in prompts], watch.now)
+        before, start = dict(watch.ms), watch.now()
+        out = model.generate(**inputs, generation_config=config, logits_processor=[draw])
+        inside = sum(watch.ms[stage] - before.get(stage, 0.0) for stage in ("vision", "scoring"))
+        watch.ms["prefill"] += 1000 * (draw.prefilled - start) - inside
+        watch.ms["decode"] += 1000 * (watch.now() - draw.prefilled)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        rows = out[:, inputs["input_ids"].shape[1] :].tolist()
+        return [row[: next((k for k, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+    def _told(
+        self, prompt: Prompt, new: list[int], sample: Encoded, chosen: list[Selection], per_layer: list[int]
+    ) -> Answer:
+        is_decoder = isinstance(self.pruner, DecoderPruner)
+        whole = len(sample.visuals) == len(prompt.images)  # not so where each tile of an image has rows of its own
+        return Answer(
+            text=self.adapter.chat.decode(new),
+            tokens=new,
+            selections=[Selection(selection.indices.cpu()) for selection in chosen],
+            n_visual=[visual.n_visual for visual in sample.visuals],
+            n_keep=budget(self.keep, sample.n_visual) if is_decoder else sum(s.n_rows for s in chosen),
+            grids=[visual.grid if whole else None for visual in sample.visuals],
+            boxes=[self.adapter.box(image.size) for image in prompt.images],
+            visual_tokens_per_layer=[sample.n_fixed + n for n in per_layer],
+            notes=self.pruner.notes(sample.features()[0]),
+        )
+
+
+def pipeline_of(
+    adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float | Auto, decoding: Decoding | None = None
+) -> Pipeline | ProcessorPipeline:
+    """The pipeline that serves an adapter."""
+    kind = Pipeline if adapter.reads_inside else ProcessorPipeline
+    return kind(adapter, pruner, keep, decoding)
