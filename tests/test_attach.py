@@ -15,6 +15,7 @@ from transformers import pipeline as transformers_pipeline
 
 import mipruner
 from experiments.results import ROOT
+from families import LLAVA_TEMPLATE
 from mipruner import PRUNERS, fused
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
@@ -24,7 +25,7 @@ from mipruner.pipeline import Pipeline
 from mipruner.prompt import collate
 from mipruner.pruners import MIPruner
 from mipruner.question import Reader, between_special
-from tiny import CLASSES, LLAVA_TEMPLATE, picture, processor_of, prompts_of, reference, tiny, tokenizer
+from tiny import MODULES, picture, processor_of, prompts_of, reference, tiny, tokenizer
 
 N = 5
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
@@ -64,7 +65,7 @@ def registered(model) -> Counter:
     return hooks
 
 
-CELLS = [(family, "mi") for family in CLASSES] + [
+CELLS = [(family, "mi") for family in MODULES] + [
     (family, name)
     for family in ("llava", "video_llava", "qwen3_vl")
     for name in ("mi_attention", "visionzip", "mmtok", "fastv", "sparsevlm")

@@ -24,21 +24,19 @@ from mipruner import PRUNERS
 from mipruner.decoding import Decoding, inverse, prefill, step
 from mipruner.errors import InputError, ModelError
 from mipruner.intercept import Stepped
-from mipruner.models import PROMPTS, Prompt, Video, load
+from mipruner.models import FAMILIES, PROMPTS, Prompt, Video, load
 from mipruner.models.llava import LlavaAdapter, covered
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import Batch, Visual, collate
 from mipruner.pruners import NoPruner, Pruner, RandomPruner
 from mipruner.selection import Selection
 from tiny import (
-    CLASSES,
+    MODULES,
     QWEN,
     WITH_VIDEO,
-    canvas_of,
     picture,
     prompts_of,
     reference,
-    shrunk,
     tiny,
     tokenizer,
     video,
@@ -46,7 +44,7 @@ from tiny import (
 
 FLOAT32 = 5e-5
 BFLOAT16 = 0.15
-FAMILY = pytest.mark.parametrize("family", CLASSES)
+FAMILY = pytest.mark.parametrize("family", MODULES)
 ATTN = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 
@@ -103,6 +101,10 @@ def kept_mask(adapter, encoded, selections) -> torch.Tensor:
         for k, place in enumerate(slot.tolist()):
             kept[place] = k in chosen
     return kept
+
+
+def test_every_family_has_a_tiny_configuration():
+    assert set(MODULES) == set(FAMILIES), "write tests/families/<family>.py"
 
 
 # Invariant 1: keep everything, and it is the untouched model, bit for bit.
@@ -173,7 +175,7 @@ def test_answers_of_a_batch(family, name):
 # Invariant 2: pruned is the short sequence, with cache or without, alone or in a batch.
 
 
-@pytest.mark.parametrize("family", [family for family in CLASSES if family != "qwen3_5"])
+@pytest.mark.parametrize("family", [family for family in MODULES if family != "qwen3_5"])
 @ATTN
 def test_pruned_is_the_full_prompt_with_the_dropped_tokens_masked(family, attn):
     """Positions kept: the untouched model, its own positions, and a mask that hides what was dropped.
@@ -270,7 +272,7 @@ def test_pruned_in_bfloat16_is_close_to_float32(family):
 
 def test_pictures_seen_together_are_pictures_seen_alone():
     """One vision pass over pictures and videos of many sizes mixes nothing up."""
-    for family in CLASSES:
+    for family in MODULES:
         adapter = tiny(family)
         images = list({id(i): i for p in prompts_of(family) for i in p.images}.values())
         signals = frozenset({"attention", "attention_to_self", "hidden", "keys"})
@@ -485,27 +487,6 @@ def recorded():
     ALL_ATTENTION_FUNCTIONS._global_mapping.pop("recorder", None)
 
 
-def received(weights: torch.Tensor) -> list[float]:
-    """Eq. 5 by loops, mean over heads: what each of n patches gets from the others. weights [heads, n, n]"""
-    mean = weights.mean(0)
-    return [sum(float(mean[i, j]) for i in range(len(mean)) if i != j) for j in range(len(mean))]
-
-
-def assembled(scores: list[list[float]], size: tuple[int, int], family: str) -> list[float]:
-    """Scores [tiles][16] of a tiled picture in the order of its tokens, by loops over the canvas."""
-    rows, columns, above, beside = canvas_of(size)
-    canvas = [
-        [scores[1 + y // 4 * (columns // 4) + x // 4][y % 4 * 4 + x % 4] for x in range(beside, columns - beside)]
-        for y in range(above, rows - above)
-    ]
-    shape = shrunk(len(canvas), len(canvas[0]), family)
-    if shape != (len(canvas), len(canvas[0])):
-        canvas = torch.nn.functional.interpolate(torch.tensor(canvas)[None, None], shape, mode="bilinear")[
-            0, 0
-        ].tolist()
-    return scores[0] + [value for line in canvas for value in line]
-
-
 @FAMILY
 def test_encoder_attention_is_that_of_an_eager_encoder(family, recorded):
     """CLS rows or column sums of the layer that the projector reads, one picture a time, in the order of the tokens."""
@@ -517,60 +498,8 @@ def test_encoder_attention_is_that_of_an_eager_encoder(family, recorded):
         recorded.clear()
         one = eager.preprocess(image)
         eager.encode([one])
-        if family in QWEN:
-            expected = qwen_attention(eager, one["grid_thw"][0].tolist(), recorded)
-        else:
-            is_video = isinstance(image, Video)
-            towers = {("video_llava", True): "video_tower", ("video_llava", False): "image_tower"}
-            tower = getattr(eager.model.model, towers.get((family, is_video), "vision_tower"))
-            layer = {"internvl": -1, "llava_onevision": -1}.get(family, -2)
-            layers = tower.encoder.layer if family == "internvl" else tower.encoder.layers
-            attn = layers[layer].attention if family == "internvl" else layers[layer].self_attn
-            (weights,) = [w for module, w in recorded if module is attn]
-            if family == "llava_onevision":
-                tiles = [received(w) for w in weights]
-            else:
-                tiles = weights.mean(1)[:, 0, 1:].tolist()
-            expected = tokens_of_tiles(family, tiles, image)
+        expected = MODULES[family].find_attention(family, eager, image, one, recorded)
         torch.testing.assert_close(visual.signals["attention"], torch.tensor(expected), atol=1e-5, rtol=1e-4)
-
-
-def qwen_attention(eager, grid: list[int], recorded) -> list[float]:
-    t, h, w = grid
-    block = 2 if hasattr(eager.vision, "window_size") else 3
-    chunks = [weights[0] for module, weights in recorded if module is eager.vision.blocks[block].attn]
-    assert [chunk.shape[-1] for chunk in chunks] == [h * w] * t  # each step of a video by itself
-    patches = [value for chunk in chunks for value in received(chunk)]
-    tokens = [sum(patches[4 * j : 4 * j + 4]) / 4 for j in range(t * h * w // 4)]
-    if block == 3:
-        return tokens
-    raster, k = [0.0] * len(tokens), 0  # windows of 2 x 2 tokens, row by row
-    for frame in range(t):
-        for top in range(0, h // 2, 2):
-            for left in range(0, w // 2, 2):
-                for y in range(top, min(top + 2, h // 2)):
-                    for x in range(left, min(left + 2, w // 2)):
-                        raster[(frame * (h // 2) + y) * (w // 2) + x] = tokens[k]
-                        k += 1
-    return raster
-
-
-def tokens_of_tiles(family: str, tiles: list[list[float]], image) -> list[float]:
-    is_video = isinstance(image, Video)
-    if family == "internvl":
-        pooled = [
-            sum(tile[(2 * y + dy) * 4 + 2 * x + dx] for dy in range(2) for dx in range(2)) / 4
-            for tile in tiles
-            for y in range(2)
-            for x in range(2)
-        ]
-        return pooled
-    if family == "llava_onevision" and is_video:
-        squares = torch.tensor(tiles).view(-1, 1, 4, 4)
-        return torch.nn.functional.interpolate(squares, (2, 2), mode="bilinear").flatten().tolist()
-    if family in ("llava_next", "llava_onevision"):
-        return assembled(tiles, image.size, family)
-    return [value for tile in tiles for value in tile]
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -744,7 +673,7 @@ def test_pixel_limits():
     assert 40 <= large.encode([large.preprocess(image)])[0].n_visual <= 50
 
 
-@pytest.mark.parametrize("family", sorted(set(CLASSES) - set(WITH_VIDEO)))
+@pytest.mark.parametrize("family", sorted(set(MODULES) - set(WITH_VIDEO)))
 def test_a_family_without_videos_says_so(family):
     adapter = tiny(family)
     with pytest.raises(InputError, match="takes no video"):

@@ -33,19 +33,19 @@ def asked_of(family):
 @pytest.mark.parametrize(
     "family", ["qwen2_vl", "qwen2_5_vl", "llava_next", "llava_onevision", "internvl", "qwen3_vl_moe"]
 )
-def test_a_family_answers_as_in_pipeline_in_one_piece_and_in_many(family, tmp_path, monkeypatch):
-    compare(family, tmp_path, pipeline_of(family, tmp_path, monkeypatch))
+def test_a_family_answers_as_in_pipeline_in_one_piece_and_in_many(family, tmp_path):
+    compare(family, tmp_path, pipeline_of(family, tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
-def test_two_ranks_answer_as_in_pipeline(family, tmp_path, monkeypatch):
+def test_two_ranks_answer_as_in_pipeline(family, tmp_path):
     """Tensor parallelism: each rank has half of the word embeddings."""
-    compare(family, tmp_path, pipeline_of(family, tmp_path, monkeypatch), tensor_parallel_size=2)
+    compare(family, tmp_path, pipeline_of(family, tmp_path), tensor_parallel_size=2)
 
 
-def pipeline_of(family, folder, patch):
+def pipeline_of(family, folder):
     """Saves a checkpoint; returns what `Pipeline` answers with the same weights."""
-    model, processor = vllm_checkpoints.save(family, folder, patch)
+    model, processor = vllm_checkpoints.save(family, folder)
     adapter = FAMILIES[family](model, processor.tokenizer, tiny.processor_of(family))
 
     def expected(keep, text, *images):
@@ -56,9 +56,9 @@ def pipeline_of(family, folder, patch):
 
 
 @pytest.mark.parametrize("family", ["mistral3", "smolvlm", "gemma3"])
-def test_a_family_answers_as_under_prune_in_one_piece_and_in_many(family, tmp_path, monkeypatch):
+def test_a_family_answers_as_under_prune_in_one_piece_and_in_many(family, tmp_path):
     """Gemma 3: without the types of tokens, as vLLM's attention on a CPU, which is causal inside images."""
-    model, processor = vllm_checkpoints.save(family, tmp_path, monkeypatch)
+    model, processor = vllm_checkpoints.save(family, tmp_path)
 
     def expected(keep, text, *images):
         inputs = inputs_of(processor, text, *images)
@@ -76,9 +76,9 @@ def inputs_of(processor, text, *images):
     return processor(images=[images], text=written, add_special_tokens=False, return_tensors="pt")
 
 
-def test_qwen3_5_is_as_far_from_float32_as_bfloat16_alone(tmp_path, monkeypatch):
+def test_qwen3_5_is_as_far_from_float32_as_bfloat16_alone(tmp_path):
     """vLLM's linear attention needs bfloat16 on a CPU. Rounding alone changes what is kept and said: so distances."""
-    model, processor = vllm_checkpoints.save("qwen3_5", tmp_path, monkeypatch)
+    model, processor = vllm_checkpoints.save("qwen3_5", tmp_path)
     asked = [(f"{text} {k}", *images) for k in range(3) for text, *images in asked_of("qwen3_5")]
     options = {"max_num_batched_tokens": 96, "block_size": 32, "dtype": "bfloat16", "max_logprobs": -1}
 

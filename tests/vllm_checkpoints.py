@@ -36,14 +36,17 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
+import families
 import tiny
+from families import LLAVA_TEMPLATE, internvl, qwen_vl
+from families.llava_next import TILES
 
 WIDE = dict(hidden_size=128, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
 """Heads of 64, which vLLM wants on a CPU."""
-TEXT = tiny.TEXT | WIDE
+TEXT = families.TEXT | WIDE
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}
 SQUARE = {"height": 56, "width": 56}
-TOWER = tiny.TOWER | {"image_size": 112}
+TOWER = families.TOWER | {"image_size": 112}
 NAMES = {
     "mistral3": ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
     "smolvlm": (
@@ -60,11 +63,11 @@ NAMES = {
 def tokenizer(family):
     """That of `tiny` with the names of the family."""
     template = {
-        "internvl": tiny.INTERN_TEMPLATE,
-        "mistral3": tiny.template("[IMG]", ""),
-        "smolvlm": tiny.template("<image>", ""),
-        "gemma3": tiny.template("<start_of_image>", ""),
-    }.get(family, tiny.QWEN_TEMPLATE if family.startswith("qwen") else tiny.LLAVA_TEMPLATE)
+        "internvl": internvl.TEMPLATE,
+        "mistral3": families.template("[IMG]", ""),
+        "smolvlm": families.template("<image>", ""),
+        "gemma3": families.template("<start_of_image>", ""),
+    }.get(family, qwen_vl.TEMPLATE if family.startswith("qwen") else LLAVA_TEMPLATE)
     special = {
         "internvl": {
             "start_image_token": "<img>",
@@ -103,7 +106,7 @@ def id_of(family, name):
     return tokenizer(family).convert_tokens_to_ids(name)
 
 
-def config_of(family, patch):
+def config_of(family):
     """That of `tiny` with `WIDE`, or one of this module."""
     text = TEXT | {"vocab_size": 320}
     match family:
@@ -138,10 +141,12 @@ def config_of(family, patch):
                 image_token_index=image,
                 mm_tokens_per_image=16,
             )
-    patch.setattr(tiny, "TEXT", TEXT)
-    patch.setattr(tiny, "MROPE", MROPE)
-    patch.setattr(tiny, "QWEN3_VISION", tiny.QWEN3_VISION | {"out_hidden_size": 128})
-    config = tiny.config_of(family)
+    text, vision = dict(WIDE), {}
+    if family.startswith("qwen"):
+        text["rope_parameters"] = qwen_vl.CONFIGS[family]["text_config"]["rope_parameters"] | MROPE
+    if family.startswith("qwen3"):
+        vision["out_hidden_size"] = 128
+    config = tiny.config_of(family, text, vision)
     match family:
         case "qwen2_vl":
             config.vision_config.hidden_size = 128
@@ -163,13 +168,11 @@ def processor_of(family):
     template = {"chat_template": words.chat_template}
     match family:
         case "llava_next":
-            image = LlavaNextImageProcessor(
-                size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=tiny.TILES
-            )
+            image = LlavaNextImageProcessor(size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=TILES)
             options = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
             return LlavaNextProcessor(image, words, **template, **options)
         case "llava_onevision":
-            image = LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=tiny.TILES)
+            image = LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=TILES)
             options = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
             options["vision_aspect_ratio"] = "anyres_max_9"
             video = LlavaOnevisionVideoProcessor(size=SQUARE)
@@ -201,10 +204,10 @@ def published(family, name, weight):
     return name, weight.transpose(-1, -2).contiguous() if is_expert else weight
 
 
-def save(family, folder, patch):
+def save(family, folder):
     """Random weights, tokenizer and processor into a folder; returns the model and its processor."""
     torch.manual_seed(0)
-    config = config_of(family, patch)
+    config = config_of(family)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
