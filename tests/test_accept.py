@@ -22,9 +22,11 @@ from experiments.accept.method import N_KEEP, stored_cases
 from experiments.accept.prompts import SIZES, STORED, family_of
 from experiments.accept.published import PUBLISHED
 from experiments.accept.report import FAIL, NOT_RUN, PASS, Report, check
+from experiments.accept.speed import check_speed
 from experiments.cell import beside_published, run_cell
 from experiments.results import ROOT
 from experiments.tasks import accept, hours
+from experiments.tasks.efficiency import measure
 
 FOLDERS = {"demo_llava": "llava", "demo_qwen3vl": "qwen3vl"}
 
@@ -294,6 +296,40 @@ def test_paper_scores_are_compared_cell_by_cell(tmp_path, a_short_scores_level, 
     assert [line.status for line in lines[:2]] == [PASS, FAIL]
     assert "consistent" in lines[0].found and "not consistent" in lines[1].found
     assert {line.status for line in lines[2:]} == {NOT_RUN} and len(lines) == 9
+
+
+def paper_speed(tmp_path, monkeypatch, ms, gib):
+    """Table 3 as if the paper had printed these, each ``(mi lam=1, random)`` at 16 tokens of the demo."""
+    printed = "table,model,keep,method,setting,dataset,metric,value,spread,note\n"
+    for name, one, peak in zip(("mi,lam=1", "random,"), ms, gib, strict=True):
+        printed += f"table3,demo_llava,16,{name},demo_pope,peak_memory_gib,{peak},,\n"
+        printed += f"table3,demo_llava,16,{name},demo_pope,latency_ms,{one},,\n"
+    (tmp_path / "paper.csv").write_text(printed)
+    monkeypatch.setattr(scores, "PAPER", tmp_path / "paper.csv")
+
+
+def test_time_and_memory_are_compared_with_table_3(tmp_path, monkeypatch):
+    compose_cell = partial(accept.compose_evaluation, ["model=demo_llava", f"results={tmp_path}", "device=cpu"])
+    cuda, records = torch.device("cuda"), []
+
+    def measured(config):
+        records.append(measure(config | {"warmup": 1, "repetitions": 2}))
+        return records[-1]
+
+    paper_speed(tmp_path, monkeypatch, (1, 1), (1, 1))
+    list(check_speed(compose_cell, measured, "demo_llava", cuda))
+    mi, random = records[0]["rows"]
+    assert (mi["method"], random["method"], mi["keep"]) == ("mi lam=1", "random", 16)
+    ms, gib = ([row["latency_ms"]["total"]["median"] for row in (mi, random)], [mi["peak_memory_gib"]] * 2)
+    paper_speed(tmp_path, monkeypatch, ms, [gib[0], 1.2 * gib[1]])
+    lines = list(check_speed(compose_cell, lambda config: records[0], "demo_llava", cuda))
+    assert [line.status for line in lines] == [PASS, PASS, FAIL, PASS]
+    paper_speed(tmp_path, monkeypatch, [ms[0], 1.5 * ms[1]], gib)
+    lines = list(check_speed(compose_cell, lambda config: records[0], "demo_llava", cuda))
+    assert lines[-1].status == FAIL and lines[-1].tolerance == "25%: another GPU"
+    for model, device, reason in (("demo_llava", "cpu", "the device is cpu"), ("demo_qwen3vl", "cuda", "prints none")):
+        (line,) = check_speed(compose_cell, measured, model, torch.device(device))
+        assert line.status == NOT_RUN and reason in line.found
 
 
 def test_every_published_number_names_a_model_a_dataset_and_its_source():

@@ -2,7 +2,7 @@
 
     python run.py task=accept model=llava15_7b                   minutes: weights, prompts, exactness, picks
     python run.py task=accept model=llava15_7b level=scores      an hour: and the published unpruned scores
-    python run.py task=accept model=llava15_7b level=paper       hours: and the paper's pruned scores
+    python run.py task=accept model=llava15_7b level=paper       hours: and the paper's pruned scores, times and memory
 
 The report lies in results/accept/<model>/: report.md to read, report.json for programs. Interrupted, the same command
 goes on where it stopped. The exit status is 1 if a line fails.
@@ -28,8 +28,10 @@ from experiments.accept.method import check_method
 from experiments.accept.prompts import check_prompts
 from experiments.accept.report import FAIL, PASS, Line, Report, check, not_run
 from experiments.accept.scores import check_paper, check_scores
+from experiments.accept.speed import check_speed
 from experiments.cell import run_cell
 from experiments.results import ROOT
+from experiments.tasks.efficiency import measure
 from mipruner.errors import InputError, ModelError
 from mipruner.models.hub import locate
 
@@ -95,6 +97,7 @@ def all_lines(
     yield from report.run("6 Scores", lambda: check_scores(compose_cell, run_cell, name))
     if config["level"] == "paper":
         yield from report.run("7 Paper", lambda: check_paper(compose_cell, run_cell, name))
+        yield from report.run("8 Time and memory", lambda: check_speed(compose_cell, measure, name, device))
 
 
 def compose_evaluation(overrides: Sequence[str], words: list[str]) -> dict[str, Any]:
