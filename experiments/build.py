@@ -25,7 +25,7 @@ from mipruner.pruners import DecoderPruner, Pruner, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
 
-LEAST = {"batch_size": 1, "limit": 1, "n_masks": 0, "seed": 0}
+LEAST = {"batch_size": 1, "loader_threads": 1, "limit": 1, "n_masks": 0, "seed": 0}
 """Keys that are whole numbers, and the smallest that each can be."""
 
 

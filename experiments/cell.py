@@ -20,6 +20,9 @@ from mipruner.processed import pipeline_of
 Draw = Callable[[dict[str, Any], list[dict[str, Any]], Benchmark, Path], None]
 """Draws some samples of a cell, whose record and rows are given, into a file."""
 
+WARN_WAITED = 0.2
+"""The share of its time that a model may wait for images without a word."""
+
 WARN_ABOVE = 0.05
 """The share of empty or unreadable answers from which on they are worth a line."""
 
@@ -105,6 +108,8 @@ def warnings(record: dict[str, Any]) -> list[str]:
         lines.append(f"  {len(failed)} samples failed and count as wrong, see failed in record.json")
     if skipped := record.get("skipped"):
         lines.append(f"  {len(skipped)} bad rows were left out, see skipped in record.json")
+    if (waited := record.get("waited_for_images") or 0) > WARN_WAITED:
+        lines.append(f"  warning: the model waited for images {waited:.0%} of the time: raise loader_threads")
     for kind, count in record.get("unusable", {}).items():
         if count > WARN_ABOVE * record["n_samples"]:
             lines.append(f"  warning: {count} of {record['n_samples']} answers are {kind}: look at samples.jsonl")

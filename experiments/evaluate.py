@@ -1,13 +1,14 @@
 """The accuracy loop: batches of a benchmark's samples through a pipeline, resumable after any batch.
 
 Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
-the same batches, and ends in the same record, as one that never was. While the model answers one batch, a thread loads
-and processes the pictures of the next. Several processes share out those same batches, so that their record is the
-single process's; how many there are may change from one start to the next.
+the same batches, and ends in the same record, as one that never was. While the model answers one batch, threads load
+and process the pictures of the next. Several processes share out those same batches, so that their record is the single
+process's; how many there are may change from one start to the next.
 """
 
 import random
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,17 +78,19 @@ class Pictures:
     That a picture stays the same object is what lets the pipeline's vision cache know it.
     """
 
-    def __init__(self, benchmark: Benchmark, pipeline: Pipeline):
-        self.benchmark, self.pipeline = benchmark, pipeline
+    def __init__(self, benchmark: Benchmark, pipeline: Pipeline, pool: ThreadPoolExecutor):
+        self.benchmark, self.pipeline, self.pool = benchmark, pipeline, pool
         self._held: OrderedDict[str, list[Media]] = OrderedDict()
 
     def load(self, samples: Sequence[Sample]) -> tuple[dict[str, list[Media]], dict[str, str]]:
         """Pictures and error messages of the samples, by image_id."""
         images, errors = {}, {}
-        for image_id in dict.fromkeys(sample.image_id for sample in samples):
-            if image_id not in self._held:
+        names = dict.fromkeys(sample.image_id for sample in samples)
+        new = {name: self.pool.submit(self._prepared, name) for name in names if name not in self._held}
+        for image_id in names:
+            if image_id in new:
                 try:
-                    self._held[image_id] = self._prepared(image_id)
+                    self._held[image_id] = new[image_id].result()
                 except SampleError as error:
                     errors[image_id] = str(error)
                     continue
@@ -173,8 +176,10 @@ def answer_batch(
     return rows
 
 
-def answer_rest(cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks) -> None:
-    """Write this process's share of what is not answered yet."""
+def answer_rest(
+    cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks
+) -> float | None:
+    """Write this process's share of what is not answered yet; returns the share of the time it waited for images."""
     digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
     if ranks.rank == 0:
         cell.keep_answers(digests)
@@ -186,15 +191,19 @@ def answer_rest(cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: S
     batches = ranks.share([batch for batch in batches if not done.issuperset(sample.id for sample in batch)])
     n_samples, quiet = sum(map(len, batches)), ranks.rank > 0 or None
     bar = tqdm(total=n_samples, unit="q", desc=_words(cell), disable=quiet, file=sys.stderr)
-    pictures = Pictures(benchmark, pipeline)
-    with bar, ThreadPoolExecutor(1) as ahead:
+    start, waited = time.perf_counter(), 0.0
+    with bar, ThreadPoolExecutor(cell.config["loader_threads"]) as pool, ThreadPoolExecutor(1) as ahead:
+        pictures = Pictures(benchmark, pipeline, pool)
         loading = ahead.submit(pictures.load, batches[0] if batches else [])
         for batch, following in zip_longest(batches, batches[1:], fillvalue=[]):
+            asked = time.perf_counter()
             images, errors = loading.result()
+            waited += time.perf_counter() - asked
             loading = ahead.submit(pictures.load, following)
             new = answer_batch(pipeline, batch, images, errors, cell.config["text_scope"])
             cell.append([row | {"digest": digests[row["id"]]} for row in new], ranks.rank)
             bar.update(len(new))
+    return round(waited / (time.perf_counter() - start), 4) if batches else None
 
 
 def evaluate(
@@ -211,12 +220,13 @@ def evaluate(
     """
     samples = by_length(samples)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    answer_rest(cell, pipeline, benchmark, samples, ranks)
+    waited = answer_rest(cell, pipeline, benchmark, samples, ranks)
     peak_memory_gib = ranks.largest(results.peak_memory_gib(pipeline.adapter.device))
     if ranks.rank > 0:
         return None
     device = (f"{ranks.n} x " if ranks.n > 1 else "") + results.device_name(pipeline.adapter.device)
     costs = {"device": device, "batch_size": cell.config["batch_size"], "peak_memory_gib": round(peak_memory_gib, 3)}
+    costs["waited_for_images"] = waited
     return finish(cell, benchmark, samples, {"command": command, "started": started, **costs})
 
 
@@ -235,7 +245,7 @@ def evaluate_server(
     description = server.describe()
     server.probe(description["model"])
     remote.answer_rest(cell, server, description["model"], benchmark, samples)
-    costs = {"device": "server", "batch_size": None, "peak_memory_gib": None}
+    costs = {"device": "server", "batch_size": None, "peak_memory_gib": None, "waited_for_images": None}
     run = {"command": command, "started": started, **costs, "server": remote.told(description, cell.rows())}
     return finish(cell, benchmark, samples, run)
 

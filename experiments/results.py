@@ -36,6 +36,8 @@ latency_ms        {vision, scoring, prefill, decode, total}: mean per sample, as
 notes             {}, how the method ran where that depends on the model (CDPruner: relevance clip or projection)
 batch_size        int
 peak_memory_gib   float: of the GPU, or of the process on a CPU
+waited_for_images float: the share of its time in which the last start of the first process waited for images; null if
+                  it had nothing left to answer
 
 samples.jsonl
 -------------
@@ -75,6 +77,7 @@ NOT_IDENTITY = (
     "family",
     "task",
     "batch_size",
+    "loader_threads",
     "device",
     "n_masks",
     "results",

@@ -15,7 +15,7 @@ from experiments.cell import run_cell
 from experiments.ranks import ALONE, Ranks
 from experiments.results import ROOT, Cell
 
-TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "command", "device")
+TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "waited_for_images", "command", "device")
 OVERRIDES = ("limit=40", "batch_size=2", "device=cpu", "n_masks=0")
 
 

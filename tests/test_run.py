@@ -20,7 +20,7 @@ from PIL import Image
 import run
 from analysis.masks import draw_cell
 from experiments import build
-from experiments.benchmarks.base import BenchmarkError
+from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.cell import differs, run_cell, show
 from experiments.evaluate import by_length, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
@@ -31,7 +31,7 @@ from toy import N_LAYERS, N_VISUAL, Toy, save_toy_model
 
 MODEL = Path(tempfile.mkdtemp(prefix="toy-model-"))
 save_toy_model(MODEL)
-TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "command")
+TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "waited_for_images", "command")
 
 
 def config(tmp_path, *overrides, **toy):
@@ -104,6 +104,35 @@ def test_a_record_says_everything_and_a_finished_cell_is_skipped(tmp_path, capsy
     assert "finished before" in capsys.readouterr().out
     again = run_cell(settings | {"overwrite": True})
     assert again["finished"] >= record["finished"] and untimed(again)["metrics"] == record["metrics"]
+
+
+def test_threads_that_load_change_nothing_but_the_wait(tmp_path, monkeypatch):
+    """Images come in parallel and are put back in order; one that cannot be read fails for itself."""
+    alone = run_cell(config(tmp_path / "alone", "loader_threads=1", n=9))
+    assert 0 < alone["waited_for_images"] < 1
+    slow, inside, most = Toy.images, [], []
+
+    def images(self, image_id):
+        inside.append(image_id)
+        most.append(len(inside))
+        time.sleep(0.03)
+        inside.remove(image_id)
+        if image_id == "4":
+            raise SampleError("4 is broken")
+        return slow(self, image_id)
+
+    monkeypatch.setattr(Toy, "images", images)
+    settings = config(tmp_path / "four", "loader_threads=4", n=9)
+    assert cell_id(settings) == alone["id"]
+    record = run_cell(settings)
+    assert max(most) > 1
+    assert {failed["error"] for failed in record["failed"]} == {"4 is broken"}
+    broken = {failed["id"] for failed in record["failed"]}
+    rows = [row for row in rows_untimed(Cell(settings)) if row["id"] not in broken]
+    assert rows == [r for r in rows_untimed(Cell(config(tmp_path / "alone", n=9))) if r["id"] not in broken]
+    said = show(record | {"waited_for_images": 0.31}, "here")
+    assert "waited for images 31% of the time: raise loader_threads" in said
+    assert "waited" not in show(record | {"waited_for_images": 0.1}, "here")
 
 
 def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path, record_property):
