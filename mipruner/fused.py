@@ -38,6 +38,9 @@ TILE = 2048
 FEW = 128
 """Tokens that are in float32 at a time where each is read once: in memory that was there before."""
 
+WORDS = 1024
+"""Rows of a vocabulary that are compared at a time."""
+
 ROWS = 512
 """Rows of rho that are scaled, and whose log-sum-exp is taken, at a time: for all rows either holds a second rho."""
 
@@ -141,13 +144,19 @@ def log_partition(
             lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
         return lse.view(*visual.shape[:-1], 1) + scale
     norm = row_norm(vocabulary) if norm is None else pmi.drawn(norm, n_rows)[0]
-    own, tokens, lse = 1 / (tau * row_norm(visual)), visual.float(), None
-    for rows, one in zip(vocabulary.split(pmi.BLOCK), norm.split(pmi.BLOCK), strict=True):
+    own, tokens, parts = 1 / (tau * row_norm(visual)), visual.float(), []
+    blocks = pieces(len(vocabulary), WORDS)
+    size = max(stop - start for start, stop in blocks)
+    # New memory costs as much as its use.
+    room, rho = torch.empty(size, visual.shape[1]), torch.empty(len(visual), size)
+    for start, stop in blocks:
+        rows, products = vocabulary[start:stop], rho[:, : stop - start]
+        wide = rows if rows.dtype == torch.float32 else room[: len(rows)].copy_(rows)
         with _fastest(visual.dtype, vocabulary.dtype):
-            rho = torch.mm(tokens, rows.float().T)
-        part = rho.div_(one).mul_(own[:, None]).logsumexp(-1)
-        lse = part if lse is None else torch.logaddexp(lse, part)
-    return lse[:, None] + scale
+            torch.mm(tokens, wide.T, out=products)
+        # By rows, here and below: what is taken elsewhere may round equal tokens by their place.
+        parts.append(products.div_(norm[start:stop]).mul_(own[:, None]).logsumexp(-1))
+    return torch.stack(parts, 1).logsumexp(-1, keepdim=True) + scale
 
 
 def row_norm(rows: Tensor) -> Tensor:

@@ -226,13 +226,15 @@ def test_relevance_from_elsewhere(lam):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 def test_the_sum_over_a_vocabulary(tau, dtype, n_rows, monkeypatch):
-    monkeypatch.setattr(pmi, "BLOCK", 64)
+    monkeypatch.setattr(fused, "WORDS", 64)
     visual, vocabulary = tokens(50, 301, 40, dtype=dtype)
     visual[::7], vocabulary[::5] = 0, 0
     expected = pmi.log_partition(visual.double(), vocabulary.double(), tau, n_rows)
     for norm in (None, row_norm(vocabulary)):
         found = fused.log_partition(visual, vocabulary, tau, n_rows, norm=norm)
         torch.testing.assert_close(found, expected, atol=1e-6 / tau, rtol=1e-6)
+    found = fused.log_partition(visual[torch.arange(150) % 50], vocabulary, tau, n_rows)
+    assert torch.equal(found[:50], found[50:100]) and torch.equal(found[:50], found[100:])  # equal tokens tie exactly
     together = fused.log_partition(visual.expand(2, 50, 40), vocabulary, tau, n_rows)
     torch.testing.assert_close(together, expected.expand(2, 50, 1), atol=1e-6 / tau, rtol=1e-6)
 
