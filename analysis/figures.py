@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from analysis import load, tables
 from experiments import conf
-from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
+from mipruner.pruners import PRUNERS, DecoderPruner, Method
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = [
     "#000000",
@@ -41,7 +41,7 @@ OWN = {"mi": RED, "mi_attention": ORANGE, "similarity": BLUE, "attention": SKY, 
 MARKERS = "os^vxDPX<dph*>H"
 
 
-def kin(cls: type[Pruner | DecoderPruner]) -> tuple[str, str]:
+def kin(cls: type[Method]) -> tuple[str, str]:
     """Colour and line of a published method, by what it does."""
     if issubclass(cls, DecoderPruner):
         return PINK, "--"

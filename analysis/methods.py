@@ -7,7 +7,7 @@ stored records.
 import pandas as pd
 
 from analysis.tables import METHODS
-from mipruner.pruners import PRUNERS, DecoderPruner
+from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner
 
 BUDGETS = ("64", "32", "16", "8")
 
@@ -19,7 +19,10 @@ def link(method: str) -> str:
 
 
 def acts(method: str) -> str:
-    return "inside the decoder" if issubclass(PRUNERS[method], DecoderPruner) else "before the decoder"
+    cls = PRUNERS[method]
+    if issubclass(cls, ImagePruner):
+        return "before the encoder"
+    return "inside the decoder" if issubclass(cls, DecoderPruner) else "before the decoder"
 
 
 def table(cells: pd.DataFrame) -> str:

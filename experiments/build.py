@@ -21,7 +21,7 @@ from experiments.results import ROOT, parse_method
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import FAMILIES, Adapter, load
-from mipruner.pruners import DecoderPruner, Pruner, make
+from mipruner.pruners import Method, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
 
@@ -171,11 +171,11 @@ def benchmark_class(name: str) -> type[Benchmark]:
     )
 
 
-def pruner(config: dict[str, Any]) -> Pruner | DecoderPruner:
+def pruner(config: dict[str, Any]) -> Method:
     return make(**config["pruner"])
 
 
-def method(words: str, config: dict[str, Any]) -> Pruner | DecoderPruner:
+def method(words: str, config: dict[str, Any]) -> Method:
     """The pruner that words such as ``mi lam=1`` name, with its file's options for the config's model, data and seed.
 
     Raises

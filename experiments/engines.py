@@ -10,10 +10,9 @@ from mipruner.errors import InputError
 from mipruner.models import Adapter, Prompt
 from mipruner.pipeline import Pipeline, VisionCache
 from mipruner.prompt import collate
-from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pruners import Method, Pruner
 
 Budget = int | float
-Method = Pruner | DecoderPruner
 
 
 def pipeline_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
@@ -40,7 +39,7 @@ def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Deco
 
 def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
     if not isinstance(pruner, Pruner):
-        raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
+        raise InputError(f"{type(pruner).__name__} does not prune between encoder and decoder: use the pipeline")
     pipeline = Pipeline(adapter, pruner, keep, decoding)
 
     @torch.inference_mode()

@@ -132,7 +132,8 @@ def padding(mask: Tensor | dict | None, n_columns: int) -> Tensor | None:
 
 
 def _differ(shorts: Sequence[Short], prompts: Prompts) -> bool:
-    merged = any(selection.embeds is not None for chosen in prompts.selections for selection in chosen)
+    chosen = [selection for of_images in prompts.selections for selection in of_images]
+    merged = any(selection.embeds is not None or selection.merge is not None for selection in chosen)
     return merged or any(len(s.embeds) < len(e.embeds) for s, e in zip(shorts, prompts.encoded, strict=True))
 
 

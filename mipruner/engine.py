@@ -25,7 +25,7 @@ from mipruner.features import Features
 from mipruner.models.adapter import Adapter
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Media, Prompt, Tokens, Visual
-from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pruners import Pruner
 from mipruner.pruners.none import NoPruner
 from mipruner.selection import Auto, Selection
 
@@ -164,8 +164,8 @@ class Engine:
             raise InputError("the engine decodes greedily: use the pipeline for sampling and penalties")
         if adapter.model.config.model_type != "llava" or text_config._attn_implementation != "sdpa":
             raise InputError("the engine runs LLaVA-1.5 with attn_implementation=sdpa: use the pipeline")
-        if isinstance(pruner, DecoderPruner):
-            raise InputError(f"{type(pruner).__name__} prunes inside the decoder: use the pipeline")
+        if not isinstance(pruner, Pruner):
+            raise InputError(f"{type(pruner).__name__} prunes outside of what the engine records: use the pipeline")
         if isinstance(keep, Auto):
             raise InputError("the engine's shapes are fixed, and keep=auto is not: use the pipeline")
         self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
@@ -288,7 +288,7 @@ class Engine:
             self.asked = prompt.images[0], {}
         features = Features(visual.rows, text, self.picture.grid, **signals, sample=prompt.sample, held=self.asked[1])
         selection = self.pruner(features, self.n_keep)
-        if selection.embeds is not None:
+        if selection.embeds is not None or selection.merge is not None:
             raise InputError(f"{type(self.pruner).__name__} merges tokens: use the pipeline")
         return selection.indices, torch.ones(1, dtype=torch.long, device=text.device)
 

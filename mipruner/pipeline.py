@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from mipruner.decoding import Decoding, decode, prefill
 from mipruner.door import Prompts
+from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.adapter import Adapter
-from mipruner.prompt import Encoded, Media, Prompt, Short, Visual, collate
-from mipruner.pruners import DecoderPruner, Pruner
-from mipruner.selection import Auto, Selection, split_budget
+from mipruner.prompt import Encoded, Media, Prompt, Short, Smaller, Visual, collate, identity
+from mipruner.pruners import DecoderPruner, ImagePruner, Method, Pruner
+from mipruner.selection import Auto, Selection, grid_within, split_budget
 from mipruner.shortening import Shortening, of_prefill
 from mipruner.timing import Stopwatch
 
@@ -64,22 +65,24 @@ class VisionCache:
     def __init__(self, max_bytes: int = 2**30):
         self.max_bytes = max_bytes
         # With the image, so that its id is not used again.
-        self._held: OrderedDict[int, tuple[Media, Visual, frozenset[str]]] = OrderedDict()
+        self._held: OrderedDict[tuple[int, ...], tuple[Media, Visual, frozenset[str]]] = OrderedDict()
 
     def signals(self, image: Media) -> frozenset[str]:
         """The signals that ``image`` is held with."""
-        return self._held[id(image)][2] if id(image) in self._held else frozenset()
+        return self._held[identity(image)][2] if identity(image) in self._held else frozenset()
 
     def get(self, image: Media, signals: Set[str] = frozenset()) -> Visual | None:
         """What is held of ``image``, if it was seen with these ``signals``."""
-        if id(image) not in self._held or not signals <= self.signals(image):
+        key = identity(image)
+        if key not in self._held or not signals <= self.signals(image):
             return None
-        self._held.move_to_end(id(image))
-        return self._held[id(image)][1]
+        self._held.move_to_end(key)
+        return self._held[key][1]
 
     def put(self, image: Media, visual: Visual, signals: Set[str] = frozenset()) -> None:
-        self._held[id(image)] = (image, visual, frozenset(signals))
-        self._held.move_to_end(id(image))
+        key = identity(image)
+        self._held[key] = (image, visual, frozenset(signals))
+        self._held.move_to_end(key)
         while len(self._held) > 1 and sum(visual.n_bytes for _, visual, _ in self._held.values()) > self.max_bytes:
             self._held.popitem(last=False)
 
@@ -94,7 +97,7 @@ class Pipeline:
     ----------
     adapter : Adapter
         From `mipruner.models.load`.
-    pruner : Pruner or DecoderPruner
+    pruner : Pruner, DecoderPruner or ImagePruner
     keep : int, float or Auto
         Budget per prompt, see `mipruner.selection.budget`; several pictures share it in proportion to their tokens.
         With `Auto`, each of them keeps as much of its share as it has use for.
@@ -104,7 +107,7 @@ class Pipeline:
     def __init__(
         self,
         adapter: Adapter,
-        pruner: Pruner | DecoderPruner,
+        pruner: Method,
         keep: int | float | Auto,
         decoding: Decoding | None = None,
     ):
@@ -113,6 +116,8 @@ class Pipeline:
         self.cache = VisionCache()
         self._prepared: dict[int, tuple[Media, dict[str, Any]]] = {}
         self.watch = Stopwatch(adapter.device)
+        if isinstance(pruner, ImagePruner):
+            self.check_sizes()
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -123,6 +128,8 @@ class Pipeline:
         InputError
             If a question is empty, the budget does not fit, or the features are not finite.
         """
+        if isinstance(self.pruner, ImagePruner):
+            prompts = self.smaller(prompts)
         seen = self.see([image for prompt in prompts for image in prompt.images])
         with self.watch("scoring"):
             encoded = [
@@ -138,7 +145,7 @@ class Pipeline:
                 state = prefill(self.adapter, batch)
             with self.watch("decode"):
                 tokens = decode(self.adapter, batch, state, self.decoding)
-        if isinstance(self.pruner, Pruner):
+        if not isinstance(self.pruner, DecoderPruner):
             budgets = [sum(selection.n_rows for selection in chosen) for chosen in selections]
             per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
@@ -149,7 +156,10 @@ class Pipeline:
                 text=self.adapter.chat.decode(new),
                 tokens=new,
                 selections=[Selection(s.indices.cpu()) for s in chosen],
-                n_visual=[visual.n_visual for visual in sample.visuals],
+                n_visual=[
+                    image.n_visual if isinstance(image, Smaller) else visual.n_visual
+                    for image, visual in zip(prompt.images, sample.visuals, strict=True)
+                ],
                 n_keep=n_keep,
                 grids=[visual.grid for visual in sample.visuals],
                 boxes=[self.adapter.box(image.size) for image in prompt.images],
@@ -163,8 +173,37 @@ class Pipeline:
 
     def prepare(self, images: Sequence[Media]) -> None:
         """Run the image processor ahead of a call with these very objects. May run in another thread."""
+        if isinstance(self.pruner, ImagePruner):  # how small an image becomes is known with its prompt
+            for image in images:
+                self.adapter.n_visual(image)
+            return
         for image in images:
             self._prepared[id(image)] = (image, self._pixels(image))
+
+    def check_sizes(self) -> None:
+        """Raise `InputError` if images of any size give this family's encoder the same number of tokens."""
+        if not self.adapter.any_size:
+            raise InputError(
+                f"a {self.adapter.model.config.model_type} model scales every image to sizes of its own, so that a "
+                "smaller image saves nothing: use downsample, which averages its tokens"
+            )
+
+    def smaller(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The same prompts around images that give no more tokens than the budget, for a method before the encoder."""
+        self.check_sizes()
+        if isinstance(self.keep, Auto):
+            raise InputError(f"keep=auto reads the PMI with the text, which {type(self.pruner).__name__} does not know")
+        made: dict[tuple[int, int], Media] = {}
+        found = []
+        for prompt in prompts:
+            counts = [self.adapter.n_visual(image) for image in prompt.images]
+            n_keep = split_budget(self.pruner.budget(self.keep, sum(counts)), counts) if counts else []
+            for image, n, count in zip(prompt.images, n_keep, counts, strict=True):
+                grid = grid_within(n, image.height, image.width)
+                made.setdefault((id(image), n), image if n == count else Smaller(image, grid, count))
+            images = [made[id(image), n] for image, n in zip(prompt.images, n_keep, strict=True)]
+            found.append(replace(prompt, images=images))
+        return found
 
     def see(self, images: Sequence[Media]) -> dict[int, Visual]:
         """Every distinct picture through the vision encoder once, by ``id``.
@@ -199,6 +238,9 @@ class Pipeline:
         if not encoded.visuals:
             return []
         counts = [visual.n_visual for visual in encoded.visuals]
+        every = [Selection(torch.arange(n, device=self.adapter.device)) for n in counts]
+        if isinstance(self.pruner, ImagePruner):
+            return every
         n_keep = self.pruner.budget(self.keep, sum(counts))
         pairs = list(zip(encoded.features(), split_budget(n_keep, counts), strict=True))
         if isinstance(self.keep, Auto):
@@ -208,7 +250,7 @@ class Pipeline:
         for features, n in pairs:
             self.pruner.check(features, n)
         if self.pruner.door is None:
-            return [Selection(torch.arange(n, device=self.adapter.device)) for n in counts]
+            return every
         entering = split_budget(self.pruner.n_entering(sum(counts), n_keep), counts)
         return [self.pruner.door(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
 
@@ -224,7 +266,7 @@ class Pipeline:
         is_visual = torch.zeros_like(valid)
         for row, real, sample in zip(is_visual, valid, encoded, strict=True):
             row[real.nonzero()[:, 0][sample.is_visual]] = True
-        if isinstance(self.pruner, Pruner):
+        if not isinstance(self.pruner, DecoderPruner):
             return Prompts(is_visual, encoded=encoded, selections=selections), selections
         prompts = Prompts(is_visual, [self.nominal(sample) for sample in encoded])
         if "attention" in self.pruner.needs:

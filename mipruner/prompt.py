@@ -47,8 +47,36 @@ class Video:
         return tuple(k / self.fps for k in range(len(self.frames)))
 
 
-Media = Image.Image | Video
+@dataclass(frozen=True, eq=False)
+class Smaller:
+    """An image that is made smaller before the vision encoder, to a grid of visual tokens.
+
+    Attributes
+    ----------
+    image : PIL image
+    grid : (rows, columns)
+        Of the visual tokens that it is to give.
+    n_visual : int
+        Visual tokens that it gives as it is, see `Adapter.n_visual`.
+    """
+
+    image: Image.Image
+    grid: tuple[int, int]
+    n_visual: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the image as it is."""
+        return self.image.size
+
+
+Media = Image.Image | Video | Smaller
 """What a prompt can hold before its text."""
+
+
+def identity(image: Media) -> tuple[int, ...]:
+    """The object that an image is, as long as it is held, and the grid to which it is made smaller."""
+    return (id(image.image), *image.grid) if isinstance(image, Smaller) else (id(image),)
 
 
 @dataclass(frozen=True)
@@ -293,8 +321,10 @@ def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Shor
         is_visual[slot] = True
         if selection.embeds is not None:
             embeds = embeds.index_copy(0, place, selection.embeds.to(embeds))
+        if selection.merge is not None:
+            embeds = embeds.index_copy(0, place, _kept(embeds[slot], selection))
     deepstack = tuple(
-        torch.cat([layer[selection.indices] for layer, selection in zip(layers, selections, strict=True)])
+        torch.cat([_kept(*pair) for pair in zip(layers, selections, strict=True)])
         for layers in zip(*(visual.deepstack for visual in encoded.visuals), strict=True)
     )
     index = kept.nonzero()[:, 0]
@@ -307,6 +337,11 @@ def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Shor
         sample=encoded.sample,
         index=index,
     )
+
+
+def _kept(rows: Tensor, selection: Selection) -> Tensor:
+    """Of a row [n_visual, d] for each visual token those that are kept, or the means that take their places."""
+    return rows[selection.indices] if selection.merge is None else (selection.merge @ rows.float()).to(rows)
 
 
 def collate(shorts: Sequence[Short]) -> Batch:

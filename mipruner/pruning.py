@@ -39,7 +39,7 @@ from mipruner.models import FAMILIES
 from mipruner.models.generic import PAGE, GenericAdapter, check, refusal
 from mipruner.pipeline import Pipeline, by_picture
 from mipruner.prompt import Encoded
-from mipruner.pruners import PRUNERS, DecoderPruner, Pruner, make
+from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner, Pruner, make
 from mipruner.selection import Auto, Selection, budget
 from mipruner.shortening import Shortening
 
@@ -419,7 +419,12 @@ def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict
         door, inside = (_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True))
         return Composed(door=door, inside=inside, enter=keep[0]), keep[1]
     if isinstance(pruner, str):
-        return make(pruner, **options), keep
+        return _pruner(make(pruner, **options), keep, {})
+    if isinstance(pruner, ImagePruner):
+        raise InputError(
+            f"{type(pruner).__name__} makes the image smaller before the model's processor, which is out of reach "
+            "here: give the processor a smaller image, or use run.py"
+        )
     if options:
         raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
     if not isinstance(pruner, Pruner | DecoderPruner):

@@ -25,10 +25,14 @@ class Selection:
     embeds : Tensor [.., n_rows, d], optional
         Only for methods that merge tokens: the rows that enter the language model, in their order. Row k stands at the
         place of ``indices[k]``; rows beyond `indices` belong to no patch (VisionZip's CLS).
+    merge : Tensor [n_keep, n_visual], optional
+        For methods whose every row is a mean of visual tokens: the weights of row k, which stands at the place of
+        ``indices[k]``. They hold for rows that the model adds in later layers, too.
     """
 
     indices: Tensor
     embeds: Tensor | None = None
+    merge: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -107,6 +111,20 @@ def split_budget(n_keep: int, counts: list[int]) -> list[int]:
         open_ = [k for k in range(len(counts)) if (shares[k] < counts[k] if sign > 0 else shares[k] > 1)]
         shares[max(open_, key=lambda k: sign * (n_keep * counts[k] / total - shares[k]))] += sign
     return shares
+
+
+def grid_within(n_most: int, height: float, width: float) -> tuple[int, int]:
+    """(rows, columns) of the largest grid of at most ``n_most`` cells with about the shape of height x width.
+
+    One of its sides is the nearest whole number above or below that of cells that are square. Of equal ones the one of
+    the nearest shape; never more rows than ``height``, nor more columns than ``width``.
+    """
+    rows, columns = (n_most * height / width) ** 0.5, (n_most * width / height) ** 0.5
+    some_rows = {min(max(1, k), n_most) for k in (math.floor(rows), math.ceil(rows))}
+    some_columns = {min(max(1, k), n_most) for k in (math.floor(columns), math.ceil(columns))}
+    found = {(r, n_most // r) for r in some_rows} | {(n_most // c, c) for c in some_columns}
+    found = {(min(r, max(1, int(height))), min(c, max(1, int(width)))) for r, c in found}
+    return max(found, key=lambda g: (g[0] * g[1], -abs(math.log(g[0] * width / g[1] / height)), -g[0]))
 
 
 def top_k(scores: Tensor, n_keep: int) -> Tensor:

@@ -25,6 +25,7 @@ from mipruner.pruners import (
     DecoderPruner,
     DivPruner,
     FastVPruner,
+    ImagePruner,
     MMTokPruner,
     NoPruner,
     SparseVLMPruner,
@@ -763,13 +764,18 @@ def test_on_the_demo(demo, name):
     adapter, benchmark, samples, prompts = demo
     before = n_hooks(adapter.model)
     pruner = PRUNERS[name](**({"enter": 0.75} if name == "mi_fastv" else {}))
+    if isinstance(pruner, ImagePruner) and not adapter.any_size:
+        with pytest.raises(InputError, match="scales every image to sizes of its own"):
+            Pipeline(adapter, pruner, 0.5)
+        return
     answers = Pipeline(adapter, pruner, 0.5, Decoding(max_new_tokens=2))(prompts)
     assert n_hooks(adapter.model) == before
     right = sum(benchmark.correct(sample, answer.text) for sample, answer in zip(samples, answers, strict=True))
     assert right >= 3
     for answer in answers:
         total, per_layer = sum(answer.n_visual), answer.visual_tokens_per_layer
-        assert answer.n_keep == (total if name == "none" else round(total / 2))
+        exact = answer.n_keep == (total if name == "none" else round(total / 2))
+        assert exact or (name in ("downsample", "resize") and 0.4 * total < answer.n_keep < total / 2)
         if isinstance(pruner, DecoderPruner):
             assert per_layer[0] == pruner.n_entering(total, answer.n_keep) > per_layer[-1]
         else:

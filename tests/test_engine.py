@@ -19,7 +19,16 @@ from mipruner.models import load
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import Prompt
-from mipruner.pruners import PRUNERS, FastVPruner, MIAttentionPruner, MIPruner, NoPruner, Pruner, VisionZipPruner
+from mipruner.pruners import (
+    PRUNERS,
+    DownsamplePruner,
+    FastVPruner,
+    MIAttentionPruner,
+    MIPruner,
+    NoPruner,
+    Pruner,
+    VisionZipPruner,
+)
 
 DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +72,12 @@ def demo():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and cls is not VisionZipPruner]
+    "name",
+    [
+        name
+        for name, cls in PRUNERS.items()
+        if issubclass(cls, Pruner) and cls not in (VisionZipPruner, DownsamplePruner)
+    ],
 )
 @pytest.mark.parametrize("positions", ["repack", "keep"])
 def test_tiny_models_give_the_pipelines_tokens(name, positions):

@@ -33,7 +33,7 @@ from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
-from mipruner.pruners import PRUNERS
+from mipruner.pruners import PRUNERS, ImagePruner
 from run import main, quoted
 
 QUESTION = "What color is the snowman ?"
@@ -64,7 +64,7 @@ def test_every_panel_is_what_pipeline_gives_and_the_image_is_seen_once(explorer,
     adapter, _ = explorer.adapter(model)
     passes, encode = [], adapter.encode
     monkeypatch.setattr(adapter, "encode", lambda *args: passes.append(args) or encode(*args))
-    cells = [explorer.cell(name, 20, {}) for name in PRUNERS if name != "none"]
+    cells = [explorer.cell(name, 20, {}, model) for name in explorer.pruners if name != "none"]
     cells += [explorer.cell("mi", 20, {"support": "vocabulary", "prior": "center"})]
     view = explorer.ask(model, image, f"{model} once", [QUESTION], cells, scene=SCENE)
     assert len(passes) == 1
@@ -173,7 +173,9 @@ def test_images_are_held_up_to_a_number(explorer, monkeypatch):
     assert [key for _, key in explorer._seen] == ["a", "c"]
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+@pytest.mark.parametrize(
+    "name", [name for name, cls in PRUNERS.items() if name != "none" and not issubclass(cls, ImagePruner)]
+)
 def test_the_form_offers_the_dataclass_with_the_values_of_conf(explorer, name):
     offered = explorer.describe()["pruners"][name]["fields"]
     typed = {field["name"]: core.read_value(str(field["value"])) for field in offered}

@@ -20,7 +20,7 @@ from experiments.explorer.views import Cell, Seen, read, see, show, show_cell, s
 from experiments.results import ROOT
 from mipruner.errors import InputError
 from mipruner.models import Adapter
-from mipruner.pruners import PRUNERS, make
+from mipruner.pruners import PRUNERS, ImagePruner, make
 from mipruner.selection import budget
 
 N_HELD = 8
@@ -112,7 +112,8 @@ class Explorer:
         self.decoding = build.decoding(self.config)
         benchmark = build.benchmark(self.config)
         self.demo = benchmark if isinstance(benchmark, Demo) else Demo()
-        self._defaults = {name: self.defaults(name) for name in PRUNERS}
+        self.pruners = [name for name, cls in PRUNERS.items() if not issubclass(cls, ImagePruner)]  # those keep tokens
+        self._defaults: dict[tuple[str, str], dict[str, Any]] = {}
         self._lock = threading.Lock()  # torch uses all cores for a pass, and hooks stand on the model while it lasts
         self._adapters: dict[str, tuple[Adapter, str]] = {}
         self._seen: OrderedDict[tuple[str, str], Seen] = OrderedDict()
@@ -126,12 +127,17 @@ class Explorer:
         except HydraException as error:
             raise InputError(str(error).strip().splitlines()[0]) from error
 
-    def defaults(self, pruner: str) -> dict[str, Any]:
+    def defaults(self, model: str, pruner: str) -> dict[str, Any]:
         """The hyperparameters of conf/pruner; those of the class for a method that has no file there."""
+        if (model, pruner) not in self._defaults:
+            self._defaults[model, pruner] = self._read_defaults(model, pruner)
+        return self._defaults[model, pruner]
+
+    def _read_defaults(self, model: str, pruner: str) -> dict[str, Any]:
         own = {one.name: one.default for one in fields(PRUNERS[pruner])}
         if not (ROOT / "conf/pruner" / f"{pruner}.yaml").is_file():
             return own
-        chosen = self.compose(self.models[0], pruner)["pruner"]
+        chosen = self.compose(model, pruner)["pruner"]
         return own | {name: value for name, value in chosen.items() if name in own}
 
     def adapter(self, model: str) -> tuple[Adapter, str]:
@@ -144,8 +150,8 @@ class Explorer:
     def describe(self) -> dict[str, Any]:
         """What the page offers."""
         pruners = {
-            name: {"title": PRUNERS[name].title, "fields": describe_fields(name, self._defaults[name])}
-            for name in PRUNERS
+            name: {"title": PRUNERS[name].title, "fields": describe_fields(name, self.defaults(self.models[0], name))}
+            for name in self.pruners
             if name != "none"
         }
         scenes = min(N_SCENES, self.demo.n_scenes)
@@ -167,11 +173,17 @@ class Explorer:
         ]
         return {"src": data_url(image), "questions": questions}
 
-    def cell(self, pruner: str, keep: int | float, options: dict[str, Any]) -> Cell:
-        """Raises `InputError` if there is no such pruner or hyperparameter, or a value does not fit."""
-        if pruner not in self._defaults:
+    def cell(self, pruner: str, keep: int | float, options: dict[str, Any], model: str | None = None) -> Cell:
+        """``model`` is the one that is asked, by default the first.
+
+        Raises
+        ------
+        InputError
+            If there is no such pruner or hyperparameter, or a value does not fit.
+        """
+        if pruner not in self.pruners:
             raise InputError(f"there is no pruner {str(pruner)[:40]!r}")
-        defaults = self._defaults[pruner]
+        defaults = self.defaults(model if model in self.models else self.models[0], pruner)
         if unknown := [key for key in options if key not in defaults]:
             raise InputError(f"{pruner} has no hyperparameter {unknown[0][:40]!r}")
         changed = {key: value for key, value in options.items() if value != defaults[key]}

@@ -118,7 +118,7 @@ def read_cells(explorer: Explorer, asked: dict[str, Any]) -> list[Cell]:
     cells = []
     for name, options in pruners.items():
         values = {key: read_value(str(value)[:100]) for key, value in options.items()}
-        cells += [explorer.cell(name, keep, values) for keep in keeps]
+        cells += [explorer.cell(name, keep, values, asked.get("model")) for keep in keeps]
     return cells
 
 

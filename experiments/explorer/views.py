@@ -23,7 +23,7 @@ from mipruner.models import Adapter, Prompt
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.pmi import BLOCK, cross_pmi, log_partition
 from mipruner.prompt import Encoded, Visual
-from mipruner.pruners import PRUNERS, DecoderPruner, Pruner
+from mipruner.pruners import PRUNERS, Method, Pruner
 
 N_ORDER = 128
 """Picks whose order is shown."""
@@ -48,7 +48,7 @@ class Cell:
     """
 
     pruner: str
-    method: Pruner | DecoderPruner
+    method: Method
     keep: int | float
     changed: dict[str, Any] = field(default_factory=dict)
 

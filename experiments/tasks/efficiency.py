@@ -39,7 +39,8 @@ from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import FAMILIES, Adapter, Prompt
 from mipruner.pipeline import Pipeline
-from mipruner.prompt import Visual
+from mipruner.prompt import Media, Visual, identity
+from mipruner.pruners import ImagePruner
 from mipruner.timing import Stopwatch
 
 
@@ -119,8 +120,14 @@ def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
     prompt = Prompt(sample.text, images, sample=sample.id)
     while n_text(adapter, prompt) < (config["n_text"] or 0):
         prompt = replace(prompt, text=f"the {prompt.text}")
-    ready = {id(image): adapter.preprocess(image) for image in prompt.images}
-    adapter.preprocess = lambda image: ready[id(image)]
+    process, ready = adapter.preprocess, {}
+
+    def once(image: Media) -> dict[str, Any]:
+        if (key := identity(image)) not in ready:
+            ready[key] = process(image)
+        return ready[key]
+
+    adapter.preprocess = once
     return adapter, prompt
 
 
@@ -160,7 +167,8 @@ def subjects(
                     left_out.append(f"{method} keep={keep} engine={engine}: {error}")
                     continue
                 held = max(0.0, memory.reserved() - before)
-                floor = shortest_ms(adapter, limits, n_visual, n_prefill, min(n_new + 1, decoding.max_new_tokens))
+                n_seen = kept[0] if isinstance(pruner, ImagePruner) else n_visual
+                floor = shortest_ms(adapter, limits, n_seen, n_prefill, min(n_new + 1, decoding.max_new_tokens))
                 found.append(Subject(method, keep, engine, run, n_visual, kept, floor, held, n_new))
     return found, left_out
 

@@ -68,6 +68,8 @@ class Adapter(ABC):
     image_processor_class: ClassVar[type]
     """Of transformers, on the PIL backend."""
     default_positions: ClassVar[str] = "repack"
+    any_size: ClassVar[bool] = False
+    """Whether a larger image gives more visual tokens, down to one, so that it can be made smaller."""
     reads_inside: ClassVar[bool] = True
     """Whether signals of the vision encoder and the layers of the language model are known."""
 
@@ -133,6 +135,10 @@ class Adapter(ABC):
     @abstractmethod
     def preprocess(self, image: Media) -> dict[str, Any]:
         """Run the image processor over one image or video; tensors on the CPU, ``times`` [s] if it is a video."""
+
+    def n_visual(self, image: Media) -> int:
+        """Visual tokens of an image; for families with ``any_size``, whose `preprocess` also takes a `Smaller`."""
+        raise NotImplementedError
 
     def encode(self, pixels: Sequence[dict[str, Any]], signals: Set[str] = frozenset()) -> list[Visual]:
         """Vision encoder and projector, one pass over the images and one over the videos.

@@ -19,7 +19,7 @@ from mipruner.errors import InputError
 from mipruner.intercept import Call, captured
 from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.models.encoder_attention import received_attention
-from mipruner.prompt import Media, Video, Visual
+from mipruner.prompt import Media, Smaller, Video, Visual
 
 
 class QwenVLAdapter(Adapter):
@@ -36,6 +36,7 @@ class QwenVLAdapter(Adapter):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     image_processor_class = Qwen2VLImageProcessorPil
     default_positions = "keep"
+    any_size = True
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "attention_to_self", "hidden", "keys"})
 
     def __init__(
@@ -66,7 +67,19 @@ class QwenVLAdapter(Adapter):
         """Patches along one side of a token."""
         return self.vision.spatial_merge_size
 
+    def n_visual(self, image: Media) -> int:
+        if isinstance(image, Video):
+            raise InputError("resize makes images smaller, not videos: use downsample")
+        limits = {"min_pixels": self.image_size["shortest_edge"], "max_pixels": self.image_size["longest_edge"]}
+        return self.image_processor.get_number_of_image_patches(image.height, image.width, limits) // self.merge**2
+
     def preprocess(self, image: Media) -> dict[str, Any]:
+        if isinstance(image, Smaller):
+            side = self.merge * self.model.config.vision_config.patch_size
+            size = tuple(side * n for n in reversed(image.grid))
+            small = image.image.convert("RGB").resize(size, self.image_processor.resample)
+            out = self.image_processor(images=[small], do_resize=False, return_tensors="pt")
+            return {"pixel_values": out["pixel_values"], "grid_thw": out["image_grid_thw"]}
         if not isinstance(image, Video):
             out = self.image_processor(images=[image], size=self.image_size, return_tensors="pt")
             return {"pixel_values": out["pixel_values"], "grid_thw": out["image_grid_thw"]}

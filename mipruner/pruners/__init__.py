@@ -16,46 +16,46 @@ from types import ModuleType
 from typing import Any
 
 from mipruner.errors import InputError
-from mipruner.pruners.base import DecoderPruner, Pruner, ScorePruner
+from mipruner.pruners.base import DecoderPruner, ImagePruner, Method, Pruner, ScorePruner
 
 OWN = ("random", "similarity", "attention", "mi_attention", "mi")
 """The paper's own pruners and controls, in the order of its tables, after the published ones."""
 
 
-def _only_pruner(module: ModuleType) -> type[Pruner | DecoderPruner]:
+def _only_pruner(module: ModuleType) -> type[Method]:
     (found,) = (
         value
         for value in vars(module).values()
         if isinstance(value, type)
-        and issubclass(value, Pruner | DecoderPruner)
+        and issubclass(value, Method)
         and value.__module__ == module.__name__
         and not isabstract(value)
     )
     return found
 
 
-def _installed() -> Iterator[tuple[str, type[Pruner | DecoderPruner]]]:
+def _installed() -> Iterator[tuple[str, type[Method]]]:
     """Pruners of other packages. One that cannot be used is left out with a warning, so that the others still work."""
     for entry in entry_points(group=__name__):
         try:
             cls = entry.load()
             if entry.name in _BUILT_IN:
                 raise ValueError("a pruner of this repository has that name")
-            if not issubclass(cls, Pruner | DecoderPruner) or not hasattr(cls, "title"):
-                raise TypeError(f"{entry.value} is no subclass of Pruner or DecoderPruner with a title")
+            if not issubclass(cls, Method) or not hasattr(cls, "title"):
+                raise TypeError(f"{entry.value} is no subclass of Pruner, DecoderPruner or ImagePruner with a title")
             yield entry.name, cls
         except Exception as error:
             warnings.warn(f"pruner {entry.name} ({entry.value}) is left out: {error}", stacklevel=2)
 
 
-class Registry(Mapping[str, type[Pruner | DecoderPruner]]):
+class Registry(Mapping[str, type[Method]]):
     """Pruner classes by name: none, then published ones by arXiv number, those without a paper, and `OWN`.
 
     Other packages are read on first use, so that they can import this one.
     """
 
     @cached_property
-    def _found(self) -> dict[str, type[Pruner | DecoderPruner]]:
+    def _found(self) -> dict[str, type[Method]]:
         found = _BUILT_IN | dict(_installed())
 
         def place(name: str) -> tuple[int, int, str, str]:
@@ -65,7 +65,7 @@ class Registry(Mapping[str, type[Pruner | DecoderPruner]]):
 
         return {name: found[name] for name in sorted(found, key=place)}
 
-    def __getitem__(self, name: str) -> type[Pruner | DecoderPruner]:
+    def __getitem__(self, name: str) -> type[Method]:
         return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -83,7 +83,7 @@ _BUILT_IN = {
 PRUNERS = Registry()
 
 
-def make(name: str, **options: Any) -> Pruner | DecoderPruner:
+def make(name: str, **options: Any) -> Method:
     """The pruner called ``name``, a key of `PRUNERS`, with its hyperparameters; a dict stands for a pruner.
 
     Raises
@@ -101,7 +101,7 @@ def make(name: str, **options: Any) -> Pruner | DecoderPruner:
         raise InputError(f"{name}: {str(error).split('() ')[-1]}") from error
 
 
-def __getattr__(name: str) -> type[Pruner | DecoderPruner]:
+def __getattr__(name: str) -> type[Method]:
     """The class of a pruner of this folder: `from mipruner.pruners import MIPruner`."""
     for cls in _BUILT_IN.values():
         if cls.__name__ == name:
@@ -109,4 +109,4 @@ def __getattr__(name: str) -> type[Pruner | DecoderPruner]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["PRUNERS", "DecoderPruner", "Pruner", "ScorePruner", "make"]
+__all__ = ["PRUNERS", "DecoderPruner", "ImagePruner", "Method", "Pruner", "ScorePruner", "make"]

@@ -100,8 +100,18 @@ class Method:
         raise InputError(f"keep=auto reads the PMI with the text, which {type(self).__name__} does not know: use mi")
 
 
+class ImagePruner(Method):
+    """Makes each image smaller before the vision encoder, so that it gives at most its share of the budget.
+
+    Everything that the encoder gives enters the language model. `Adapter.smaller` is what makes an image smaller.
+    """
+
+
 class Pruner(Method, ABC):
     """Chooses visual tokens before the language model runs. A method overrides `select`."""
+
+    at_most: ClassVar[bool] = False
+    """Whether fewer rows than the budget may enter, where the budget does not fit."""
 
     def __call__(self, features: Features, n_keep: int) -> Selection:
         """Keep ``n_keep`` of the visual tokens. Raises `InputError` as `check` does."""

@@ -61,8 +61,10 @@ def read(config: Any) -> Settings | None:
 
 
 def working(provided: frozenset[str]) -> list[str]:
-    """Names of the pruners that need nothing but visual tokens, text and ``provided``."""
-    return [name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and cls().needs <= provided]
+    """Names of the pruners that need nothing but visual tokens, text and ``provided``, and fill their budget."""
+    return [
+        name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and not cls.at_most and cls().needs <= provided
+    ]
 
 
 def check_pruner(running: Pruner, name: Any, options: Any) -> None:

@@ -1,0 +1,51 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mipruner.errors import InputError
+from mipruner.features import Features
+from mipruner.pruners.base import Pruner
+from mipruner.selection import Selection, grid_within
+
+
+@dataclass(frozen=True)
+class DownsamplePruner(Pruner):
+    """Down-sampling: averages the grid of visual tokens to a smaller grid, which chooses nothing.
+
+    The new grid is the largest of at most T tokens that is about as wide for its height as the image's own, so it may
+    hold fewer than T. Each new token is the mean of an equal share of the old grid, by area, and stands at the place of
+    the old token in its centre. Of a video every frame is averaged alike, and frames too where T is below their number.
+
+    The baseline that published work on token compression is told to beat (VTC-Bench).
+    """
+
+    title = "Down-sampling"
+    reads = "nothing"
+    reads_text = False
+    cost = "N d"
+    at_most: ClassVar[bool] = True
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
+
+    def select(self, features: Features, n_keep: int) -> Selection:
+        grid = features.grid if len(features.grid) == 3 else (1, *features.grid)
+        if grid[0] * grid[1] * grid[2] != features.n_visual:
+            raise InputError(f"the grid {features.grid} does not hold the {features.n_visual} visual tokens")
+        frames = min(grid[0], n_keep)
+        small = (frames, *grid_within(n_keep // frames, *grid[1:]))
+        means, centres = zip(*map(shares, grid, small), strict=True)
+        merge = torch.kron(torch.kron(means[0], means[1]), means[2])
+        places = (centres[0][:, None, None] * grid[1] + centres[1][:, None]) * grid[2] + centres[2]
+        device, batch = features.visual.device, features.visual.shape[:-2]
+        return Selection(places.flatten().to(device).expand(*batch, -1), merge=merge.to(device))
+
+
+def shares(n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Means over n cells in a row that make k of them [k, n], each over n / k of the row; and their centres [k]."""
+    edges = torch.arange(k + 1, dtype=torch.float64) * n / k
+    cells = torch.arange(n, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+    centres = ((2 * torch.arange(k) + 1) * n - 1) // (2 * k)  # of two cells in the middle the first
+    return (overlap.clamp_min(0) * k / n).float(), centres
