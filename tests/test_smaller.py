@@ -109,7 +109,7 @@ def test_crops_have_no_grid_to_average():
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_a_resized_image_is_the_answer_of_the_smaller_image_itself(family):
+def test_a_resized_image_is_the_answer_of_the_smaller_image_itself(family, monkeypatch):
     """By hand: the image scaled to the pixels of that grid, through the processor without its own scaling."""
     adapter, image = tiny(family), picture(1, 300, 200)
     side = adapter.merge * adapter.model.config.vision_config.patch_size
@@ -122,7 +122,7 @@ def test_a_resized_image_is_the_answer_of_the_smaller_image_itself(family):
     assert len(pipeline.cache._held) == 1, "the same image at the same size is seen once"
 
     small = image.resize((columns * side, rows * side), adapter.image_processor.resample)
-    adapter.image_size = {"shortest_edge": 1, "longest_edge": small.width * small.height}
+    monkeypatch.setattr(adapter, "image_size", {"shortest_edge": 1, "longest_edge": small.width * small.height})
     (expected,) = Pipeline(adapter, NoPruner(), 1.0, Decoding(max_new_tokens=4))([Prompt("what is it", [small])])
     assert (one.tokens, one.n_keep) == (expected.tokens, expected.n_visual[0])
     assert two.text != "" or one.text != ""
