@@ -72,7 +72,7 @@ def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dic
         measured = found[list(columns)[-1]][budgets[0]]
         title = f"{conf.title('model', model)}, {conf.title('dataset', dataset)}: "
         title += f"{sum(c.n_samples for c in measured):,} questions in {len(measured)} draws, "
-        title += f"{measured[0].n_visual:.0f} tokens a picture on average"
+        title += f"{measured[0].n_visual:.0f} tokens an image on average"
         parts.append(f"{title}\n\n" + markdown(["kept", *found], rows, slice(1, len(found) + 1)))
     return "\n\n".join(parts)
 
@@ -146,8 +146,8 @@ def automatic(cells: pd.DataFrame) -> str:
                     continue
                 both = pd.concat(tables)
                 gain = 100 * (both.correct - both.fixed)
-                by_picture = gain.groupby([both.seed, both.image_id]).mean()
-                error = by_picture.std() / math.sqrt(len(by_picture))
+                by_image = gain.groupby([both.seed, both.image_id]).mean()
+                error = by_image.std() / math.sqrt(len(by_image))
                 name = f"{conf.title('model', model)}, {word}, quality {quality:g}"
                 kept = (
                     f"{both.kept.mean():.1f} ({np.percentile(both.kept, 10):.0f} to {np.percentile(both.kept, 90):.0f})"

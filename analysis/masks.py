@@ -1,4 +1,4 @@
-"""What a pruner kept, drawn over the picture, and which word pulled which patch.
+"""What a pruner kept, drawn over the image, and which word pulled which patch.
 
     python -m analysis.masks results/demo_llava/demo/*/keep=16*                 # pruners side by side (Fig. 5)
     python -m analysis.masks RECORD ... --samples 4 --out masks.pdf
@@ -6,7 +6,7 @@
     python -m analysis.masks results/demo_llava/demo/mi/keep=16* --heat         # PMI of each word and patch
     python -m analysis.masks results/demo_llava/demo/mi/keep=16* --heat --ids 3/7 --words cup blue
 
-Each argument is the folder of a finished cell. The pictures come from the benchmark that the record names. A heat map
+Each argument is the folder of a finished cell. The images come from the benchmark that the record names. A heat map
 needs the features, which no record holds: it loads the model again, and is the only thing here that does.
 """
 
@@ -96,7 +96,7 @@ def shared(answered: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
-    """Ids of ``n`` samples whose tokens lie on a grid, each from another picture and task as far as possible."""
+    """Ids of ``n`` samples whose tokens lie on a grid, each from another image and task as far as possible."""
     usable = [row for row in rows if is_drawable(row)]
     chosen: list[dict[str, Any]] = []
     while usable and len(chosen) < n:
@@ -109,7 +109,7 @@ def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
 
 
 def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list[str]:
-    """Ids of the samples whose scores vary most between cells, each from another picture and task if possible."""
+    """Ids of the samples whose scores vary most between cells, each from another image and task if possible."""
     spread = {one: pvariance([rows[one]["correct"] or 0.0 for rows in answered]) for one in shared(answered)}
     ranked = sorted((sample for sample in spread if spread[sample] > 0), key=lambda sample: -spread[sample])
     return choose([answered[0][sample] for sample in ranked[: 8 * n]], n)
@@ -147,7 +147,7 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
 
 @plt.rc_context(PLAIN)
 def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
-    """One question: the whole picture, then a column a pruner and a row a budget, with what was answered below each."""
+    """One question: the whole image, then a column a pruner and a row a budget, with what was answered below each."""
     read = [read_cell(cell) for cell in cells]
     pruners = list(dict.fromkeys(record["cell"]["pruner"] for record, _ in read))
     budgets = list(dict.fromkeys(record["cell"]["keep"] for record, _ in read))
@@ -173,20 +173,20 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
 
 
 def save(figure, out: Path, **options) -> None:
-    """Write a figure and close it; as .jpg where size matters, as the grain of a picture makes a PNG large."""
+    """Write a figure and close it; as .jpg where size matters, as the grain of an image makes a PNG large."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, **options, **({"pil_kwargs": {"quality": 90}} if out.suffix == ".jpg" else {}))
     plt.close(figure)
 
 
 def caption(axis, text: str, colour: str = "black") -> None:
-    """Text below a picture, cut after four lines."""
+    """Text below an image, cut after four lines."""
     lines = textwrap.wrap(text, 34, max_lines=4)
     axis.text(0, -0.04, "\n".join(lines), transform=axis.transAxes, fontsize=8, va="top", color=colour)
 
 
 def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str], np.ndarray]:
-    """The words of T and PMI(v_i; t_j) [n_visual, n_text] (eq. 18) of the first picture, as the cell's model sees them.
+    """The words of T and PMI(v_i; t_j) [n_visual, n_text] (eq. 18) of the first image, as the cell's model sees them.
 
     tau and the normalization are the cell's where its pruner has them, else the paper's.
     """
@@ -210,14 +210,14 @@ def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str],
 
 
 def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -> dict[str, Any]:
-    """Arguments of ``imshow`` that lay one value or colour a patch over the picture."""
+    """Arguments of ``imshow`` that lay one value or colour a patch over the image."""
     left, top, right, bottom = box
     return {"X": values.reshape(*grid[-2:], *values.shape[1:]), "extent": (left, right, bottom, top)}
 
 
 @plt.rc_context(PLAIN)
 def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str], out: Path) -> None:
-    """For each sample its picture, the PMI of each word over it on one scale, and the kept patches by their pivot word.
+    """For each sample its image, the PMI of each word over it on one scale, and the kept patches by their pivot word.
 
     The pivot word of a patch is the one with the largest PMI, whose PMI is the patch's relevance (eq. 19). Without
     ``words`` those are shown that are the pivot of most kept patches.
@@ -316,7 +316,7 @@ def main() -> None:
 
 
 def draw_asked(args: argparse.Namespace) -> None:
-    """The picture that the command line asks for. Raises ValueError if it names no cell, sample or word."""
+    """The image that the command line asks for. Raises ValueError if it names no cell, sample or word."""
     read = [read_cell(cell) for cell in (args.cells[:1] if args.heat else args.cells)]
     answered = [rows for _, rows in read]
     for cell, rows in zip(args.cells, answered, strict=False):

@@ -21,7 +21,7 @@ SIZE = 8
 
 
 def estimate(rows: list[dict], size: int = SIZE) -> Tensor:
-    """Weights [size, size] of the places of a picture, mean about 1, from rows of samples.jsonl.
+    """Weights [size, size] of the places of an image, mean about 1, from rows of samples.jsonl.
 
     Each place starts with one token that was kept as often as tokens are, so that no weight is 0.
     """

@@ -3,7 +3,7 @@
     python -m analysis.report                                       from results/ into docs/results/report.html
     python -m analysis.report --results results --out report.html --samples 6
 
-The page needs no server and no network: pictures and plots are inside it, and the masks are drawn as in the explorer.
+The page needs no server and no network: images and plots are inside it, and the masks are drawn as in the explorer.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from experiments import build, conf
 from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.explorer import panels
 
-PICTURE_WIDTH = 448
-"""Pictures wider than this are embedded smaller, in pixels."""
+IMAGE_WIDTH = 448
+"""Images wider than this are embedded smaller, in pixels."""
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -121,7 +121,7 @@ class Case:
     model: str
     dataset: str
     keep: str
-    picture: Image.Image
+    image: Image.Image
     rows: dict[str, dict[str, Any]]
     """Line of samples.jsonl by method."""
 
@@ -135,7 +135,7 @@ def place(method: str) -> tuple[int, str]:
 def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most.
 
-    What has no picture on this machine is passed over.
+    What has no image on this machine is passed over.
     """
     if cells.empty:
         return
@@ -151,22 +151,22 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
             for sample in masks.disagreements(pruned, n_samples):
                 rows = {method: rows[sample] for method, rows in answered.items() if sample in rows}
                 try:
-                    picture = build.benchmark(group.iloc[0].config).images(next(iter(rows.values()))["image_id"])[0]
+                    image = build.benchmark(group.iloc[0].config).images(next(iter(rows.values()))["image_id"])[0]
                 except SampleError:
                     continue
                 except BenchmarkError as error:
                     print(f"{group.iloc[0].path} is not drawn: {error}", file=sys.stderr)
                     break
-                yield Case(model, dataset, keep, picture.convert("RGB"), rows)
+                yield Case(model, dataset, keep, image.convert("RGB"), rows)
 
 
-def picture_id(picture: Image.Image) -> str:
-    """The same for equal pictures, so that a page holds each once."""
-    return f"p{hashlib.sha256(picture.tobytes()).hexdigest()[:12]}"
+def image_key(image: Image.Image) -> str:
+    """The same for equal images, so that a page holds each once."""
+    return f"p{hashlib.sha256(image.tobytes()).hexdigest()[:12]}"
 
 
 def show_case(case: Case) -> dict[str, Any]:
-    """What `panels.js` draws of a case, with the name of its picture as ``src``."""
+    """What `panels.js` draws of a case, with the name of its image as ``src``."""
     first = next(iter(case.rows.values()))
     runs = []
     for method, row in case.rows.items():
@@ -179,7 +179,7 @@ def show_case(case: Case) -> dict[str, Any]:
         runs.append(run | said)
     question = {"question": first["question"], "expected": masks.answer_text(first["answer"]), "words": [], "pmi": None}
     grid, box = next((row["grids"][0], row["boxes"][0]) for row in case.rows.values() if "error" not in row)
-    where = {"src": picture_id(case.picture), "size": case.picture.size, "grid": grid, "box": box}
+    where = {"src": image_key(case.image), "size": case.image.size, "grid": grid, "box": box}
     return where | {"vocabulary": None, "questions": [question | {"runs": runs}]}
 
 
@@ -196,9 +196,9 @@ def case_html(case: Case) -> str:
 
 
 def gallery_data(found: Sequence[Case]) -> str:
-    """The cases as JSON, each picture once."""
-    pictures = {picture_id(case.picture): panels.data_url(case.picture, PICTURE_WIDTH) for case in found}
-    return panels.embedded({"pictures": pictures, "views": [show_case(case) for case in found]})
+    """The cases as JSON, each image once."""
+    images = {image_key(case.image): panels.data_url(case.image, IMAGE_WIDTH) for case in found}
+    return panels.embedded({"images": images, "views": [show_case(case) for case in found]})
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -247,7 +247,7 @@ const seen = new IntersectionObserver(entries => {
     if (!isIntersecting) continue;
     seen.unobserve(target);
     const view = gallery.views[cases.indexOf(target)];
-    panels(target.querySelector('.panels'), { ...view, src: gallery.pictures[view.src] });
+    panels(target.querySelector('.panels'), { ...view, src: gallery.images[view.src] });
   }
 }, { rootMargin: '600px' });
 cases.forEach(item => seen.observe(item));

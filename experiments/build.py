@@ -33,7 +33,7 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
 
     These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
-    or a single picture reads.
+    or a single image reads.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def budget(config: dict[str, Any]) -> int | float | Auto:
-    """The budget of a resolved config. Raises `InputError` if it fits no picture."""
+    """The budget of a resolved config. Raises `InputError` if it fits no image."""
     keep = Auto(config["quality"], config["keep_max"]) if config["keep"] == "auto" else config["keep"]
     n_tokens(keep, sys.maxsize)
     return keep

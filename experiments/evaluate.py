@@ -2,7 +2,7 @@
 
 Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
 the same batches, and ends in the same record, as one that never was. While the model answers one batch, threads load
-and process the pictures of the next. Several processes share out those same batches, so that their record is the single
+and process the images of the next. Several processes share out those same batches, so that their record is the single
 process's; how many there are may change from one start to the next.
 """
 
@@ -29,31 +29,31 @@ from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Media
 
 WINDOW = 256
-"""Samples that are sorted by length among themselves. No larger, so that those sharing a picture stay close."""
+"""Samples that are sorted by length among themselves. No larger, so that those sharing an image stay close."""
 
-MAX_PICTURES = 128
-"""Loaded pictures that are kept for the samples that follow."""
+MAX_IMAGES = 128
+"""Loaded images that are kept for the samples that follow."""
 
 
 def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed: int) -> list[Sample]:
-    """About ``limit`` samples, whole pictures drawn by ``seed``; of these the pictures of one shard, ``"0/4"``.
+    """About ``limit`` samples, whole images drawn by ``seed``; of these the images of one shard, ``"0/4"``.
 
     Raises
     ------
     InputError
         If the shard is not of the form k/n, or nothing is left.
     """
-    pictures: dict[str, list[Sample]] = {}
+    groups: dict[str, list[Sample]] = {}
     for sample in samples:
-        pictures.setdefault(sample.image_id, []).append(sample)
-    names = list(pictures)
+        groups.setdefault(sample.image_id, []).append(sample)
+    names = list(groups)
     if limit is not None:
         drawn, count = set(), 0
         for name in random.Random(seed).sample(names, len(names)):
             if count >= limit:
                 break
             drawn.add(name)
-            count += len(pictures[name])
+            count += len(groups[name])
         names = [name for name in names if name in drawn]
     if shard is not None:
         try:
@@ -63,7 +63,7 @@ def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed
             raise InputError(f"shard={shard!r} is not a part such as 0/4") from None
     if not names:
         raise InputError("no samples are left: raise limit, or choose another shard")
-    return [sample for name in names for sample in pictures[name]]
+    return [sample for name in names for sample in groups[name]]
 
 
 def by_length(samples: Sequence[Sample]) -> list[Sample]:
@@ -72,10 +72,10 @@ def by_length(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for window in windows for sample in sorted(window, key=lambda sample: -len(sample.text))]
 
 
-class Pictures:
-    """Loads the pictures of a batch and has the pipeline process them; keeps the last `MAX_PICTURES`.
+class ImageLoader:
+    """Loads the images of a batch and has the pipeline process them; keeps the last `MAX_IMAGES`.
 
-    That a picture stays the same object is what lets the pipeline's vision cache know it.
+    That an image stays the same object is what lets the pipeline's vision cache know it.
     """
 
     def __init__(self, benchmark: Benchmark, pipeline: Pipeline, pool: ThreadPoolExecutor):
@@ -83,7 +83,7 @@ class Pictures:
         self._held: OrderedDict[str, list[Media]] = OrderedDict()
 
     def load(self, samples: Sequence[Sample]) -> tuple[dict[str, list[Media]], dict[str, str]]:
-        """Pictures and error messages of the samples, by image_id."""
+        """Images and error messages of the samples, by image_id."""
         images, errors = {}, {}
         names = dict.fromkeys(sample.image_id for sample in samples)
         new = {name: self.pool.submit(self._prepared, name) for name in names if name not in self._held}
@@ -96,7 +96,7 @@ class Pictures:
                     continue
             self._held.move_to_end(image_id)
             images[image_id] = self._held[image_id]
-        while len(self._held) > MAX_PICTURES:
+        while len(self._held) > MAX_IMAGES:
             self._held.popitem(last=False)
         return images, errors
 
@@ -193,13 +193,13 @@ def answer_rest(
     bar = tqdm(total=n_samples, unit="q", desc=_words(cell), disable=quiet, file=sys.stderr)
     start, waited = time.perf_counter(), 0.0
     with bar, ThreadPoolExecutor(cell.config["loader_threads"]) as pool, ThreadPoolExecutor(1) as ahead:
-        pictures = Pictures(benchmark, pipeline, pool)
-        loading = ahead.submit(pictures.load, batches[0] if batches else [])
+        loader = ImageLoader(benchmark, pipeline, pool)
+        loading = ahead.submit(loader.load, batches[0] if batches else [])
         for batch, following in zip_longest(batches, batches[1:], fillvalue=[]):
             asked = time.perf_counter()
             images, errors = loading.result()
             waited += time.perf_counter() - asked
-            loading = ahead.submit(pictures.load, following)
+            loading = ahead.submit(loader.load, following)
             new = answer_batch(pipeline, batch, images, errors, cell.config["text_scope"])
             cell.append([row | {"digest": digests[row["id"]]} for row in new], ranks.rank)
             bar.update(len(new))

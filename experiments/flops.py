@@ -111,7 +111,7 @@ class Decoder:
 
 
 def vision_flops(config: PreTrainedConfig, n_visual: int) -> int | None:
-    """FLOPs of vision encoder and projector for one picture of ``n_visual`` tokens; None for a family not listed."""
+    """FLOPs of vision encoder and projector for one image of ``n_visual`` tokens; None for a family not listed."""
     vision, kind = config.vision_config, config.model_type
     if kind == "llava":
         n, d, width = (

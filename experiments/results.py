@@ -42,8 +42,8 @@ waited_for_images float: the share of its time in which the last start of the fi
 samples.jsonl
 -------------
 id, image_id, task, question, answer, prediction (null if failed), correct (0..1; null until a judge has spoken),
-n_visual, grids ([rows, columns] per picture), boxes ([left, top, right, bottom] of the picture that the grid covers),
-n_keep (nominal budget), kept (indices per picture, up to the last layer), per_layer, latency_ms, notes,
+n_visual, grids ([rows, columns] per image), boxes ([left, top, right, bottom] of the image that the grid covers),
+n_keep (nominal budget), kept (indices per image, up to the last layer), per_layer, latency_ms, notes,
 prompt_tokens and request_ms (of a server, which leaves n_visual to latency_ms null),
 error (if failed), image_notes (if an image was shown in another form than it has), digest (of question, answer and
 image: an answer to another question of the same id is not used)

@@ -1,6 +1,6 @@
 """The fast way for one prompt at a time: the pipeline's answer, on static shapes.
 
-    picture ── see ──> visual tokens ─┐
+    image ── see ──> visual tokens ─┐
     question ─ score ─────────────────┴─> kept tokens ─ prefill ─> token ─ step ─> token ─ step ─> ...
 
 Each of these four is a function of tensors that is recorded as a CUDA graph and then replayed: `see` and `step` once,
@@ -121,7 +121,7 @@ class Engine:
     Parameters
     ----------
     adapter : Adapter
-        LLaVA-1.5 with attn_implementation=sdpa: plain positions, pictures of one size.
+        LLaVA-1.5 with attn_implementation=sdpa: plain positions, images of one size.
     pruner, keep
         As for the pipeline.
     decoding : Decoding
@@ -129,7 +129,7 @@ class Engine:
     bucket : int
         Prompts are padded to a multiple of it, behind their last token, where none of their tokens looks.
     longest : int
-        Tokens beside the picture that a prompt may have.
+        Tokens beside the image that a prompt may have.
     compiled : bool
         Whether torch.compile fuses prefill and step before they are recorded.
     static : bool, optional
@@ -175,7 +175,7 @@ class Engine:
         static = adapter.device.type == "cuda" if static is None else static
         self.pipeline = None if static else Pipeline(adapter, pruner, keep, decoding)
         self.n_visual = adapter.side**2
-        self.picture = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
+        self.visual = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
         self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else pruner.budget(keep, self.n_visual)
         self.ends = torch.tensor(generation.eos_token_id, device=adapter.device).reshape(-1)
         length = self._padded(longest + self.n_keep + decoding.max_new_tokens)
@@ -183,25 +183,25 @@ class Engine:
             self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
         self.graphs: dict[tuple, Graph] = {}
         self.asked: tuple[Media | None, dict] = None, {}
-        """The latest picture, and `Features.held` of it."""
+        """The latest image, and `Features.held` of it."""
 
     @torch.inference_mode()
     def __call__(self, prompt: Prompt, pixels: dict[str, Any] | None = None) -> Answer:
-        """Answer one prompt; ``pixels`` is what ``adapter.preprocess`` gives for its picture, if that is there already.
+        """Answer one prompt; ``pixels`` is what ``adapter.preprocess`` gives for its image, if that is there already.
 
         Raises
         ------
         InputError
-            If the prompt has several pictures or is too long, or the features are not finite.
+            If the prompt has several images or is too long, or the features are not finite.
         """
         if len(prompt.images) != 1:
-            raise InputError(f"the engine answers about one picture, not {len(prompt.images)}: use the pipeline")
+            raise InputError(f"the engine answers about one image, not {len(prompt.images)}: use the pipeline")
         if self.pipeline is not None:
             self.pipeline.watch = self.watch
             return self.pipeline([prompt])[0]
-        tokens = self.adapter.tokenize(prompt, [self.picture])
+        tokens = self.adapter.tokenize(prompt, [self.visual])
         if (n_other := len(tokens.ids) - self.n_visual) > self.longest:
-            raise InputError(f"the prompt has {n_other} tokens beside the picture: raise longest")
+            raise InputError(f"the prompt has {n_other} tokens beside the image: raise longest")
         pixels = self.adapter.preprocess(prompt.images[0]) if pixels is None else pixels
         values = self.upload(pixels["pixel_values"].to(self.adapter.model.dtype))
         text_ids, layout = self.upload(tokens.ids[tokens.is_text]), self.layout(tokens.ids)
@@ -235,7 +235,7 @@ class Engine:
             selections=[Selection(kept.cpu())],
             n_visual=[self.n_visual],
             n_keep=self.n_keep,
-            grids=[self.picture.grid],
+            grids=[self.visual.grid],
             boxes=[self.adapter.box(prompt.images[0].size)],
             visual_tokens_per_layer=[self.n_keep] * self.adapter.n_layers,
         )
@@ -286,7 +286,7 @@ class Engine:
         text = self.adapter.model.get_input_embeddings()(text_ids)
         if self.asked[0] is not prompt.images[0]:
             self.asked = prompt.images[0], {}
-        features = Features(visual.rows, text, self.picture.grid, **signals, sample=prompt.sample, held=self.asked[1])
+        features = Features(visual.rows, text, self.visual.grid, **signals, sample=prompt.sample, held=self.asked[1])
         selection = self.pruner(features, self.n_keep)
         if selection.embeds is not None or selection.merge is not None:
             raise InputError(f"{type(self.pruner).__name__} merges tokens: use the pipeline")

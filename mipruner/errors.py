@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A question, picture, budget or feature that cannot be used."""
+    """A question, image, budget or feature that cannot be used."""
 
 
 class PromptError(InputError):

@@ -1,4 +1,4 @@
-"""What a pruner sees: one picture after the projector, and the words it is asked about."""
+"""What a pruner sees: one image after the projector, and the words it is asked about."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Features:
-    """Everything known about one picture (or one video) before the language model runs.
+    """Everything known about one image (or one video) before the language model runs.
 
     Tensors may carry the same leading batch dimensions; a pruner never sees the model they come from. What is optional
     is there for the methods that name it in `Pruner.needs` or `Pruner.wants`, and computed only for them.
@@ -28,7 +28,7 @@ class Features:
     hidden : Tensor [.., n_visual, d_encoder], optional
         Encoder features that the projector reads, a merging projector's mean over the patches of a token.
     cls_hidden : Tensor [.., n_cls, d_encoder], optional
-        The CLS rows of the same layer, one a picture. Absent where the encoder has no CLS.
+        The CLS rows of the same layer, one an image. Absent where the encoder has no CLS.
     keys : Tensor [.., n_visual, d_head], optional
         Keys of the layer that `attention` comes from, mean over heads, patches of a token averaged.
     project : callable, optional
@@ -48,7 +48,7 @@ class Features:
     vocabulary_norm : Tensor [n_vocabulary], optional
         The norms of its rows in float32, `mipruner.fused.row_norm`.
     valid : bool Tensor [.., n_visual], optional
-        False for patches that lie wholly in the padding of a squared picture.
+        False for patches that lie wholly in the padding of a squared image.
     sample : str
         Name of the sample, so that a random choice is the same in every run and in every batch.
     held : dict, optional

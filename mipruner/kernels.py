@@ -1,8 +1,8 @@
 """Triton kernels of `mipruner.fused`: from tokens to picks in four steps, batched and ragged.
 
     similarity   rho of eq. 15, for T = V and for T = the text
-    log_sums     log-sum-exp of every row of rho over the picture: the denominators of eq. 16 for T = V
-    relevance    softmax over the text, its marginal over the picture and the maximum of the PMI, eq. 16-19
+    log_sums     log-sum-exp of every row of rho over the image: the denominators of eq. 16 for T = V
+    relevance    softmax over the text, its marginal over the image and the maximum of the PMI, eq. 16-19
     greedy       all picks of eq. 22-24 in one launch
     partition    log-sum-exp of rho over a vocabulary that is never stored, for `pmi.log_partition`
 

@@ -30,15 +30,15 @@ class Answer:
     tokens : list of int
         The new tokens, without the end of text.
     selections : list of Selection
-        What was kept of each picture, on the CPU; up to the last layer, of a method that prunes inside the decoder.
+        What was kept of each image, on the CPU; up to the last layer, of a method that prunes inside the decoder.
     n_visual : list of int
-        Visual tokens of each picture before pruning.
+        Visual tokens of each image before pruning.
     n_keep : int
         The nominal budget of the prompt.
     grids : list of (rows, columns) or (frames, rows, columns), or None
         See `Visual.grid`.
     boxes : list of (left, top, right, bottom)
-        The part of each picture that its grid covers, in pixels; beyond the picture where it was padded.
+        The part of each image that its grid covers, in pixels; beyond the image where it was padded.
     visual_tokens_per_layer : list of int
         Visual tokens that enter each layer of the language model, rows that are always kept included.
     notes : dict of str
@@ -57,9 +57,9 @@ class Answer:
 
 
 class VisionCache:
-    """Pictures already seen, by object identity, up to ``max_bytes``; the least recently used goes first.
+    """Images already seen, by object identity, up to ``max_bytes``; the least recently used goes first.
 
-    Each is held with the names of the signals that were asked for when it was seen, as a picture need not have all.
+    Each is held with the names of the signals that were asked for when it was seen, as an image need not have all.
     """
 
     def __init__(self, max_bytes: int = 2**30):
@@ -99,7 +99,7 @@ class Pipeline:
         From `mipruner.models.load`.
     pruner : Pruner, DecoderPruner or ImagePruner
     keep : int, float or Auto
-        Budget per prompt, see `mipruner.selection.budget`; several pictures share it in proportion to their tokens.
+        Budget per prompt, see `mipruner.selection.budget`; several images share it in proportion to their tokens.
         With `Auto`, each of them keeps as much of its share as it has use for.
     decoding : Decoding
     """
@@ -150,7 +150,7 @@ class Pipeline:
             per_layer = [[n] * self.adapter.n_layers for n in budgets]
         else:
             budgets = [self.pruner.budget(self.keep, sample.n_visual) if sample.visuals else 0 for sample in encoded]
-            per_layer, selections = run.per_layer, [by_picture(*pair) for pair in zip(run.kept, encoded, strict=True)]
+            per_layer, selections = run.per_layer, [per_image(*pair) for pair in zip(run.kept, encoded, strict=True)]
         return [
             Answer(
                 text=self.adapter.chat.decode(new),
@@ -206,7 +206,7 @@ class Pipeline:
         return found
 
     def see(self, images: Sequence[Media]) -> dict[int, Visual]:
-        """Every distinct picture through the vision encoder once, by ``id``.
+        """Every distinct image through the vision encoder once, by ``id``.
 
         Once more where it is held without a signal that the pruner reads; it is then held with the old and the new.
         """
@@ -255,7 +255,7 @@ class Pipeline:
         return [self.pruner.door(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
 
     def enough(self, features: Features, n_max: int) -> int:
-        """What keep=auto makes of a budget for one picture."""
+        """What keep=auto makes of a budget for one image."""
         self.pruner.check(features, n_max)
         return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
@@ -299,8 +299,8 @@ def whole(sample: Encoded) -> Short:
     )
 
 
-def by_picture(kept: Tensor, encoded: Encoded) -> list[Selection]:
-    """Indices over the visual tokens of a prompt as indices over those of each picture."""
+def per_image(kept: Tensor, encoded: Encoded) -> list[Selection]:
+    """Indices over the visual tokens of a prompt as indices over those of each image."""
     start, selections = 0, []
     for visual in encoded.visuals:
         end = start + visual.n_visual

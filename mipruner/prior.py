@@ -1,4 +1,4 @@
-"""p(v_i) by place in the picture (appendix A.4 of the paper, its future work)."""
+"""p(v_i) by place in the image (appendix A.4 of the paper, its future work)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,21 +11,21 @@ from mipruner.errors import InputError
 Prior = Literal["uniform", "center", "thirds", "estimated"]
 
 SPREAD = {"center": 1 / 4, "thirds": 1 / 6}
-"""Standard deviation of a Gaussian about the nearest centre, in sides of the picture: a corner gets e^-4 of it."""
+"""Standard deviation of a Gaussian about the nearest centre, in sides of the image: a corner gets e^-4 of it."""
 
 CENTERS = {"center": [(0.0, 0.0)], "thirds": [(y, x) for y in (-1 / 6, 1 / 6) for x in (-1 / 6, 1 / 6)]}
-"""(y, x) from the middle in sides of the picture: the middle, or where the lines of the rule of thirds cross."""
+"""(y, x) from the middle in sides of the image: the middle, or where the lines of the rule of thirds cross."""
 
 
 def visual_prior(name: Prior, grid: tuple[int, ...], table: Sequence[Sequence[float]] | None = None) -> Tensor:
-    """p(v_i) [n_visual] of a picture or a video; every frame weighs the same.
+    """p(v_i) [n_visual] of an image or a video; every frame weighs the same.
 
     Parameters
     ----------
     name : "uniform", "center", "thirds" or "estimated"
     grid : (rows, columns) or (frames, rows, columns)
     table : rows of positive weights, of any size
-        The estimate: it is stretched over the picture.
+        The estimate: it is stretched over the image.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The way of one prompt, as data: pictures -> Visual, + question -> Encoded, + selection -> Short, -> Batch.
+"""The way of one prompt, as data: images -> Visual, + question -> Encoded, + selection -> Short, -> Batch.
 
 Everything here is per sample and unpadded; padding happens once, in `collate`, on the shortened prompts.
 """
@@ -81,7 +81,7 @@ def identity(image: Media) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question about one or several pictures or videos.
+    """One question about one or several images or videos.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rendered prompt, with a placeholder for each row of each picture.
+    """A rendered prompt, with a placeholder for each row of each image.
 
     Attributes
     ----------
@@ -131,23 +131,23 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Visual:
-    """One picture or video after vision encoder and projector.
+    """One image or video after vision encoder and projector.
 
     Attributes
     ----------
     rows : Tensor [n_rows, d]
         What the language model reads of it, in the order of the prompt.
     grid : (rows, columns) or (frames, rows, columns), optional
-        Of the visual tokens. None where they do not lie on one grid (several crops of a picture).
+        Of the visual tokens. None where they do not lie on one grid (several crops of an image).
     signals : dict
-        The optional fields of `Features` that a pruner asked for and this picture has.
+        The optional fields of `Features` that a pruner asked for and this image has.
     deepstack : tuple of Tensor [n_visual, d]
         Rows added to the hidden states of the first decoder layers (Qwen3-VL).
     is_candidate : Tensor [n_rows] bool, optional
         False for rows that are no patch, such as the CLS of a frame or the end of a line: they are never scored and
         always kept, like text. None if every row is a candidate.
     times : tuple of float
-        When each frame was, in seconds; empty for a picture.
+        When each frame was, in seconds; empty for an image.
     held : dict
         See `Features.held`.
     """
@@ -191,7 +191,7 @@ class Encoded:
     position_ids : Tensor [P, S]
         P is 1, or 4 with M-RoPE (text position, then time, height, width).
     slots : tuple of Tensor [n_visual]
-        Where in the prompt each picture's candidates stand.
+        Where in the prompt each image's candidates stand.
     is_text : Tensor [S] bool
         The tokens of T, eq. 2.
     visuals : tuple of Visual
@@ -211,7 +211,7 @@ class Encoded:
 
     @property
     def n_visual(self) -> int:
-        """Visual tokens of all pictures."""
+        """Visual tokens of all images."""
         return sum(visual.n_visual for visual in self.visuals)
 
     @property
@@ -228,7 +228,7 @@ class Encoded:
         return sum(len(visual.rows) - visual.n_visual for visual in self.visuals)
 
     def features(self) -> list[Features]:
-        """What a pruner sees, one entry a picture."""
+        """What a pruner sees, one entry an image."""
         text = self.embeds[self.is_text]
         return [
             Features(

@@ -37,7 +37,7 @@ from mipruner.intercept import Step, intercept
 from mipruner.loss import Asked
 from mipruner.models import FAMILIES
 from mipruner.models.generic import PAGE, GenericAdapter, check, refusal
-from mipruner.pipeline import Pipeline, by_picture
+from mipruner.pipeline import Pipeline, per_image
 from mipruner.prompt import Encoded
 from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner, Pruner, make
 from mipruner.selection import Auto, Selection, budget
@@ -258,7 +258,7 @@ class Pruning:
         kept = self.shortening.kept if self.shortening else []
         if not kept:
             return getattr(self._here, "selections", [])
-        return [by_picture(*pair) for pair in zip(kept, self.encoded, strict=True)]
+        return [per_image(*pair) for pair in zip(kept, self.encoded, strict=True)]
 
     @property
     def per_layer(self) -> list[list[int]]:

@@ -40,7 +40,7 @@ class Reader:
     template : str, optional
         The chat template; without one, `latest` does not know where a turn begins or ends.
     placeholders : sequence of str
-        What stands for pictures in a rendered conversation, and around them.
+        What stands for images in a rendered conversation, and around them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ class Reader:
         return _common(before[::-1], between[::-1])[::-1], after
 
     def _render(self, said: Sequence[tuple[str, str]], **options) -> str | None:
-        """A conversation about one picture, without blanks and placeholders."""
+        """A conversation about one image, without blanks and placeholders."""
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
         messages[0]["content"].insert(0, {"type": "image"})
         try:
@@ -77,7 +77,7 @@ class Reader:
         return without_blanks(text)
 
     def latest(self, ids: Tensor, is_visual: Tensor) -> Tensor:
-        """The text [S] bool of the last user turn in ``ids`` [S]: what follows its last picture, or all of it."""
+        """The text [S] bool of the last user turn in ``ids`` [S]: what follows its last image, or all of it."""
         prompt = ids[~is_visual].tolist()
         written = without_blanks(self.decode(prompt))
         opening, closing = self.turn
@@ -134,7 +134,7 @@ class Reader:
 
 
 def between_special(ids: Tensor, is_visual: Tensor, ends: Iterable[int], special: Iterable[int]) -> Tensor:
-    """Without a tokenizer: the text [S] bool from the last picture to the next end-of-text id, role words included."""
+    """Without a tokenizer: the text [S] bool from the last image to the next end-of-text id, role words included."""
     start = int(is_visual.nonzero()[-1]) + 1
     place = torch.arange(len(ids), device=ids.device)
     end = place[(place >= start) & torch.isin(ids, ids.new_tensor(sorted(ends)))]

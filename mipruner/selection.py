@@ -95,15 +95,15 @@ def budget(keep: int | float | Auto, n_visual: int) -> int:
 
 
 def split_budget(n_keep: int, counts: list[int]) -> list[int]:
-    """Share ``n_keep`` among pictures of ``counts`` tokens in proportion, by largest remainder, at least one each.
+    """Share ``n_keep`` among images of ``counts`` tokens in proportion, by largest remainder, at least one each.
 
     Raises
     ------
     InputError
-        If there are more pictures than tokens to keep.
+        If there are more images than tokens to keep.
     """
     if n_keep < len(counts):
-        raise InputError(f"keep leaves {n_keep} tokens for {len(counts)} pictures: at least one each is needed")
+        raise InputError(f"keep leaves {n_keep} tokens for {len(counts)} images: at least one each is needed")
     total = sum(counts)
     shares = [max(1, n_keep * n // total) for n in counts]
     while sum(shares) != n_keep:

@@ -289,7 +289,7 @@ def patches(config, grid=((1, 4, 8), (1, 6, 4)), **more):
 
 
 def pixels(mt, model, owner):
-    """Arguments of the model that carry two pictures."""
+    """Arguments of the model that carry two images."""
 
     config = model.config
     params = inspect.signature(owner.get_image_features).parameters

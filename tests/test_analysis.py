@@ -139,7 +139,7 @@ def write_record(results, model, dataset, pruner, keep, metrics, *, seed=0, n=20
         "started": "2026-11-24T10:00:00",
         "finished": f"2026-11-24T10:{n % 60:02d}:00",
         "n_samples": n,
-        "failed": [{"id": str(i), "error": "broken picture"} for i in failed],
+        "failed": [{"id": str(i), "error": "broken image"} for i in failed],
         "metrics": metrics,
         "standard_errors": errors or {},
         "tokens": {"visual": 576.0, "kept": float(n_kept), "per_layer": [layer_mean] * 32, "layer_mean": layer_mean},
@@ -563,7 +563,7 @@ def test_gallery_escapes_what_models_and_data_say():
     assert (question["question"], question["expected"], view["grid"]) == (evil, evil, [2, 3])
     whole, pruned, failed = question["runs"]
     assert (whole["right"], pruned["right"], pruned["answer"], pruned["kept"]) == (True, False, evil, [0, 5])
-    assert failed["error"] == "failed" and set(json.loads(data)["pictures"]) == {view["src"]}
+    assert failed["error"] == "failed" and set(json.loads(data)["images"]) == {view["src"]}
 
 
 class Page(HTMLParser):
@@ -602,7 +602,7 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
         lines = [json.dumps(sample_row(str(i), c)) for i, c in enumerate(correct)]
         (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
 
-    class Pictures:
+    class Images:
         def images(self, image_id):
             return [Image.new("RGB", (60, 40), "red")]
 
@@ -611,8 +611,8 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
             raise BenchmarkError("no network")
 
     monkeypatch.setattr(report.build, "benchmark", lambda config: Nowhere())
-    assert next(report.cases(load.cells(results), 3), None) is None, "numbers need no pictures"
-    monkeypatch.setattr(report.build, "benchmark", lambda config: Pictures())
+    assert next(report.cases(load.cells(results), 3), None) is None, "numbers need no images"
+    monkeypatch.setattr(report.build, "benchmark", lambda config: Images())
     text = report.page(load.cells(results), 3)
     page = Page(text)
     assert text.count("<article") == 1 and "sample 0<" in text, "only on the first question do methods disagree"
@@ -664,7 +664,7 @@ def test_masks_of_what_is_not_there_is_one_clear_message(demo, tmp_path, monkeyp
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_pictures_of_real_records(demo, real_defaults, tmp_path):
+def test_images_of_real_records(demo, real_defaults, tmp_path):
     cells = load.cells(demo)
     paths = list(cells[cells.method != "none"].path)
     benchmark = report.build.benchmark(cells.iloc[0].config)

@@ -1,4 +1,4 @@
-"""run.py with one picture of the user's own."""
+"""run.py with one image of the user's own."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments import build
 from experiments.results import ROOT
-from experiments.tasks.answer import answer, open_picture
+from experiments.tasks.answer import answer, open_photo
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
@@ -41,7 +41,7 @@ def test_the_answer_is_the_pipelines_and_the_page_shows_what_was_kept(tmp_path, 
     settings = config(tmp_path, "keep=30")
     question = "What color is the sun ?"
     text = answer(settings, str(photo), question)
-    (told,) = Pipeline(build.model(settings), build.pruner(settings), 30)([Prompt(question, [open_picture(photo)])])
+    (told,) = Pipeline(build.model(settings), build.pruner(settings), 30)([Prompt(question, [open_photo(photo)])])
     assert text.splitlines()[0] == told.text
     assert "demo_llava  mi  tokens kept 30 of 576" in text and "ms, once warm: vision" in text
     out = tmp_path / "answers" / "my photo,demo_llava,mi,keep=30.html"
@@ -68,8 +68,8 @@ def test_a_page_of_the_full_model_and_one_of_a_budget_that_sets_itself(tmp_path,
         assert ("pruner.lam=0.8" in runs[-1]["command"]) == (len(kept) == 2)
 
 
-def test_a_picture_stands_as_the_camera_held_it(photo):
-    image = open_picture(str(photo))
+def test_an_image_stands_as_the_camera_held_it(photo):
+    image = open_photo(str(photo))
     assert image.size == (280, 420) and image.mode == "RGB"
     assert image.getpixel((140, 10)) == (255, 0, 0) and image.getpixel((140, 410)) == (0, 0, 255)
 
@@ -77,14 +77,14 @@ def test_a_picture_stands_as_the_camera_held_it(photo):
 @pytest.mark.parametrize(
     ("image", "question", "message"),
     [
-        ("nowhere.jpg", "What?", "no picture nowhere.jpg: give the path"),
-        (".", "What?", "no picture .: give the path"),
-        (None, "What?", "a question needs a picture"),
+        ("nowhere.jpg", "What?", "no image nowhere.jpg: give the path"),
+        (".", "What?", "no image .: give the path"),
+        (None, "What?", "a question needs an image"),
         ("photo", "", "is empty: give question="),
         ("photo", None, "is empty: give question="),
         ("photo", "  ", "is empty: give question="),
-        ("text", "What?", "notes.jpg cannot be read as a picture"),
-        ("torn", "What?", "torn.png cannot be read as a picture"),
+        ("text", "What?", "notes.jpg cannot be read as an image"),
+        ("torn", "What?", "torn.png cannot be read as an image"),
     ],
 )
 def test_what_cannot_be_answered_is_one_clear_message(tmp_path, photo, image, question, message):
@@ -102,7 +102,7 @@ def test_the_command_line_takes_any_question(tmp_path, photo):
     assert done.returncode == 0, done.stderr
     assert "tokens kept 288 of 576" in done.stdout and not list(tmp_path.rglob("record.json"))
     failed = subprocess.run([*command[:2], "question=Why ?"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and "needs a picture" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 1 and "needs an image" in failed.stderr and "Traceback" not in failed.stderr
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from mipruner.pipeline import Pipeline
 from mipruner.prompt import collate
 from mipruner.pruners import MIPruner
 from mipruner.question import Reader, between_special
-from tiny import MODULES, picture, processor_of, prompts_of, reference, tiny, tokenizer
+from tiny import MODULES, make_image, processor_of, prompts_of, reference, tiny, tokenizer
 
 N = 5
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
@@ -74,9 +74,9 @@ CELLS = [(family, "mi") for family in MODULES] + [
 
 @pytest.mark.parametrize(("family", "name"), CELLS)
 def test_generate_gives_what_the_explicit_route_gives(family, name):
-    """Three prompts of different length: padding, several pictures, videos."""
+    """Three prompts of different length: padding, several images, videos."""
     adapter, pruner = tiny(family), PRUNERS[name]()
-    prompts = prompts_of(family)[:2] if family == "internvl" else prompts_of(family)  # its frames count as pictures
+    prompts = prompts_of(family)[:2] if family == "internvl" else prompts_of(family)  # its frames count as images
     answers = explicit(adapter, pruner, prompts)
     inputs, before = reference(family, prompts), registered(adapter.model)
     with mipruner.prune(adapter.model, pruner, 0.4, tokenizer=adapter.tokenizer) as pruning:
@@ -95,7 +95,7 @@ def test_the_vocabulary_is_summed_over_once_an_image(monkeypatch):
     monkeypatch.setattr(fused, "log_partition", lambda *args, **kwargs: (calls.append(args), plain(*args, **kwargs))[1])
     adapter, pruner = tiny("llava"), MIPruner(0.5, support="vocabulary")
     one, *_ = prompts_of("llava")
-    prompts = [one, replace(one, text="Is there a red car ?"), replace(one, images=[picture(7, 84, 84)])]
+    prompts = [one, replace(one, text="Is there a red car ?"), replace(one, images=[make_image(7, 84, 84)])]
     expected = [explicit(adapter, pruner, [prompt])[0] for prompt in prompts]
     assert len(calls) == 3
     calls.clear()
@@ -159,7 +159,7 @@ def short_prompts(pruning):
 )
 @pytest.mark.parametrize("name", ["mi", "visionzip"])
 def test_ways_of_drawing_are_those_of_the_short_prompt(options, name):
-    prompts = prompts_of("llava")[:: 2 if OLD else 1]  # where an old transformers mixes up the pictures of copies
+    prompts = prompts_of("llava")[:: 2 if OLD else 1]  # where an old transformers mixes up the images of copies
     adapter, inputs = tiny("llava"), reference("llava", prompts)
     options = {"max_new_tokens": N, "min_new_tokens": N, **options}
     torch.manual_seed(0)
@@ -211,22 +211,22 @@ def test_forward_passes_by_hand(family, with_cache):
     adapter, prompts = tiny(family), prompts_of(family)[1:2]
     expected = explicit(adapter, MIPruner(), prompts)[0].tokens
     inputs = reference(family, prompts)
-    pictures = {name: value for name, value in inputs.items() if name != "input_ids"}
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     found = []
     with mipruner.prune(adapter.model, "mi", 0.4, tokenizer=adapter.tokenizer):
         out = adapter.model(**inputs, use_cache=with_cache)
         for _ in expected:
             found.append(int(out.logits[0, -1].argmax()))
             token = torch.tensor([found[-1:]])
-            for name in pictures.keys() & {"attention_mask", "mm_token_type_ids"}:
-                more = torch.full_like(token, int(name == "attention_mask")).to(pictures[name])
-                pictures[name] = torch.cat([pictures[name], more], 1)
+            for name in rest.keys() & {"attention_mask", "mm_token_type_ids"}:
+                more = torch.full_like(token, int(name == "attention_mask")).to(rest[name])
+                rest[name] = torch.cat([rest[name], more], 1)
             if with_cache:
-                mask = {"attention_mask": pictures["attention_mask"]}
+                mask = {"attention_mask": rest["attention_mask"]}
                 out = adapter.model(input_ids=token, past_key_values=out.past_key_values, **mask)
             else:
                 inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
-                out = adapter.model(input_ids=inputs["input_ids"], use_cache=False, **pictures)
+                out = adapter.model(input_ids=inputs["input_ids"], use_cache=False, **rest)
     assert found == expected
 
 
@@ -255,8 +255,8 @@ def test_generate_without_a_cache():
 
 
 def chat(said, family="llava"):
-    """Ids and pictures of a conversation about one picture; what is said alternates between user and assistant."""
-    inputs = reference(family, [Prompt(said[0], [picture(0, 84, 84)])])
+    """Ids and images of a conversation about one image; what is said alternates between user and assistant."""
+    inputs = reference(family, [Prompt(said[0], [make_image(0, 84, 84)])])
     words = tokenizer()
     rest = ""
     for k, text in enumerate(said[1:]):
@@ -326,7 +326,7 @@ def test_a_chat_goes_on_with_its_cache(family, positions):
 def test_a_cached_beginning_is_left_alone(family):
     """A system prompt whose cache the caller keeps, and the same prompt without it."""
     if OLD and family == "qwen3_vl":
-        pytest.skip("places a picture behind a cached beginning wrongly, pruned or not")
+        pytest.skip("places an image behind a cached beginning wrongly, pruned or not")
     adapter = tiny(family)
     inputs = chat(["What is it ?", "A cup .", "Which color ?"], family)
     cache, n = DynamicCache(config=adapter.model.config.text_config), 3
@@ -555,7 +555,7 @@ def test_what_does_not_fit_is_refused_on_entering(arguments, message):
 )
 def test_what_cannot_be_served_is_refused(options, message):
     adapter = tiny("llava")
-    inputs = reference("llava", [Prompt("is it is it is it is it ?", [picture(0, 84, 84)])])
+    inputs = reference("llava", [Prompt("is it is it is it is it ?", [make_image(0, 84, 84)])])
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, **options}
     with (
         pytest.raises(InputError, match=message),
@@ -564,14 +564,14 @@ def test_what_cannot_be_served_is_refused(options, message):
         adapter.model.generate(**inputs, **options)
 
 
-def test_pictures_and_prompts_must_come_together():
+def test_images_and_prompts_must_come_together():
     adapter, inputs = tiny("llava"), reference("llava", prompts_of("llava")[:1])
     elsewhere = {"image": adapter.model.model.get_image_features(inputs["pixel_values"])}
     ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with mipruner.prune(adapter.model, "mi", 0.4, tokenizer=adapter.tokenizer):
         with pytest.raises(InputError, match="images encoded for them in this context 0"):
             adapter.model(**ids, mm_encoder_outputs=elsewhere)
-        generated(adapter.model, reference("llava", [Prompt("What?", [picture(5, 84, 84)])]))
+        generated(adapter.model, reference("llava", [Prompt("What?", [make_image(5, 84, 84)])]))
         with pytest.raises(InputError, match="were not encoded by this call"):
             adapter.model(**ids, mm_encoder_outputs=elsewhere)
         with pytest.raises(InputError, match="has inputs_embeds only"):
@@ -605,9 +605,8 @@ def test_a_cache_counts_the_full_prompt_and_crops_what_came_after_it(family, nam
 
 
 def scene():
-    return (
-        Image.open(ROOT / "tests/data/scene.png") if (ROOT / "tests/data/scene.png").exists() else picture(1, 336, 336)
-    )
+    path = ROOT / "tests/data/scene.png"
+    return Image.open(path) if path.exists() else make_image(1, 336, 336)
 
 
 def test_transformers_pipeline_on_the_demo():
@@ -628,7 +627,7 @@ def test_transformers_pipeline_on_the_demo():
 
 def test_the_qwen_shaped_demo():
     adapter = load(DEMO / "qwen3vl")
-    question, image = "Is there a sun in the image ?", picture(2, 336, 252)
+    question, image = "Is there a sun in the image ?", make_image(2, 336, 252)
     pixels = adapter.preprocess(image)
     n = int(pixels["grid_thw"].prod()) // 4
     text = f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|> USER: {question} ASSISTANT:"

@@ -74,7 +74,7 @@ def test_quality_and_the_maximum_bound_it(adapter):
     assert len(most[0].selections[0].indices) == N_VISUAL // 2
 
 
-def test_several_pictures_share_the_maximum(adapter):
+def test_several_images_share_the_maximum(adapter):
     for answer in run(adapter, MIPruner(), Auto(0.3, 18), prompts(n_images=3)):
         counts = [len(selection.indices) for selection in answer.selections]
         assert all(1 <= n <= 6 for n in counts)

@@ -37,7 +37,7 @@ from mipruner.pruners.base import DecoderView
 from mipruner.pruners.mmtok import STOP_WORDS
 from mipruner.pruners.sparsevlm import density_peaks
 from mipruner.pruning import prune
-from tiny import picture, tiny, tokenizer
+from tiny import make_image, tiny, tokenizer
 
 SIZES = [(576, 64), (576, 33), (144, 128), (49, 7), (30, 1), (30, 29), (17, 5), (2, 1)]
 METHODS = [CDPruner(), DivPruner(), MMTokPruner(), TrimTokenatorPruner(), VisionZipPruner(), VisPruner()]
@@ -265,7 +265,7 @@ def clip_folder(tmp_path_factory):
 def test_clip_relevance_is_measured_in_the_named_clip(clip_folder):
     adapter, clip = tiny("llava", clip=clip_folder), CLIPModel.from_pretrained(clip_folder).eval()
     question = "what colour is the umbrella beside the old green house on the hill"
-    prompt = Prompt(f"{question}\nAnswer briefly.", [picture(1, 90, 70)], question=question)
+    prompt = Prompt(f"{question}\nAnswer briefly.", [make_image(1, 90, 70)], question=question)
     pipeline = Pipeline(adapter, CDPruner(), 5)
     pixels = adapter.preprocess(prompt.images[0])
     visuals = list(pipeline.see(prompt.images).values())
@@ -287,7 +287,7 @@ def test_clip_relevance_is_measured_in_the_named_clip(clip_folder):
 
 
 def test_a_clip_that_is_not_there_is_named_when_it_is_needed():
-    adapter, prompt = tiny("llava", clip="/no/such/clip"), Prompt("what is it", [picture(1, 90, 70)])
+    adapter, prompt = tiny("llava", clip="/no/such/clip"), Prompt("what is it", [make_image(1, 90, 70)])
     Pipeline(adapter, MMTokPruner(), 5)([prompt])
     with pytest.raises(ModelError, match="/no/such/clip"):
         Pipeline(adapter, CDPruner(), 5)([prompt])
@@ -337,7 +337,7 @@ def test_mmtok_covers_the_words_with_content():
 def test_mmtok_on_qwen_covers_the_whole_text_behind_a_prefix(family):
     """The public code for Qwen: "Question: " and all that the user says, format sentence included, no stop words."""
     adapter, text = tiny(family), "what is it\nanswer the question using a single word"
-    image = picture(1, 280, 224)
+    image = make_image(1, 280, 224)
     pruner = MMTokPruner(tau_text=0.01, stop_words=False, prefix="Question: ", rounding="down")
     prompt = Prompt(text, [image], question="what is it")
     visual = Pipeline(adapter, pruner, 1.0).see([image])[id(image)]
@@ -513,13 +513,13 @@ def test_dart_on_qwen_cuts_the_budget_off(keep, n):
     assert DARTPruner(rounding="down").budget(7, n) == 7 == DARTPruner().budget(7, n)
 
 
-def test_dart_with_little_text_after_the_picture():
+def test_dart_with_little_text_after_the_image():
     view, _ = decoder_view(40, n_after=2)
     assert len(DARTPruner().reduce(view, 18).indices) == 4 + 6 * (18 // 6)
 
 
 def sparsevlm_raters(prompt, visual):
-    """Text tokens after the picture that get more than the mean share of the visual tokens' softmax."""
+    """Text tokens after the image that get more than the mean share of the visual tokens' softmax."""
     prompt, image = prompt.double(), [i for i, v in enumerate(visual.tolist()) if v]
     text = range(image[-1] + 1, len(prompt))
     shares = {j: 0.0 for j in text}
@@ -746,7 +746,7 @@ def n_hooks(model):
 
 @pytest.fixture(scope="module", params=["llava", "qwen3vl"])
 def demo(request):
-    """A trained demo model, and four questions about its world; for Qwen3-VL about pictures of two sizes."""
+    """A trained demo model, and four questions about its world; for Qwen3-VL about images of two sizes."""
     canvases = [(336, 336)] if request.param == "llava" else [(280, 280), (252, 336)]
     benchmark = Demo(n_scenes=len(canvases), seed=5, canvases=canvases)
     of_each = 4 // len(canvases)

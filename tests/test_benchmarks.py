@@ -70,8 +70,8 @@ def test_samples_keep_the_contract(name):
     assert changes == len(set(image_ids)) - 1
     for sample in samples:
         assert sample.question in sample.text
-        (picture,) = bench.images(sample.image_id)
-        assert picture.mode == "RGB" and picture.size == (32, 32)
+        (image,) = bench.images(sample.image_id)
+        assert image.mode == "RGB" and image.size == (32, 32)
     json.dumps([[sample.answer, sample.meta] for sample in samples])
 
 
@@ -101,7 +101,7 @@ def test_scienceqa():
     assert bench.correct(with_context, "C") == 0
 
 
-def test_scienceqa_finds_equal_pictures_by_content(tmp_path):
+def test_scienceqa_finds_equal_images_by_content(tmp_path):
     def change(rows):
         rows[4]["image"] = rows[0]["image"]
 
@@ -145,7 +145,7 @@ def test_mme_cognition_and_pairs(tmp_path):
     samples = benchmark("mme", rewrite("mme", tmp_path / "x.parquet", change), cognition=True).samples()
     assert [sample.task for sample in samples[4:]] == ["code_reasoning"] * 2
     assert samples[5].text == f"Is it  C?\n{SHORT}"
-    with pytest.raises(BenchmarkError, match=r"two questions a picture; code_reasoning/0003.png has 1"):
+    with pytest.raises(BenchmarkError, match=r"two questions an image; code_reasoning/0003.png has 1"):
         benchmark("mme", cognition=True).samples()
 
 
@@ -205,7 +205,7 @@ def same_image(rows):
         row["image"] = next(other["image"] for other in rows if other["image_source"] == row["image_source"])
 
 
-def test_each_picture_is_decoded_once(monkeypatch, tmp_path):
+def test_each_image_is_decoded_once(monkeypatch, tmp_path):
     opened = []
     monkeypatch.setattr(images.Image, "open", lambda file, real=Image.open: opened.append(file) or real(file))
     bench = benchmark("pope", rewrite("pope", tmp_path / "x.parquet", same_image))
@@ -216,18 +216,18 @@ def test_each_picture_is_decoded_once(monkeypatch, tmp_path):
     assert len(opened) == len({sample.image_id for sample in samples}) == 3
 
 
-def test_pictures_kept_in_memory_are_bounded():
+def test_images_kept_in_memory_are_bounded():
     bench = benchmark("scienceqa")
-    pictures = table.Pictures(bench.table, {f"{i}": i for i in range(5)}, cache_size=2)
+    stored = table.StoredImages(bench.table, {f"{i}": i for i in range(5)}, cache_size=2)
     for i in range(5):
-        pictures.load(f"{i}")
-    assert pictures.load.cache_info().currsize == 2
+        stored.load(f"{i}")
+    assert stored.load.cache_info().currsize == 2
 
 
-def test_a_broken_picture_is_an_error_of_its_sample_alone(tmp_path):
+def test_a_broken_image_is_an_error_of_its_sample_alone(tmp_path):
     def change(rows):
         whole = rows[0]["image"]["bytes"]
-        rows[0]["image"] = {"bytes": b"not a picture", "path": None}
+        rows[0]["image"] = {"bytes": b"not an image", "path": None}
         rows[2]["image"] = {"bytes": whole[: len(whole) // 2], "path": None}
         rows[4]["image"] = None
 
@@ -236,7 +236,7 @@ def test_a_broken_picture_is_an_error_of_its_sample_alone(tmp_path):
     for sample, reason in ((first, "cannot be decoded"), (second, "cannot be decoded"), (third, "is empty")):
         with pytest.raises(SampleError, match=f"{sample.image_id} {reason}"):
             bench.images(sample.image_id)
-    with pytest.raises(SampleError, match="no picture COCO_9 in the table"):
+    with pytest.raises(SampleError, match="no image COCO_9 in the table"):
         bench.images("COCO_9")
 
 
@@ -305,7 +305,7 @@ def test_questions_of_one_id_are_numbered(tmp_path):
     assert [sample.id for sample in samples] == ["adversarial/1", "adversarial/1#2"]
 
 
-def test_grey_and_palette_pictures_become_rgb(tmp_path):
+def test_grey_and_palette_images_become_rgb(tmp_path):
     def change(rows):
         for row, mode in zip(rows, ("L", "P", "RGBA", "1", "CMYK"), strict=True):
             content = io.BytesIO()
@@ -359,7 +359,7 @@ def test_errors_of_files_are_one_line(tmp_path):
     with pytest.raises(BenchmarkError, match="lacks the column image;"):
         pq.write_table(pq.read_table(FILES["pope"]).drop(["image"]), tmp_path / "b.parquet")
         benchmark("pope", tmp_path / "b.parquet").samples()
-    with pytest.raises(BenchmarkError, match=r"the column image of .* holds no pictures"):
+    with pytest.raises(BenchmarkError, match=r"the column image of .* holds no images"):
         numbers = pq.read_table(FILES["pope"]).drop(["image"]).append_column("image", pa.array(range(5)))
         pq.write_table(numbers, tmp_path / "c.parquet")
         benchmark("pope", tmp_path / "c.parquet").samples()

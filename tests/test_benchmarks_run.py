@@ -33,7 +33,7 @@ def config(tmp_path: Path, dataset: str, path: Path, *overrides: str) -> dict:
         return build.resolve(compose("config", [f"dataset={dataset}", f"dataset.path={path}", *common, *overrides]))
 
 
-def test_shards_cut_the_work_and_not_a_picture(tmp_path):
+def test_shards_cut_the_work_and_not_an_image(tmp_path):
     ids = []
     for shard in ("0/2", "1/2"):
         settings = config(tmp_path, "pope", SCHEMAS / "pope_test.parquet", f"shard={shard}")
@@ -43,10 +43,10 @@ def test_shards_cut_the_work_and_not_a_picture(tmp_path):
     assert not {image for _, image in ids[0]} & {image for _, image in ids[1]}
 
 
-def test_a_broken_picture_is_listed_and_stays_in_the_denominator(tmp_path):
+def test_a_broken_image_is_listed_and_stays_in_the_denominator(tmp_path):
     source = pq.read_table(SCHEMAS / "pope_test.parquet")
     rows = source.to_pylist()
-    rows[0]["image"] = {"bytes": b"not a picture", "path": None}
+    rows[0]["image"] = {"bytes": b"not an image", "path": None}
     pq.write_table(pa.Table.from_pylist(rows, schema=source.schema), tmp_path / "pope.parquet")
     record = run_cell(config(tmp_path, "pope", tmp_path / "pope.parquet"))
     assert [failure["id"] for failure in record["failed"]] == ["adversarial/1"]

@@ -181,8 +181,8 @@ def test_a_scene_does_not_depend_on_how_many_are_made():
     assert Demo(n_scenes=3, seed=1).samples() != few.samples()
     ids = [s.id for s in many.samples()]
     assert len(set(ids)) == len(ids)
-    pictures = [s.image_id for s in many.samples()]
-    assert pictures == sorted(pictures, key=int) and all(s.question in s.text for s in many.samples())
+    images = [s.image_id for s in many.samples()]
+    assert images == sorted(images, key=int) and all(s.question in s.text for s in many.samples())
 
 
 def test_scene_zero_stays_what_it_is():

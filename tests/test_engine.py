@@ -59,11 +59,11 @@ def tiny(n_layers=2, seed=0):
 
 
 def prompts(n):
-    """Questions of different lengths about two pictures, spread over the demo."""
+    """Questions of different lengths about two images, spread over the demo."""
     benchmark = Demo(n_scenes=2)
     samples = benchmark.samples()[:: max(1, len(benchmark.samples()) // n)]
-    pictures = {image_id: benchmark.images(image_id) for image_id in {s.image_id for s in samples}}
-    return [Prompt(s.text, pictures[s.image_id], sample=s.id) for s in samples]
+    loaded = {image_id: benchmark.images(image_id) for image_id in {s.image_id for s in samples}}
+    return [Prompt(s.text, loaded[s.image_id], sample=s.id) for s in samples]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_after_features_that_are_not_finite_answers_are_as_before():
 def test_prompts_of_one_bucket_share_a_graph():
     engine = Engine(tiny(), MIPruner(), 5, Decoding(max_new_tokens=2), bucket=32, longest=64)
     several = prompts(8)
-    lengths = {len(engine.adapter.tokenize(prompt, [engine.picture]).ids) for prompt in several}
+    lengths = {len(engine.adapter.tokenize(prompt, [engine.visual]).ids) for prompt in several}
     for prompt in several:
         engine(prompt)
     names = [name for name, *_ in engine.graphs]
@@ -228,7 +228,7 @@ def test_what_the_engine_cannot_do_it_says():
     adapter, prompt = tiny(), prompts(1)[0]
     with pytest.raises(InputError, match="greedily"):
         Engine(adapter, MIPruner(), 5, Decoding(temperature=0.5))
-    with pytest.raises(InputError, match="one picture, not 2"):
+    with pytest.raises(InputError, match="one image, not 2"):
         Engine(adapter, MIPruner(), 5, Decoding())(Prompt(prompt.text, [*prompt.images] * 2))
     with pytest.raises(InputError, match="raise longest"):
         Engine(adapter, MIPruner(), 5, Decoding(), longest=4)(prompt)
@@ -251,9 +251,9 @@ def test_the_vocabulary_is_summed_over_once_an_image(demo, monkeypatch):
     plain = fused.log_partition
     monkeypatch.setattr(fused, "log_partition", lambda *args, **kwargs: (calls.append(args), plain(*args, **kwargs))[1])
     pruner, keep, decoding = MIPruner(0.5, support="vocabulary"), 16, Decoding(max_new_tokens=4)
-    pictures = {id(prompt.images): prompt.images for prompt in prompts(8)}.values()
+    loaded = {id(prompt.images): prompt.images for prompt in prompts(8)}.values()
     texts = [prompt.text for prompt in prompts(2)]
-    asked = [Prompt(text, picture) for picture in pictures for text in texts]
+    asked = [Prompt(text, images) for images in loaded for text in texts]
     fresh = [Pipeline(demo, pruner, keep, decoding)([prompt])[0] for prompt in asked]
     assert len(calls) == len(asked) == 4
     pipeline, engine = Pipeline(demo, pruner, keep, decoding), Engine(demo, pruner, keep, decoding)
@@ -283,7 +283,7 @@ def test_on_a_cpu_the_pipeline_answers(demo, monkeypatch):
     found = engine(prompts(1)[0])
     assert found.tokens == expected.tokens and engine.graphs == {}
     assert stages == ["vision", "scoring", "prefill", "decode"]
-    with pytest.raises(InputError, match="one picture, not 2"):
+    with pytest.raises(InputError, match="one image, not 2"):
         engine(Prompt("Which ?", prompts(1)[0].images * 2))
     with pytest.raises(InputError, match="inside the decoder"):
         engines.Engine(demo, FastVPruner(), 16, decoding)

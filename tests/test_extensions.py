@@ -33,7 +33,7 @@ def test_estimate(size):
     rows = [
         {"kept": [[0, 5, 7]], "grids": [[3, 4]]},
         {"kept": [[1, 2], [60, 7]], "grids": [[2, 2], [3, 7, 5]]},
-        {"prediction": None, "error": "broken picture"},
+        {"prediction": None, "error": "broken image"},
     ]
     ours = prior.estimate(rows, size)
     torch.testing.assert_close(ours, torch.tensor(estimate(rows[:2], size)))
@@ -132,7 +132,7 @@ def test_auto_stands_beside_the_fixed_budget_of_its_mean(tmp_path):
     )
     (line,) = (line for line in extensions.automatic(frame).splitlines() if "quality" in line)
     assert line.split(" | ")[2:4] == ["75.0", "50.0"]
-    assert "+25.0 ± 50.0" in line  # by picture: (0.5 + 1) / 2 and (0 - 0.5) / 2, mean 0.25, deviation 0.707
+    assert "+25.0 ± 50.0" in line  # by image: (0.5 + 1) / 2 and (0 - 0.5) / 2, mean 0.25, deviation 0.707
 
 
 def test_cover_is_compared_by_type_only_where_both_have_every_draw(tmp_path):

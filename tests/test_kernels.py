@@ -147,7 +147,7 @@ def test_more_tokens_than_a_program_holds():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("n_visual", [576, 2304, 16384])
-def test_large_pictures(n_visual):
+def test_large_images(n_visual):
     visual, text = tokens(n_visual, 20, 512, dtype=torch.bfloat16)
     expected = reference(visual.to(DEVICE), text.to(DEVICE), n_visual // 8, 0.5).cpu()
     same = (picks(visual[None], text[None], n_visual // 8, 0.5)[0] == expected).float().mean()

@@ -29,7 +29,7 @@ dataset_kwargs:
   data_files: {{test: {data}}}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function scenes.pictures
+doc_to_visual: !function scenes.images
 doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
 generation_kwargs: {{max_new_tokens: 4, temperature: 0, do_sample: false, until: ["\\n"]}}
@@ -42,8 +42,8 @@ import io
 from PIL import Image
 
 
-def pictures(doc):
-    return [Image.open(io.BytesIO(doc["picture"])).convert("RGB")]
+def images(doc):
+    return [Image.open(io.BytesIO(doc["image"])).convert("RGB")]
 
 
 def score(doc, results):
@@ -60,7 +60,7 @@ def scenes(tmp_path_factory):
     for sample in samples:
         file = io.BytesIO()
         benchmark.images(sample.image_id)[0].save(file, "PNG")
-        rows.append({"picture": file.getvalue(), "question": sample.text, "answer": sample.answer})
+        rows.append({"image": file.getvalue(), "question": sample.text, "answer": sample.answer})
     pd.DataFrame(rows).to_parquet(folder / "scenes.parquet")
     (folder / "demo_scenes.yaml").write_text(TASK.format(data=folder / "scenes.parquet"))
     (folder / "scenes.py").write_text(FUNCTIONS)

@@ -34,7 +34,7 @@ from tiny import (
     MODULES,
     QWEN,
     WITH_VIDEO,
-    picture,
+    make_image,
     prompts_of,
     reference,
     tiny,
@@ -62,7 +62,7 @@ def encode(adapter, prompts, pruner=None):
 
 
 def thin(encoded, share=0.5, seed=0):
-    """A random part of each picture's tokens."""
+    """A random part of each image's tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [
         Selection(torch.randperm(v.n_visual, generator=generator)[: max(1, int(share * v.n_visual))].sort().values)
@@ -278,8 +278,8 @@ def test_pruned_in_bfloat16_is_close_to_float32(family):
     assert error.mean() < BFLOAT16
 
 
-def test_pictures_seen_together_are_pictures_seen_alone():
-    """One vision pass over pictures and videos of many sizes mixes nothing up."""
+def test_images_seen_together_are_images_seen_alone():
+    """One vision pass over images and videos of many sizes mixes nothing up."""
     for family in MODULES:
         adapter = tiny(family)
         images = list({id(i): i for p in prompts_of(family) for i in p.images}.values())
@@ -355,10 +355,10 @@ def test_the_output_depends_on_deepstack_rows_at_their_tokens(family):
 
 @pytest.mark.parametrize("family", QWEN)
 def test_positions_in_time_and_plane(family):
-    """M-RoPE by counting, for two pictures and a video; and a short prompt keeps its part of them."""
+    """M-RoPE by counting, for two images and a video; and a short prompt keeps its part of them."""
     adapter = tiny(family)
     clip = video(9, 4, fps=1.0)
-    (sample,) = encode(adapter, [Prompt("What is it ?", [picture(1, 112, 70), clip, picture(2, 56, 140)])])
+    (sample,) = encode(adapter, [Prompt("What is it ?", [make_image(1, 112, 70), clip, make_image(2, 56, 140)])])
     grids = iter([v.grid if v.is_video else (1, *v.grid) for v in sample.visuals])
     per_step = {"qwen2_vl": 1, "qwen2_5_vl": 2 * 2}.get(family)  # tokens a second x seconds a step
     expected, now, k, ids = [], 0, 0, sample.ids.tolist()
@@ -444,9 +444,9 @@ def test_videos_of_one_call_of_llava_onevision_come_apart():
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_several_pictures_share_the_budget_and_stay_apart():
+def test_several_images_share_the_budget_and_stay_apart():
     adapter = tiny("qwen3_vl")
-    images = [picture(1, 140, 140), picture(2, 56, 56), picture(3, 84, 140)]
+    images = [make_image(1, 140, 140), make_image(2, 56, 56), make_image(3, 84, 140)]
     (sample,) = encode(adapter, [Prompt("Which ?", images)])
     counts = [v.n_visual for v in sample.visuals]
     assert counts == [25, 4, 15]
@@ -497,10 +497,10 @@ def recorded():
 
 @FAMILY
 def test_encoder_attention_is_that_of_an_eager_encoder(family, recorded):
-    """CLS rows or column sums of the layer that the projector reads, one picture a time, in the order of the tokens."""
+    """CLS rows or column sums of the layer that the projector reads, one image a time, in the order of the tokens."""
     eager, adapter = tiny(family, "recorder"), tiny(family)
     images = [image for prompt in prompts_of(family) for image in prompt.images]
-    images += [picture(8, 100, 100)]
+    images += [make_image(8, 100, 100)]
     found = adapter.encode([adapter.preprocess(image) for image in images], frozenset({"attention"}))
     for image, visual in zip(images, found, strict=True):
         recorded.clear()
@@ -512,7 +512,7 @@ def test_encoder_attention_is_that_of_an_eager_encoder(family, recorded):
 
 @pytest.mark.parametrize("family", QWEN)
 def test_hidden_and_keys_of_a_merged_token_are_the_mean_over_its_patches(family, recorded):
-    adapter, image = tiny(family), picture(6, 140, 112)
+    adapter, image = tiny(family), make_image(6, 140, 112)
     signals = frozenset({"hidden", "keys", "attention_to_self"})
     (visual,) = adapter.encode([adapter.preprocess(image)], signals)
     inside = []
@@ -620,7 +620,7 @@ def test_system_message_and_template():
     assert before.endswith("to the user's questions. USER: <image><image>\n") and after == " ASSISTANT:"
 
 
-def test_a_template_is_tokenized_around_its_pictures():
+def test_a_template_is_tokenized_around_its_images():
     """As the original LLaVA code: each side by itself, one BOS, so a tokenizer that adds a blank adds it on both."""
     backend = Tokenizer(
         WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 3, "▁a": 4, "▁": 5, "b": 6, "▁b": 7}, "<unk>")
@@ -633,8 +633,8 @@ def test_a_template_is_tokenized_around_its_pictures():
     words = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     plain = tiny("llava")
     adapter = LlavaAdapter(plain.model, words, plain.image_processor, prompt="a {image}b {text}")
-    visuals = adapter.encode([adapter.preprocess(picture(0, 56, 56))])
-    tokens = adapter.tokenize(Prompt("a", [picture(0, 56, 56)]), visuals)
+    visuals = adapter.encode([adapter.preprocess(make_image(0, 56, 56))])
+    tokens = adapter.tokenize(Prompt("a", [make_image(0, 56, 56)]), visuals)
     assert tokens.ids.tolist() == [1, 4, 5] + [3] * 16 + [5, 6, 4]
     assert tokens.is_text.tolist() == [False] * 21 + [True]
 
@@ -658,12 +658,12 @@ def test_what_counts_as_padding():
 def test_square_padding_with_the_mean_colour():
     plain = tiny("llava")
     adapter = LlavaAdapter(plain.model, plain.tokenizer, plain.image_processor, square=True)
-    image = picture(0, 112, 42)
+    image = make_image(0, 112, 42)
     canvas = Image.new("RGB", (112, 112), (122, 116, 104))
     canvas.paste(image, (0, 35))
     one = adapter.preprocess(image)
     assert torch.equal(one["pixel_values"], plain.preprocess(canvas)["pixel_values"])
-    # 28 pixels a patch: the picture lies on 35 .. 77, that is on the rows 1 and 2 of 0 .. 3
+    # 28 pixels a patch: the image lies on 35 .. 77, that is on the rows 1 and 2 of 0 .. 3
     assert one["valid"].tolist() == [[row in (1, 2)] * 4 for row in range(4)]
     (visual,) = adapter.encode([one], frozenset({"valid"}))
     assert visual.signals["valid"].tolist() == [row in (1, 2) for row in range(4) for _ in range(4)]
@@ -673,7 +673,7 @@ def test_square_padding_with_the_mean_colour():
 
 
 def test_pixel_limits():
-    image = picture(0, 200, 120)
+    image = make_image(0, 200, 120)
     small = tiny("qwen3_vl", min_pixels=28 * 28, max_pixels=4 * 28 * 28)
     (visual,) = small.encode([small.preprocess(image)])
     assert visual.grid == (1, 2)
@@ -689,7 +689,7 @@ def test_a_family_without_videos_says_so(family):
 
 
 def test_prompts_that_cannot_be_used():
-    adapter, image = tiny("qwen3_vl"), picture(0, 56, 56)
+    adapter, image = tiny("qwen3_vl"), make_image(0, 56, 56)
     visuals = adapter.encode([adapter.preprocess(image)])
     for text, message in [(" ", "empty"), ("a <|image_pad|> b", "placeholder"), ("a <|video_pad|>", "placeholder")]:
         with pytest.raises(InputError, match=message):
@@ -739,7 +739,7 @@ def test_load_from_a_folder(family, tmp_path):
     )
     assert load(tmp_path).chat.render(["image"]) == ("", "!")
     with pytest.raises(InputError, match="writes 0 placeholders for 1 images"):
-        load(tmp_path).tokenize(Prompt("a", [picture(0, 56, 56)]), [Visual(torch.empty(4, 32), None)])
+        load(tmp_path).tokenize(Prompt("a", [make_image(0, 56, 56)]), [Visual(torch.empty(4, 32), None)])
     with pytest.raises(InputError, match="no_such_option"):
         load(tmp_path, no_such_option=1)
     with pytest.raises(InputError, match="int3"):

@@ -35,7 +35,7 @@ def test_where_they_are_highest():
         assert 0.005 < prior[0] / prior.max() < 0.05
 
 
-def test_the_estimate_is_stretched_over_the_picture():
+def test_the_estimate_is_stretched_over_the_image():
     assert visual_prior("estimated", (2, 2), TABLE).tolist() == pytest.approx([1 / 16, 2 / 16, 3 / 16, 10 / 16])
     quarters = visual_prior("estimated", (20, 20), TABLE).view(2, 10, 2, 10).sum((1, 3))
     assert quarters.flatten().diff().min() > 0

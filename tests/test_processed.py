@@ -23,15 +23,15 @@ from mipruner.models.generic import GenericAdapter
 from mipruner.pipeline import Pipeline
 from mipruner.processed import ProcessorPipeline, pipeline_of
 from mipruner.pruners import make
-from tiny import picture, prompts_of, tiny, video
+from tiny import make_image, prompts_of, tiny, video
 
 KINDS = ["gemma3", "idefics3", "paddleocr_vl"]
 PROMPTS = [
-    Prompt("What is this?", [picture(0, 120, 80)], sample="a"),
+    Prompt("What is this?", [make_image(0, 120, 80)], sample="a"),
     Prompt("no image", [], sample="b"),
     Prompt(
         "Here are two.\nWhich of them is larger?\nAnswer in one word.",
-        [picture(1, 120, 80), picture(2, 90, 150)],
+        [make_image(1, 120, 80), make_image(2, 90, 150)],
         query="Which of them is larger?\nAnswer in one word.",
         question="Which of them is larger?",
         sample="c",
@@ -131,7 +131,7 @@ def test_what_cannot_be_answered_is_one_clear_message(folders):
     with pytest.raises(InputError, match="gemma3 has no adapter, and takes images only"):
         adapter.kinds([video(0, 2)])
     with pytest.raises(InputError, match="contains the placeholder '<image_soft_token>'"):
-        pipeline([Prompt("What is <image_soft_token>?", [picture(0, 80, 80)], sample="a")])
+        pipeline([Prompt("What is <image_soft_token>?", [make_image(0, 80, 80)], sample="a")])
     with pytest.raises(InputError, match="runs by its own processor"):
         Pipeline(adapter, make("mi"), 0.25)([PROMPTS[0]])
     with pytest.raises(InputError, match="only image rows and text are known"):
@@ -189,7 +189,7 @@ def test_the_command_line_says_what_is_missing(folders, monkeypatch, capfd):
 
 
 def test_an_image_of_ones_own(folders, tmp_path, monkeypatch, capfd):
-    picture(0, 120, 80).save(tmp_path / "photo.png")
+    make_image(0, 120, 80).save(tmp_path / "photo.png")
     words = [f"image={tmp_path}/photo.png", "question=Why?", "keep=4", f"results={tmp_path}", "model.dtype=float32"]
     status, said = cli(monkeypatch, capfd, f"model.path={folders['gemma3']}", *words)
     assert status == 0 and "tokens kept 4 of 16" in said.out

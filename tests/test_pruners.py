@@ -263,9 +263,9 @@ def test_only_what_is_asked_for_is_read():
 
 def test_an_adapter_hands_out_the_language_model_s_vocabulary():
     adapter = load(Path(__file__).parent.parent / "experiments/demo/llava", dtype="float32")
-    picture = Image.new("RGB", (336, 336), (90, 120, 150))
-    visuals = adapter.encode([adapter.preprocess(picture)])
-    prompt = Prompt("What color is the sun ?", [picture])
+    image = Image.new("RGB", (336, 336), (90, 120, 150))
+    visuals = adapter.encode([adapter.preprocess(image)])
+    prompt = Prompt("What color is the sun ?", [image])
     features = adapter.read(prompt, visuals, MIPruner(support="vocabulary").signals).features()[0]
     assert features.vocabulary is adapter.model.get_input_embeddings().weight
     words = adapter.tokenizer("What color is the sun ?", add_special_tokens=False)["input_ids"]

@@ -256,7 +256,7 @@ def test_folder_names_show_what_differs():
     assert differs(["keep=16", "seed=2"], seed=0) == ""
 
 
-def test_limit_keeps_pictures_whole_and_shards_share_nothing():
+def test_limit_keeps_images_whole_and_shards_share_nothing():
     samples = Toy(10).samples()
     limited = subset(samples, 6, None, seed=0)
     assert len(limited) == 6 and len({s.image_id for s in limited}) == 3
@@ -270,11 +270,11 @@ def test_limit_keeps_pictures_whole_and_shards_share_nothing():
         subset(samples, None, "10/11", seed=0)
 
 
-def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path, record_property):
+def test_a_corrupt_image_is_reported_and_stays_in_the_denominator(tmp_path, record_property):
     settings = config(tmp_path, corrupt=[2])
     record = run_cell(settings)
     errors = {failed["id"]: failed["error"] for failed in record["failed"]}
-    assert errors == dict.fromkeys(("2-0", "2-1"), "picture 2 cannot be decoded")
+    assert errors == dict.fromkeys(("2-0", "2-1"), "image 2 cannot be decoded")
     assert record["n_samples"] == 12
     rows = {row["id"]: row for row in Cell(settings).rows()}
     assert rows["2-0"]["prediction"] is None and rows["2-0"]["correct"] == 0
@@ -282,7 +282,7 @@ def test_a_corrupt_picture_is_reported_and_stays_in_the_denominator(tmp_path, re
     outcome = (
         f"the run goes on; its questions count as wrong, and the record lists them: {record['failed'][0]['error']}"
     )
-    record_property("survives", ("a corrupt picture in a data set", outcome))
+    record_property("survives", ("a corrupt image in a data set", outcome))
 
 
 def recorded(monkeypatch, cls, name):
@@ -292,7 +292,7 @@ def recorded(monkeypatch, cls, name):
     return calls
 
 
-def test_long_questions_first_and_every_picture_once(tmp_path, monkeypatch):
+def test_long_questions_first_and_every_image_once(tmp_path, monkeypatch):
     settings = config(tmp_path, "batch_size=3", n=5)
     loads, pixels = recorded(monkeypatch, Toy, "images"), recorded(monkeypatch, LlavaAdapter, "preprocess")
     passes = recorded(monkeypatch, LlavaAdapter, "run_encoder")
@@ -302,8 +302,8 @@ def test_long_questions_first_and_every_picture_once(tmp_path, monkeypatch):
     assert len(pixels) == sum(len(batch) for (batch,) in passes) == 5
 
 
-def test_pictures_do_not_pile_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.evaluate.MAX_PICTURES", 2)
+def test_images_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.evaluate.MAX_IMAGES", 2)
     loads = recorded(monkeypatch, Toy, "images")
     record = run_cell(config(tmp_path, "batch_size=1", n=3))
     assert loads == [("0",), ("1",), ("2",)] * 2 and record["failed"] == []
@@ -316,7 +316,7 @@ def test_samples_are_sorted_within_a_window_only(monkeypatch):
 
 def test_if_every_sample_fails_there_is_no_record(tmp_path, record_property):
     settings = config(tmp_path, n=1, corrupt=[0])
-    with pytest.raises(BenchmarkError, match="none of the 2 samples could be run; the first: picture 0 cannot be deco"):
+    with pytest.raises(BenchmarkError, match="none of the 2 samples could be run; the first: image 0 cannot be deco"):
         run_cell(settings)
     assert not Cell(settings).is_done
     record_property("survives", ("every image of a data set is missing", "one line; there is no record of 0.00"))

@@ -65,7 +65,7 @@ def test_methods_choose_as_many_as_asked(method):
     assert len(set(picks.tolist())) == 20
 
 
-def test_slow_methods_are_left_out_of_larger_pictures(tmp_path, capsys):
+def test_slow_methods_are_left_out_of_larger_images(tmp_path, capsys):
     scaling.run(config(*SMALL, f"out={tmp_path}/rows.csv", "most_s=0"))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {(row["n_visual"], row["n_keep"]) for row in rows} == {(32, 8), (32, 16)}

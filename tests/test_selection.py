@@ -243,7 +243,7 @@ def test_split_budget_by_hand():
     assert split_budget(3, [1000, 1, 1]) == [1, 1, 1]
     assert split_budget(144, [576, 288]) == [96, 48]
     assert split_budget(7, [4, 2, 1]) == [4, 2, 1]
-    with pytest.raises(ValueError, match="2 tokens for 3 pictures"):
+    with pytest.raises(ValueError, match="2 tokens for 3 images"):
         split_budget(2, [9, 9, 9])
 
 

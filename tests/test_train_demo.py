@@ -1,4 +1,4 @@
-"""The demo's trainer: examples that say what is in the picture, losses that fall, and a kill that changes nothing."""
+"""The demo's trainer: examples that say what is in the image, losses that fall, and a kill that changes nothing."""
 
 import copy
 import itertools
@@ -238,10 +238,10 @@ def test_scramble_moves_all_but_the_things():
     things = learner.model.get_input_embeddings().weight[learner.thing_ids]
     torch.testing.assert_close(mixed.tokens @ things.T, tokens @ things.T, atol=1e-4, rtol=1e-3)
     null = torch.linalg.svd(things).Vh[len(things) :]  # directions that no thing has
-    for picture in range(2):
+    for k in range(2):
         for token in range(5):
-            other = tokens[picture, order[picture, token]]
-            torch.testing.assert_close(mixed.tokens[picture, token] @ null.T, other @ null.T, atol=1e-4, rtol=1e-3)
+            other = tokens[k, order[k, token]]
+            torch.testing.assert_close(mixed.tokens[k, token] @ null.T, other @ null.T, atol=1e-4, rtol=1e-3)
     assert mixed.deepstack is deepstack
 
 

@@ -20,14 +20,14 @@ ROOT = Path(__file__).parent.parent
 VIDEOS = {"msvd": "videos", "msrvtt": "videos/all", "tgif": "mp4"}
 
 
-def positions(pictures: list[Image.Image], n: int) -> list[int]:
-    """Which of the n frames each picture is."""
-    return [int(np.abs(np.asarray(picture).mean() - np.asarray(greys(n))).argmin()) for picture in pictures]
+def positions(images: list[Image.Image], n: int) -> list[int]:
+    """Which of the n frames each image is."""
+    return [int(np.abs(np.asarray(image).mean() - np.asarray(greys(n))).argmin()) for image in images]
 
 
 def write_gif(path: Path, n: int) -> None:
-    pictures = [Image.new("L", (64, 48), grey) for grey in greys(n)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+    images = [Image.new("L", (64, 48), grey) for grey in greys(n)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
 
 
 def benchmark(name, path, judge=None, **options):
@@ -65,10 +65,10 @@ def test_first_thousand_of_the_file(tmp_path):
 def test_frames_are_evenly_spaced(tmp_path, suffix, codec, n):
     write_set(tmp_path)
     write_video(tmp_path / f"videos/v0{suffix}", n, codec)
-    pictures = benchmark("msvd", tmp_path).images("v0")
-    assert [picture.mode for picture in pictures] == ["RGB"] * 8
-    assert [picture.size for picture in pictures] == [(64, 48)] * 8
-    assert positions(pictures, n) == [int(i * (n - 1) / 7) for i in range(8)]
+    images = benchmark("msvd", tmp_path).images("v0")
+    assert [image.mode for image in images] == ["RGB"] * 8
+    assert [image.size for image in images] == [(64, 48)] * 8
+    assert positions(images, n) == [int(i * (n - 1) / 7) for i in range(8)]
 
 
 def test_gif_and_a_name_with_its_suffix(tmp_path):
@@ -120,10 +120,10 @@ def test_no_frame_is_flipped(tmp_path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        picture = np.zeros((48, 64, 3), np.uint8)
-        picture[:, 32:] = 255
+        image = np.zeros((48, 64, 3), np.uint8)
+        image[:, 32:] = 255
         for _ in range(20):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         container.mux(stream.encode())
     for frame in video.frames(path, 8):
         assert np.asarray(frame)[:, :24].mean() < 10 < 200 < np.asarray(frame)[:, 40:].mean()

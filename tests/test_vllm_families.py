@@ -23,7 +23,7 @@ SIZES = {"llava_next": (56, 112), "llava_onevision": (56, 112), "internvl": (56,
 
 def asked_of(family):
     width, height = SIZES.get(family, (84, 56))
-    first, second = tiny.picture(0, width, height), tiny.picture(1, height, width)
+    first, second = tiny.make_image(0, width, height), tiny.make_image(1, height, width)
     asked = [("What is it ?", first), ("Which colour ?", first), ("How many ?", second), ("Why ?", second)]
     if family != "llava_onevision":  # several images are no tiles there
         asked.append(("Which is larger ?", first, second))

@@ -18,7 +18,7 @@ from mipruner.pipeline import Pipeline
 from mipruner.prompt import collate
 from mipruner.pruners import make
 from mipruner.shortening import shorten
-from test_attach import N, chat, explicit, generated, indices, picture, registered
+from test_attach import N, chat, explicit, generated, indices, make_image, registered
 from tiny import prompts_of, reference, tiny, tokenizer
 
 FAMILIES = ["llava", "qwen3_vl"]
@@ -185,7 +185,7 @@ def test_a_prompt_without_an_image_in_the_batch(family, name):
 @pytest.mark.parametrize("name", ["random", "vispruner", "fastv", "divprune"])
 def test_an_image_without_a_question(family, name):
     adapter = tiny(family)
-    inputs = reference(family, [Prompt("?", [picture(0, 84, 84)])])
+    inputs = reference(family, [Prompt("?", [make_image(0, 84, 84)])])
     inputs["input_ids"], at = inputs["input_ids"].clone(), (inputs["input_ids"] == tokenizer()("?").input_ids[0])
     keep = ~at[0]
     inputs = {k: v[:, keep] if v.shape[:2] == at.shape else v for k, v in inputs.items()}

@@ -75,26 +75,26 @@ def tiny(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **
     return FAMILIES[family](model.to(dtype), words, processor_of(family), **options)
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
+def make_image(seed: int, width: int, height: int) -> Image.Image:
     """Random blocks of colour, so that resizing leaves something to see."""
     blocks = np.random.default_rng(seed).integers(0, 255, (max(1, height // 7), max(1, width // 7), 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def video(seed: int, n_frames: int, width: int = 84, height: int = 56, fps: float = 2.0) -> Video:
-    return Video([picture(100 * seed + k, width, height) for k in range(n_frames)], fps=fps)
+    return Video([make_image(100 * seed + k, width, height) for k in range(n_frames)], fps=fps)
 
 
 @cache
 def prompts_of(family: str) -> tuple[Prompt, ...]:
     """Three prompts of different length: one image, two of other sizes, and an image with a video."""
     alone = family in getattr(MODULES[family], "ALONE", ())
-    several, last = [picture(1, 112, 70), picture(2, 56, 140)], [picture(3, 90, 60)]
+    several, last = [make_image(1, 112, 70), make_image(2, 56, 140)], [make_image(3, 90, 60)]
     if family in WITH_VIDEO:
         last = [video(4, 3)] if alone else [video(4, 3), *last]
     several = several[:1] if alone else several
     return (
-        Prompt("What color is it ?", [picture(0, 84, 84)], sample="a"),
+        Prompt("What color is it ?", [make_image(0, 84, 84)], sample="a"),
         Prompt("Which of the two is larger, the first or the second ?", several, sample="b"),
         Prompt("What happens then ?", last, sample="c"),
     )

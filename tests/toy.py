@@ -58,7 +58,7 @@ def save_toy_video_model(folder: Path) -> None:
 
 
 class Toy(Benchmark):
-    """``n`` pictures of one flat colour, two questions each; some of them broken on request."""
+    """``n`` images of one flat colour, two questions each; some of them broken on request."""
 
     def __init__(self, n: int = 6, corrupt: tuple[int, ...] = (), empty: tuple[int, ...] = ()):
         self.n, self.corrupt, self.empty = n, corrupt, empty
@@ -82,7 +82,7 @@ class Toy(Benchmark):
     def images(self, image_id):
         self.asked.append(image_id)
         if int(image_id) in self.corrupt:
-            raise SampleError(f"picture {image_id} cannot be decoded")
+            raise SampleError(f"image {image_id} cannot be decoded")
         return [Image.new("RGB", (84, 84), (40 * int(image_id) % 256, 90, 160))]
 
     def correct(self, sample, prediction):

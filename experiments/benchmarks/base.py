@@ -1,4 +1,4 @@
-"""The contract of a benchmark: samples, their pictures, and a score from the predictions."""
+"""The contract of a benchmark: samples, their images, and a score from the predictions."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from experiments.metrics import mean_percent, standard_error
 
 
 class SampleError(Exception):
-    """One sample cannot be used (a corrupt picture, a missing video). It is recorded as failed; the run goes on."""
+    """One sample cannot be used (a corrupt image, a missing video). It is recorded as failed; the run goes on."""
 
 
 class BenchmarkError(Exception):
@@ -23,7 +23,7 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. Cheap to hold: the picture is loaded on demand by `Benchmark.images`.
+    """One question. Cheap to hold: the image is loaded on demand by `Benchmark.images`.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Sample:
     answer : Any
         The reference in the form that the metric takes (a string, ten strings, a letter).
     image_id : str
-        Samples with the same image_id share one picture and one vision pass.
+        Samples with the same image_id share one image and one vision pass.
     task : str
         Category within the benchmark (POPE's split, MME's category, the demo's task).
     content : str, optional
@@ -67,7 +67,7 @@ class Example(NamedTuple):
 class Benchmark(ABC):
     """A list of samples and the rule that scores them.
 
-    ``samples`` are ordered so that those sharing a picture are neighbours.
+    ``samples`` are ordered so that those sharing an image are neighbours.
     """
 
     is_video: bool = False
@@ -87,7 +87,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def images(self, image_id: str) -> list[Image.Image]:
-        """The RGB pictures (or the frames of the video) with this id. Raises `SampleError`."""
+        """The RGB images (or the frames of the video) with this id. Raises `SampleError`."""
 
     def fingerprint(self, image_id: str) -> str | None:
         """A digest of the image or video with this id; None where code makes it. Raises nothing for one not there."""

@@ -35,7 +35,7 @@ SCORES = {
 class Demo(Benchmark):
     """Questions about ``n_scenes`` scenes: accuracy over all, accuracy of each task, and POPE's F1 and yes-rate.
 
-    MME's accuracy+ is left out: it wants two questions of a category about each picture, and here there is one.
+    MME's accuracy+ is left out: it wants two questions of a category about each image, and here there is one.
 
     Parameters
     ----------

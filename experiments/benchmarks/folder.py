@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
 from experiments.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER
 from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
-from experiments.benchmarks.table import by_picture, content_digest
+from experiments.benchmarks.table import content_digest, group_by_image
 from experiments.images import open_image
 from experiments.metrics import mme_answer, textvqa_normalize
 
@@ -173,7 +173,7 @@ class Folder(Benchmark):
 
     @cached_property
     def _samples(self) -> list[Sample]:
-        return by_picture([self._sample(number, row) for number, row in self.rows])
+        return group_by_image([self._sample(number, row) for number, row in self.rows])
 
     def samples(self) -> list[Sample]:
         return self._samples

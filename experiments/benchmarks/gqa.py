@@ -1,4 +1,4 @@
-"""GQA, balanced test-dev: 12,578 questions on 398 pictures. https://arxiv.org/abs/1902.09506"""
+"""GQA, balanced test-dev: 12,578 questions on 398 images. https://arxiv.org/abs/1902.09506"""
 
 from collections.abc import Sequence
 from functools import cached_property

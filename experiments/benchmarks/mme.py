@@ -1,4 +1,4 @@
-"""MME: perception 2,114 questions, cognition 260, two on each picture. https://arxiv.org/abs/2306.13394"""
+"""MME: perception 2,114 questions, cognition 260, two on each image. https://arxiv.org/abs/2306.13394"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from experiments.benchmarks.base import BenchmarkError, Example, Sample
 from experiments.benchmarks.prompts import with_format
 from experiments.benchmarks.rows import Row, Text, YesNo
-from experiments.benchmarks.table import ShortAnswers, by_picture
+from experiments.benchmarks.table import ShortAnswers, group_by_image
 from experiments.metrics import (
     MME_COGNITION,
     MME_PERCEPTION,
@@ -28,7 +28,7 @@ class MMERowOfFile(Row):
 
 
 class MME(ShortAnswers):
-    """Yes or no, scored by category as accuracy + accuracy+, where a picture counts if both its questions are right.
+    """Yes or no, scored by category as accuracy + accuracy+, where an image counts if both its questions are right.
 
     ``prompt``: "short_answer" puts LLaVA's sentence in the place of "Please answer yes or no.", "plain" keeps it.
     A run over part of the categories has no perception score, which is a sum over all ten; its headline is the plain
@@ -66,7 +66,7 @@ class MME(ShortAnswers):
         self.categories = MME_PERCEPTION + MME_COGNITION if cognition else MME_PERCEPTION
 
     def samples(self) -> list[Sample]:
-        of_picture: Counter[str] = Counter()
+        of_image: Counter[str] = Counter()
         samples = []
         for _, row, image_id in self.rows:
             if row.category not in self.categories:
@@ -74,7 +74,7 @@ class MME(ShortAnswers):
             question = row.question.replace(YES_OR_NO, "").rstrip()
             samples.append(
                 Sample(
-                    id=f"{row.question_id}#{of_picture[row.question_id]}",
+                    id=f"{row.question_id}#{of_image[row.question_id]}",
                     text=row.question if self.prompt == "plain" else with_format(question, self.prompt),
                     question=question,
                     answer=row.answer,
@@ -83,10 +83,10 @@ class MME(ShortAnswers):
                     meta={"pair": row.question_id},
                 )
             )
-            of_picture[row.question_id] += 1
-        if odd := [name for name, count in of_picture.items() if count != 2]:
-            raise BenchmarkError(f"MME has two questions a picture; {odd[0]} has {of_picture[odd[0]]}")
-        return by_picture(samples)
+            of_image[row.question_id] += 1
+        if odd := [name for name, count in of_image.items() if count != 2]:
+            raise BenchmarkError(f"MME has two questions an image; {odd[0]} has {of_image[odd[0]]}")
+        return group_by_image(samples)
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return mme_correct(prediction, sample.answer, self.scoring)

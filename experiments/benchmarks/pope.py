@@ -1,4 +1,4 @@
-"""POPE on COCO, the later version: 3,000 questions each in random, popular and adversarial, on 500 pictures.
+"""POPE on COCO, the later version: 3,000 questions each in random, popular and adversarial, on 500 images.
 
 https://arxiv.org/abs/2305.10355
 """

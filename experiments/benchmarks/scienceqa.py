@@ -1,4 +1,4 @@
-"""ScienceQA-IMG, test: the 2,017 of 4,241 questions with a picture. https://arxiv.org/abs/2209.09513"""
+"""ScienceQA-IMG, test: the 2,017 of 4,241 questions with an image. https://arxiv.org/abs/2209.09513"""
 
 from typing import Annotated, Any, Self
 

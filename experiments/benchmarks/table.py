@@ -1,4 +1,4 @@
-"""Tables of questions with a picture in each row: found on the hub or on disk, checked, pictures decoded on demand.
+"""Tables of questions with an image in each row: found on the hub or on disk, checked, images decoded on demand.
 
 Only the parquet files of the wanted split are fetched (TextVQA: 0.9 of 8.1 GB). `datasets` maps them into memory.
 """
@@ -134,7 +134,7 @@ def load_table(
     try:
         return (table.cast_column(image, ImageFeature(decode=False)) if image else table), files
     except Exception as error:
-        raise BenchmarkError(f"the column {image} of {files[0]} holds no pictures") from error
+        raise BenchmarkError(f"the column {image} of {files[0]} holds no images") from error
 
 
 def find_source(content: dict[str, Any] | None, folders: Sequence[Path]) -> bytes | Path | None:
@@ -152,7 +152,7 @@ def content_digest(source: bytes | Path | None) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-class Pictures:
+class StoredImages:
     """The images of a table by id, each decoded when asked for, the last few kept.
 
     An image lies in the table itself, or in a file beside it that the table names, as the hub's tools write it.
@@ -172,15 +172,15 @@ class Pictures:
     def _load(self, image_id: str) -> Image.Image:
         """The RGB image. Raises SampleError if there is none or it is broken."""
         if image_id not in self.row_of:
-            raise SampleError(f"no picture {image_id} in the table")
+            raise SampleError(f"no image {image_id} in the table")
         content = self.table[self.row_of[image_id]][self.column] or {}
         source = find_source(content, self.folders)
         if source is None and content.get("path"):
-            raise SampleError(f"the picture {image_id} is not there: {content['path']} beside the table")
+            raise SampleError(f"the image {image_id} is not there: {content['path']} beside the table")
         if source is None:
-            raise SampleError(f"the picture {image_id} is empty")
+            raise SampleError(f"the image {image_id} is empty")
         try:
-            return open_image(source, f"the picture {image_id}")
+            return open_image(source, f"the image {image_id}")
         except ValueError as error:
             raise SampleError(str(error)) from error
 
@@ -193,8 +193,8 @@ def first_rows(ids: Iterable[str]) -> dict[str, int]:
     return rows
 
 
-def by_picture(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with those of one picture side by side, otherwise in their order."""
+def group_by_image(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with those of one image side by side, otherwise in their order."""
     order = first_rows(sample.image_id for sample in samples)
     return sorted(samples, key=lambda sample: order[sample.image_id])
 
@@ -291,15 +291,15 @@ class TableBenchmark(Benchmark):
         return by_content(names, self._digests)
 
     @cached_property
-    def pictures(self) -> Pictures:
-        return Pictures(self.table, first_rows(self.image_ids), folders=self.folders)
+    def stored(self) -> StoredImages:
+        return StoredImages(self.table, first_rows(self.image_ids), folders=self.folders)
 
     def fingerprint(self, image_id: str) -> str:
-        row = self.pictures.row_of.get(image_id)
+        row = self.stored.row_of.get(image_id)
         return "" if row is None else self._digests[row]
 
     def images(self, image_id: str) -> list[Image.Image]:
-        return [self.pictures.load(image_id)]
+        return [self.stored.load(image_id)]
 
     @cached_property
     def rows(self) -> list[tuple[int, Any, str]]:
@@ -312,7 +312,7 @@ class TableBenchmark(Benchmark):
     def samples(self) -> list[Sample]:
         names = numbered(self.name(number, row) for number, row, _ in self.rows)
         rows = zip(names, self.rows, strict=True)
-        return by_picture([self.sample(row, id=name, image_id=image_id) for name, (_, row, image_id) in rows])
+        return group_by_image([self.sample(row, id=name, image_id=image_id) for name, (_, row, image_id) in rows])
 
     def name(self, number: int, row: Any) -> str:
         """What names a row; of several with one name the later ones are numbered."""

@@ -19,7 +19,7 @@ from pydantic import AliasChoices, Field, create_model
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
 from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
-from experiments.benchmarks.table import by_picture
+from experiments.benchmarks.table import group_by_image
 from experiments.judge import Judge, prompt_hash
 from experiments.metrics import mean_percent, textvqa_normalize
 
@@ -229,7 +229,7 @@ class VideoQA(Benchmark):
                 raise BenchmarkError(f"{self.answers} has no answer to question {name}")
             answer = row.answer if answer_of is None else answer_of[name]
             samples.append(Sample(id=name, text=row.question, question=row.question, answer=answer, image_id=row.video))
-        return by_picture(samples)
+        return group_by_image(samples)
 
     def _checked(self, file: Path, schema: type[Row]) -> tuple[list[tuple[int, Any]], list[str]]:
         return check_rows(read_rows(file)[: self.first], schema, str(file), self.on_bad_row)

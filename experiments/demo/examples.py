@@ -42,7 +42,7 @@ class Examples(Dataset):
     cell : int
         Side of the square of pixels that one visual token stands for.
     canvases : sequence of (width, height)
-        Taken in turn by batches, so that the pictures of a batch stack.
+        Taken in turn by batches, so that the images of a batch stack.
     batch : int
         Examples in a batch.
     crowded : float
@@ -120,7 +120,7 @@ def choose_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Que
 
 
 def cell_words(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each cell of a picture shows: a noun, a digit or ``sign``, and the colour of the noun's object; "" for none.
+    """What each cell of an image shows: a noun, a digit or ``sign``, and the colour of the noun's object; "" for none.
 
     Two arrays [height / cell, width / cell] of words. Of two objects in a cell the one with more ink counts.
     """

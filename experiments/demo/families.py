@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass
 class Visual:
-    """Visual tokens [B, n_visual, d] of a batch of pictures of one size, before anything is dropped.
+    """Visual tokens [B, n_visual, d] of a batch of images of one size, before anything is dropped.
 
     ``grid`` is (rows, columns); ``deepstack`` one more such tensor for each of the decoder's first layers; ``cls``
     [B, width] the vision encoder's summary, if it has one.
@@ -42,7 +42,7 @@ class Llava:
         return Visual(self.model.model.multi_modal_projector(patches), grid, cls=out.pooler_output)
 
     def read(self, visual: Visual, kept: Tensor, ids: Tensor) -> Tensor:
-        """Logits [B, n_ids, vocabulary] after each token of ``ids``; of the picture only ``kept`` [B, n_kept] is seen.
+        """Logits [B, n_ids, vocabulary] after each token of ``ids``; of the image only ``kept`` [B, n_kept] is seen.
 
         Positions are counted anew, as in LLaVA-1.5 after pruning.
         """
@@ -71,7 +71,7 @@ class Qwen3VL:
         out = self.model.model.get_image_features(patches, grid)
         n = len(pixels)
 
-        def stack(rows: Tensor | list | tuple) -> Tensor:  # one tensor of all pictures, or one of each
+        def stack(rows: Tensor | list | tuple) -> Tensor:  # one tensor of all images, or one of each
             return (rows if isinstance(rows, Tensor) else torch.cat(list(rows))).unflatten(0, (n, -1))
 
         cells = (pixels.shape[2] // self.cell, pixels.shape[3] // self.cell)
@@ -114,8 +114,8 @@ def take(rows: Tensor, indices: Tensor) -> Tensor:
 def patchify(pixels: Tensor, patch: int, merge: int, frames: int) -> tuple[Tensor, Tensor]:
     """Pixels [B, 3, height, width] in the order of Qwen's image processor.
 
-    Patches [B * rows * columns, 3 * frames * patch * patch], those that will merge side by side, a still picture
-    repeated for each frame; and the grid (1, rows, columns) of each picture [B, 3].
+    Patches [B * rows * columns, 3 * frames * patch * patch], those that will merge side by side, a still image
+    repeated for each frame; and the grid (1, rows, columns) of each image [B, 3].
     """
     n, channels, height, width = pixels.shape
     rows, columns = height // patch, width // patch

@@ -24,7 +24,7 @@ RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, 
 
 @dataclass(frozen=True)
 class Mix:
-    """Questions asked of one scene. A counting question needs a picture with as few objects as in training."""
+    """Questions asked of one scene. A counting question needs an image with as few objects as in training."""
 
     n_gqa: int
     n_scienceqa: int

@@ -2,7 +2,7 @@
 
 What the two share is copied. Where they differ, the copy is made to start out close to the original:
 
-- a still picture fills two frames, so each gets half of the patch convolution;
+- a still image fills two frames, so each gets half of the patch convolution;
 - CLIP's layer norm before its blocks goes into patch and position weights: centring and gain exactly, the division by
   the token's own spread as its mean over tokens;
 - Qwen's vision turns queries and keys by position, CLIP's does not: within each head their basis is turned so that the
@@ -30,7 +30,7 @@ def warm_start(student: PreTrainedModel, teacher: PreTrainedModel, pixels: Tenso
     teacher : LlavaForConditionalGeneration
         Of the same widths, heads and layers but for CLIP's last, whose output LLaVA does not read.
     pixels : Tensor [B, 3, height, width]
-        Normalised pictures to measure sizes and directions on.
+        Normalised images to measure sizes and directions on.
     ids : Tensor [B, n_ids]
         Their turns.
     """

@@ -20,15 +20,15 @@ from mipruner.pruners import PRUNERS
 from mipruner.selection import Auto
 
 
-def open_picture(path: str) -> Image.Image:
-    """The picture in RGB, upright as the camera held it. Raises `InputError`."""
+def open_photo(path: str) -> Image.Image:
+    """The image in RGB, upright as the camera held it. Raises `InputError`."""
     if not Path(path).is_file():
-        raise InputError(f"no picture {path}: give the path of a JPEG or PNG file")
+        raise InputError(f"no image {path}: give the path of a JPEG or PNG file")
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from error
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
@@ -47,17 +47,17 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> s
     Raises
     ------
     InputError
-        If the picture cannot be read or the question is empty.
+        If the image cannot be read or the question is empty.
     """
     if image is None:
-        raise InputError("a question needs a picture: give image=photo.jpg, too")
+        raise InputError("a question needs an image: give image=photo.jpg, too")
     if not str(question or "").strip():
         raise InputError(f'the question about {image} is empty: give question="What is this?", too')
-    picture, question = open_picture(image), str(question)
+    photo, question = open_photo(image), str(question)
     choices = build.pruner(config), build.budget(config), build.decoding(config)
     for _ in range(2):  # the first warms up
         pipeline = pipeline_of(build.any_model(config), *choices)
-        (told,) = pipeline([Prompt(question, [picture])])
+        (told,) = pipeline([Prompt(question, [photo])])
     kept, ms = sum(selection.n_rows for selection in told.selections), pipeline.watch.ms
     lines = [
         told.text,
@@ -71,15 +71,15 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> s
     out = Path(config["results"]) / "answers"
     out.mkdir(parents=True, exist_ok=True)
     out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.html"
-    out.write_text(panels.saved_page(show_answer(config, pipeline, picture, question, told.n_keep, image)))
+    out.write_text(panels.saved_page(show_answer(config, pipeline, photo, question, told.n_keep, image)))
     if told.grids[0] is None:
-        lines.append("  the tokens of this picture lie on no single grid: the page shows no patches")
+        lines.append("  the tokens of this image lie on no single grid: the page shows no patches")
     lines.append(f"  {out}")
     return "\n".join(lines)
 
 
 def show_answer(
-    config: dict[str, Any], pipeline: Pipeline, picture: Image.Image, question: str, n_keep: int, path: str
+    config: dict[str, Any], pipeline: Pipeline, photo: Image.Image, question: str, n_keep: int, path: str
 ) -> dict[str, Any]:
     """What the page draws: all tokens, and the pruner of ``pipeline`` at its budget."""
     adapter, method, keep = pipeline.adapter, pipeline.pruner, pipeline.keep
@@ -91,7 +91,7 @@ def show_answer(
     whole = views.Cell("none", PRUNERS["none"](), 1.0)
     cell = views.Cell(config["pruner"]["name"], method, n_keep if isinstance(keep, Auto) else keep, changed)
     model, decoding = (config["model"]["name"], config["model"]["path"]), pipeline.decoding
-    seen = views.see(adapter, picture)
+    seen = views.see(adapter, photo)
     encoded = views.read(adapter, seen, question)
     cells = [whole] if cell.pruner == "none" else [whole, cell]
     runs = [views.show_cell(adapter, model, seen, encoded, question, one, decoding, path) for one in cells]

@@ -100,13 +100,13 @@ def random_model(name: str, dtype: str, device: str, attn_implementation: str) -
 
 
 def n_text(adapter: Adapter, prompt: Prompt) -> int:
-    """Tokens beside the picture."""
+    """Tokens beside the image."""
     nothing = [Visual(rows=torch.empty(0, 0), grid=None)] * len(prompt.images)
     return len(adapter.tokenize(prompt, nothing).ids)
 
 
 def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
-    """The model, and the prompt that is answered, with its picture already processed."""
+    """The model, and the prompt that is answered, with its image already processed."""
     if config["weights"] == "random":
         options = config["model"]
         adapter = random_model(options["name"], options["dtype"], build.device(config), options["attn_implementation"])

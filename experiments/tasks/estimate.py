@@ -27,7 +27,7 @@ def estimate(
     Raises
     ------
     InputError
-        If the model's pictures have no fixed number of tokens and ``n_visual`` is not given, and as `architecture`.
+        If the model's images have no fixed number of tokens and ``n_visual`` is not given, and as `architecture`.
     """
     config = architecture(model)
     if n_visual is None and config.model_type != "llava":

@@ -38,8 +38,8 @@ def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample]
     decoding, clock = Decoding(max_new_tokens=max_new_tokens), lambda stage: nullcontext()
 
     def answer(sample: Sample) -> None:
-        pictures = benchmark.images(sample.image_id)
-        prompt = Prompt(sample.text, [Video(pictures)] if benchmark.is_video else pictures, sample=sample.id)
+        images = benchmark.images(sample.image_id)
+        prompt = Prompt(sample.text, [Video(images)] if benchmark.is_video else images, sample=sample.id)
         generate_engine(adapter, NoPruner(), 1.0, decoding, prompt)(clock)
 
     answer(samples[0])  # what happens once does not count

@@ -92,7 +92,7 @@ class Learner(nn.Module):
         return (pixels.float() / 255 - self.image_mean) / self.image_std
 
     def losses(self, batch: dict[str, Tensor], stage: dict[str, Any], rng: random.Random) -> dict[str, Tensor]:
-        """Mean losses of one batch; what the decoder sees of the pictures is drawn from ``rng``."""
+        """Mean losses of one batch; what the decoder sees of the images is drawn from ``rng``."""
         visual = self.family.see(self.normalised(batch["pixels"]))
         losses = {"alignment": self.alignment(visual.tokens, batch["things"], batch["colors"])}
         if stage["train"] == "vision":

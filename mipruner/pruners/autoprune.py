@@ -13,7 +13,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class AutoPruner(DecoderPruner):
-    """AutoPrune: fits the pruning curve over the decoder's layers to how much the words depend on the picture.
+    """AutoPrune: fits the pruning curve over the decoder's layers to how much the words depend on the image.
 
     The first layer's output keeps 2.5 T tokens by encoder attention plus a weighted attention from the text. The mutual
     information between text rows and visual columns of the second layer's attention sets the slope of a logistic curve;

@@ -1,4 +1,4 @@
-"""The contracts: features of one picture and a number in, a selection out; or, inside the decoder, stage by stage."""
+"""The contracts: features of one image and a number in, a selection out; or, inside the decoder, stage by stage."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -163,7 +163,7 @@ class DecoderView:
         Input embeddings of the whole prompt, before anything was dropped.
     prompt_visual : Tensor [S] bool
     encoder_attention : Tensor [n_start], optional
-        `Features.attention` of the prompt's pictures, one after the other.
+        `Features.attention` of the prompt's images, one after the other.
     memory : dict
         A method's own notes; the same object at every layer of one prompt.
     """

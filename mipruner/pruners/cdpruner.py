@@ -22,7 +22,7 @@ class CDPruner(Pruner):
 
     Differs from the public code where the kernel's rank is exhausted (there NaN): the rest of the budget goes to the
     most relevant tokens. Where all tokens are equally relevant (there a division by zero) q is 1. Differs also in
-    scaling the relevance of each picture by itself, not that of all crops together. A model without a CLIP text tower
+    scaling the relevance of each image by itself, not that of all crops together. A model without a CLIP text tower
     gets the relevance of the projection space, and the record says so.
 
     Parameters

@@ -21,7 +21,7 @@ class DARTPruner(DecoderPruner):
     turn takes ``T // 8`` of the visual tokens that are left, those of smallest cosine to it, so that ``8 (T // 8) + 4``
     stay.
 
-    Differs from the public code, which is read through a fork, where fewer than four text tokens follow the picture:
+    Differs from the public code, which is read through a fork, where fewer than four text tokens follow the image:
     the pivots there are then share the budget. As in that code the pivots take turns in the order of a Python set of
     their places in the prompt, which decides who picks first.
 

@@ -26,7 +26,7 @@ STOP_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class MMTokPruner(Pruner):
-    """MMTok: greedy maximum coverage of the question's words and of the picture's own tokens.
+    """MMTok: greedy maximum coverage of the question's words and of the image's own tokens.
 
     A token covers a word by its share in a softmax over the visual tokens; the next pick is the token that adds most to
     the best coverage reached so far, summed over words and, at weight ``alpha``, over visual tokens.

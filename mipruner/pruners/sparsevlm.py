@@ -24,7 +24,7 @@ PUBLISHED = {
 class SparseVLMPruner(DecoderPruner):
     """SparseVLM v1.5: drops visual tokens in three layers by the attention of the words that matter, and recycles some.
 
-    Raters are the text tokens after the picture whose input embeddings the picture matches more than the average word.
+    Raters are the text tokens after the image whose input embeddings the image matches more than the average word.
     A visual token's score is the attention it gets from them. Of the dropped tokens the best 30 % are clustered and
     come back as one token a cluster.
 

@@ -18,7 +18,7 @@ from mipruner.pipeline import Pipeline
 
 
 class Pruned(lmms):
-    """Any supported model under any pruner. Pictures only, at least one a sample; generation, no likelihoods.
+    """Any supported model under any pruner. Images only, at least one a sample; generation, no likelihoods.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Pruned(lmms):
         context, _, doc_to_visual, doc_id, task, split = request.args
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         if not visuals or not all(isinstance(visual, Image.Image) for visual in visuals):
-            raise InputError(f"sample {doc_id} of {task} has no picture, or not only pictures: nothing to prune")
+            raise InputError(f"sample {doc_id} of {task} has no image, or not only images: nothing to prune")
         return Prompt(context.replace("<image>", "").strip(), visuals, sample=f"{task}/{doc_id}")
 
     def loglikelihood(self, requests):
