@@ -15,7 +15,7 @@ from mipruner.prompt import Smaller
 from mipruner.pruners import DownsamplePruner, NoPruner, ResizePruner
 from mipruner.pruning import prune
 from mipruner.selection import Auto, grid_within
-from tiny import picture, tiny, video
+from tiny import make_image, tiny, video
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_frames_of_a_video_are_averaged_alike_and_together_where_they_are_too_ma
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_means_enter_at_the_positions_of_their_centres_deepstack_rows_too(family):
-    adapter, prompt = tiny(family), Prompt("what is it", [picture(1, 280, 224)])
+    adapter, prompt = tiny(family), Prompt("what is it", [make_image(1, 280, 224)])
     pipeline = Pipeline(adapter, DownsamplePruner(), 7, Decoding(max_new_tokens=3))
     seen = pipeline.see(prompt.images)
     encoded = adapter.read(prompt, list(seen.values()))
@@ -105,13 +105,13 @@ def test_means_enter_at_the_positions_of_their_centres_deepstack_rows_too(family
 def test_crops_have_no_grid_to_average():
     adapter = tiny("llava_next")
     with pytest.raises(InputError, match="needs grid"):
-        Pipeline(adapter, DownsamplePruner(), 7)([Prompt("what is it", [picture(1, 280, 224)])])
+        Pipeline(adapter, DownsamplePruner(), 7)([Prompt("what is it", [make_image(1, 280, 224)])])
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_a_resized_image_is_the_answer_of_the_smaller_image_itself(family, monkeypatch):
     """By hand: the image scaled to the pixels of that grid, through the processor without its own scaling."""
-    adapter, image = tiny(family), picture(1, 300, 200)
+    adapter, image = tiny(family), make_image(1, 300, 200)
     side = adapter.merge * adapter.model.config.vision_config.patch_size
     full = Pipeline(adapter, NoPruner(), 1.0).see([image])[id(image)].n_visual
     pipeline = Pipeline(adapter, ResizePruner(), 8, Decoding(max_new_tokens=4))
@@ -130,7 +130,7 @@ def test_a_resized_image_is_the_answer_of_the_smaller_image_itself(family, monke
 
 def test_resizing_shares_the_budget_and_leaves_small_images_alone():
     adapter = tiny("qwen3_vl")
-    large, small = picture(1, 300, 200), picture(2, 80, 80)
+    large, small = make_image(1, 300, 200), make_image(2, 80, 80)
     counts = [adapter.n_visual(image) for image in (large, small)]
     seen = Pipeline(adapter, NoPruner(), 1.0).see([large, small])
     assert counts == [seen[id(image)].n_visual for image in (large, small)]
@@ -148,7 +148,7 @@ def test_where_resizing_is_refused():
     with pytest.raises(InputError, match="not videos"):
         Pipeline(qwen, ResizePruner(), 8)([Prompt("what", [video(1, 4)])])
     with pytest.raises(InputError, match="keep=auto"):
-        Pipeline(qwen, ResizePruner(), Auto(0.5, 8))([Prompt("what", [picture(1, 300, 200)])])
+        Pipeline(qwen, ResizePruner(), Auto(0.5, 8))([Prompt("what", [make_image(1, 300, 200)])])
     for pruner in ("resize", ResizePruner()):
         with pytest.raises(InputError, match="give the processor a smaller image"):
             prune(qwen.model, pruner, keep=8)
