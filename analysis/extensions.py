@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import load, paired
+from analysis.compare import METHODS, budget_name
 from analysis.pages import replace
-from analysis.tables import METHODS, budget_name
 from experiments import conf
+from experiments.tabular import Span, Table
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
 DEMOS = {"demo_llava": "demo", "demo_qwen3vl": "demo_canvases"}
@@ -48,15 +49,15 @@ def number(cells: list) -> str:
     return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def markdown(header: list[str], rows: list[list[str]], compare: slice = slice(0)) -> str:
+def markdown(head: list[str], rows: list[list[str]], compare: slice = slice(0)) -> str:
     """A table; the best of the columns ``compare`` is bold in each row."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " :--- |" + " ---: |" * (len(header) - 1)]
+    lines = []
     for row in rows:
         means = [float(text.split()[0]) if text else -math.inf for text in row[compare]]
         best = max(means, default=None)
-        shown = [f"**{t}**" if t and m == best else t for t, m in zip(row[compare], means, strict=True)]
-        lines.append("| " + " | ".join([*row[: compare.start or 0], *shown, *row[compare.stop :]]) + " |")
-    return "\n".join(lines)
+        shown = [Span(t, "bold") if m == best else t for t, m in zip(row[compare], means, strict=True)]
+        lines.append([*row[: compare.start or 0], *shown, *row[compare.stop :]])
+    return Table(head, lines).markdown()
 
 
 def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dict]) -> str:

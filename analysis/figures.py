@@ -3,8 +3,8 @@
     python -m analysis.figures                                      all of them, from results/ into docs/results/
     python -m analysis.figures --figure fig6b --results results --out figures
 
-A figure draws the same comparison as a table (`analysis.tables.compare`): what was not measured is not drawn, and where
-the paper prints the number it stands beside ours as a hollow marker. Colours are Okabe and Ito's, told apart by readers
+A figure draws the same comparison as a table (`analysis.compare`): what was not measured is not drawn, and where the
+paper prints the number it stands beside ours as a hollow marker. Colours are Okabe and Ito's, told apart by readers
 with any colour vision; every method also has its own marker, so the figures survive a grey printer.
 """
 
@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import load, tables
+from analysis import compare, load
 from experiments import conf
 from mipruner.pruners import PRUNERS, DecoderPruner, Method
 
@@ -128,7 +128,7 @@ def draw(ax: Axes, x, rows: pd.DataFrame, label: str, colour: str, marker: str, 
 
 def y_label(rows: pd.DataFrame) -> str:
     metric = rows.metric.iloc[0]
-    return tables.column_name(rows.dataset.iloc[0], metric) + (" (%)" if tables.plain(metric) == "accuracy" else "")
+    return compare.column_name(rows.dataset.iloc[0], metric) + (" (%)" if compare.plain(metric) == "accuracy" else "")
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:
@@ -143,9 +143,9 @@ def over_budget(table: pd.DataFrame) -> Figure:
         fraction = rows.keep[rows.method != "none"].str.contains(".", regex=False).all()
         for method, line in rows[rows.method != "none"].groupby("method", sort=False):
             x = line.keep.astype(float) * (100 if fraction else 1)
-            draw(ax, x, line, tables.METHODS.get(method, method), *style_of(method))
+            draw(ax, x, line, compare.METHODS.get(method, method), *style_of(method))
         for full in rows[(rows.method == "none") & rows.ours.notna()].head(1).itertuples():
-            ax.axhline(full.ours, color=BLACK, lw=0.8, ls=(0, (4, 2)), label=tables.METHODS["none"])
+            ax.axhline(full.ours, color=BLACK, lw=0.8, ls=(0, (4, 2)), label=compare.METHODS["none"])
         budgets = sorted(rows.keep[rows.method != "none"].astype(float).unique() * (100 if fraction else 1))
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets], minor=False)
@@ -158,11 +158,11 @@ def over_budget(table: pd.DataFrame) -> Figure:
 def over_setting(table: pd.DataFrame) -> Figure:
     """Accuracy over a number such as lam, a line a budget, a panel per model and dataset (the paper's Fig. 6b)."""
     figure, parts = panels(headline(table), ["model", "dataset"])
-    (name,) = {key for setting in table.setting for key in tables.parse_setting(setting)}
+    (name,) = {key for setting in table.setting for key in compare.parse_setting(setting)}
     for (model, _), rows, ax in parts:
         for (keep, line), style in zip(rows.groupby("keep", sort=False), STYLES.values(), strict=False):
-            x = line.setting.map(lambda setting: float(tables.parse_setting(setting)[name]))
-            draw(ax, x, line, f"keep {tables.budget_name(keep)}", *style)
+            x = line.setting.map(lambda setting: float(compare.parse_setting(setting)[name]))
+            draw(ax, x, line, f"keep {compare.budget_name(keep)}", *style)
             if line.ours.notna().any():
                 best = line.loc[line.ours.idxmax()]
                 on_top = best.ours == rows.ours[rows.setting == best.setting].max()
@@ -187,7 +187,7 @@ def choices(table: pd.DataFrame) -> Figure:
             shift = (i - (len(settings) - 1) / 2) * 0.18
             x = [places.index(place) + shift for place in zip(points.dataset, points.keep, strict=True)]
             draw(ax, x, points, setting.replace("=", " = "), colour, marker, "none")
-        names = [f"{conf.title('dataset', dataset)}\n{tables.budget_name(keep)}" for dataset, keep in places]
+        names = [f"{conf.title('dataset', dataset)}\n{compare.budget_name(keep)}" for dataset, keep in places]
         ax.set_xticks(range(len(places)), names)
         ax.set_xlim(-0.5, len(places) - 0.5)
         ax.grid(axis="x", visible=False)
@@ -208,7 +208,7 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
 
     def cost(metric: str, setting: pd.Series) -> pd.Series:
         columns = {"metric": metric, "setting": setting, "value": math.nan, "printed": ""}
-        return tables.compare(table[tables.WANTED].assign(**columns), cells).ours
+        return compare.compare(table[compare.WANTED].assign(**columns), cells).ours
 
     single = cost("latency_ms", table.setting).fillna(cost("latency_ms", with_lam))
     batched = cost("total_ms_in_batches", table.setting)
@@ -221,15 +221,19 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
             colour, marker, _ = style_of(point.method)
             style = {"color": colour, "marker": marker, "ls": "none", "elinewidth": 0.8}
             ax.errorbar(
-                point.latency_ms, point.ours, point.error, label=tables.METHODS.get(point.method, point.method), **style
+                point.latency_ms,
+                point.ours,
+                point.error,
+                label=compare.METHODS.get(point.method, point.method),
+                **style,
             )
         full = table[(table.model == model) & (table.dataset == dataset) & (table.method == "none")]
         for point in full.head(1).itertuples():
             ax.plot(
-                point.latency_ms, point.ours, color=BLACK, marker="*", ms=7, ls="none", label=tables.METHODS["none"]
+                point.latency_ms, point.ours, color=BLACK, marker="*", ms=7, ls="none", label=compare.METHODS["none"]
             )
         ax.set(xlabel=label, ylabel=y_label(rows))
-        ax.set_title(f"{conf.title('model', model)}, keep {tables.budget_name(keep)}")
+        ax.set_title(f"{conf.title('model', model)}, keep {compare.budget_name(keep)}")
     legend(figure)
     return figure
 
@@ -243,13 +247,13 @@ def stages(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     for (model, keep), rows, ax in parts:
         rows = pd.concat([latency[(latency.model == model) & (latency.method == "none")], rows])[::-1]
         names = [
-            tables.METHODS.get(row.method, row.method) + (f" ({row.setting})" if row.setting else "")
+            compare.METHODS.get(row.method, row.method) + (f" ({row.setting})" if row.setting else "")
             for row in rows.itertuples()
         ]
         left = 0.0
         for stage, colour in STAGES.items():
-            part = rows[tables.WANTED].assign(value=math.nan, printed="", metric=f"{stage}_latency_ms")
-            ms = tables.compare(part, cells).ours.fillna(0).to_numpy()
+            part = rows[compare.WANTED].assign(value=math.nan, printed="", metric=f"{stage}_latency_ms")
+            ms = compare.compare(part, cells).ours.fillna(0).to_numpy()
             ax.barh(names, ms, left=left, color=colour, height=0.7, label=stage)
             left = left + ms
         if rows.value.notna().any():
@@ -257,7 +261,7 @@ def stages(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.set(
             xlabel="latency of one prompt (ms)",
-            title=f"{conf.title('model', model)}, keep {tables.budget_name(keep)}",
+            title=f"{conf.title('model', model)}, keep {compare.budget_name(keep)}",
         )
     legend(figure)
     return figure
@@ -297,7 +301,7 @@ def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
     if name not in FIGURES:
         raise ValueError(f"there is no figure {name!r}: choose from {', '.join(FIGURES)}")
     kind, source = FIGURES[name]
-    table = tables.compare(tables.wanted(source), cells)
+    table = compare.compare(compare.wanted(source), cells)
     there = table.ours.notna() | table.value.notna()
     table = table[there.groupby([table.method, table.setting]).transform("any")]
     measured = table[table.ours.notna()]

@@ -6,7 +6,8 @@ stored records.
 
 import pandas as pd
 
-from analysis.tables import METHODS
+from analysis.compare import METHODS
+from experiments.tabular import Cell, Span, Table
 from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner
 
 BUDGETS = ("64", "32", "16", "8")
@@ -32,16 +33,12 @@ def table(cells: pd.DataFrame) -> str:
     means = found.groupby(["method", "keep"]).layer_mean.mean()
     best = {keep: scores[:, keep].drop("none", errors="ignore").max() for keep in BUDGETS if keep in found.keep.values}
 
-    def score(method: str, keep: str) -> str:
+    def score(method: str, keep: str) -> Cell:
         if (method, keep) not in scores:
             return ""
-        value = f"{scores[method, keep]:.1f}"
-        return f"**{value}**" if scores[method, keep] == best[keep] else value
+        return Span(f"{scores[method, keep]:.1f}", "bold" if scores[method, keep] == best[keep] else "")
 
-    lines = [
-        ["method", "acts", "needs", "cost", *BUDGETS, "tokens a layer at 64, 8"],
-        [":---", ":---", ":---", ":---", *["---:"] * len(BUDGETS), "---:"],
-    ]
+    lines = []
     for method in (name for name in METHODS if name != "none"):
         facts = PRUNERS[method]
         carried = ", ".join(f"{means[method, keep]:.0f}" for keep in ("64", "8") if (method, keep) in means)
@@ -53,7 +50,8 @@ def table(cells: pd.DataFrame) -> str:
         f"{int(found.n_samples.max())} questions, standard errors {min(errors):.1f} to {max(errors):.1f}: "
         "`python run.py -m experiment=demo_table1`."
     )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{ahead(scores, means)} {source}"
+    head = ["method", "acts", "needs", "cost", *BUDGETS, "tokens a layer at 64, 8"]
+    return f"{Table(head, lines, n_text=4).markdown()}\n\n{ahead(scores, means)} {source}"
 
 
 def ahead(scores: pd.Series, means: pd.Series) -> str:

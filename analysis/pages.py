@@ -20,7 +20,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import load, methods
-from analysis.tables import METHODS
+from analysis.compare import METHODS
+from experiments.tabular import Span, Table
 from mipruner.pruners import OWN, PRUNERS, ImagePruner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,8 +105,7 @@ def demo_table(cells: pd.DataFrame) -> str:
     """Accuracy of the paper's own pruners by budget, in percent, with the standard error over questions."""
     full = cells[cells.method == "none"].iloc[0]
     n = int(full.n_samples)
-    header = ["kept of 576", *BUDGETS]
-    rows = [header, [":---", *["---:"] * len(BUDGETS)]]
+    rows = []
     for method, label in METHODS.items():
         found = cells[cells.method == method]
         if method not in OWN or found.empty:
@@ -115,12 +115,11 @@ def demo_table(cells: pd.DataFrame) -> str:
             values = [metrics["accuracy"] for metrics in found[found.keep == keep].metrics]
             row.append(f"{sum(values) / len(values):.1f}" if values else "")
         rows.append(row)
-    columns = list(zip(*rows[2:], strict=True))
-    for k, column in enumerate(columns[1:], start=1):
-        best = max((value for value in column if value), key=float, default=None)
-        for row in rows[2:]:
-            row[k] = f"**{row[k]}**" if row[k] and row[k] == best else row[k]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    for k in range(1, len(BUDGETS) + 1):
+        best = max((row[k] for row in rows if row[k]), key=float, default=None)
+        for row in rows:
+            row[k] = Span(row[k], "bold") if row[k] == best else row[k]
+    table = Table(["kept of 576", *BUDGETS], rows).markdown()
     error = full.standard_errors["accuracy"]
     return (
         f"{table}\n\nAccuracy in percent on {n} questions; all tokens: {full.metrics['accuracy']:.1f} "

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from analysis import figures, load, masks, tables
+from analysis import compare, figures, load, masks, tables
 from experiments import build, conf
 from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.explorer import panels
@@ -33,39 +33,15 @@ IMAGE_WIDTH = 448
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def table_html(grid: tables.Grid) -> str:
+def layout_html(layout: tables.Layout) -> str:
     """A table with its footnotes and the commands that fill what is empty."""
-
-    def sup(marks: str) -> str:
-        return f"<sup>{marks}</sup>" if marks else ""
-
-    def ranked(text: str, rank: int) -> str:
-        return {1: f"<b>{text}</b>", 2: f"<u>{text}</u>"}.get(rank, text)
-
-    def cell(entry: tables.Entry) -> str:
-        ours = ranked(entry.ours, entry.rank) or "–"
-        error = f" <small>± {entry.error}</small>" if entry.error else ""
-        if not entry.paper:
-            return f"<td>{ours}{error}{sup(entry.marks)}</td>"
-        spread = f" ± {entry.paper_spread}" if entry.paper_spread else ""
-        difference = f" ({entry.difference})" if entry.difference else ""
-        paper = f"paper {ranked(entry.paper, entry.paper_rank)}{spread}{difference}{sup(entry.marks)}"
-        return f"<td>{ours}{error}<br><small>{paper}</small></td>"
-
-    heads = "".join(f"<th>{html.escape(title)}{sup(marks)}</th>" for title, marks in grid.heads)
-    lines = ["<div class=scroll><table>", f"<thead><tr><th><th>tokens<th>per layer{heads}</tr></thead>"]
-    for title, rows in grid.groups:
-        lines.append(f"<tr class=group><th colspan={3 + len(grid.heads)}>{html.escape(title)}</th></tr>")
-        for row in rows:
-            head = f"<th>{html.escape(row.label)}{sup(row.marks)}</th><td>{row.tokens}</td><td>{row.layer_mean}</td>"
-            lines.append(f"<tr>{head}{''.join(map(cell, row.entries))}</tr>")
-    lines.append("</table></div>")
-    lines.append(f"<p class=small>{html.escape(' '.join(grid.remarks))}</p>")
-    if grid.footnotes:
-        notes = "".join(f"<li><sup>{mark}</sup> {html.escape(text)}</li>" for mark, text in grid.footnotes.items())
+    lines = [f"<div class=scroll>{layout.table.html()}</div>"]
+    lines.append(f"<p class=small>{html.escape(' '.join(layout.remarks))}</p>")
+    if layout.footnotes:
+        notes = "".join(f"<li><sup>{mark}</sup> {html.escape(text)}</li>" for mark, text in layout.footnotes.items())
         lines.append(f"<ul class='small notes'>{notes}</ul>")
-    if grid.commands:
-        commands = html.escape("\n".join(grid.commands))
+    if layout.commands:
+        commands = html.escape("\n".join(layout.commands))
         lines.append(f"<details><summary>Not run yet: the commands</summary><pre>{commands}</pre></details>")
     return "\n".join(lines)
 
@@ -73,13 +49,13 @@ def table_html(grid: tables.Grid) -> str:
 def tables_html(cells: pd.DataFrame) -> str:
     """What was measured first and open; what is only printed in the paper after it and closed."""
     measured, printed = [], []
-    for name in tables.table_names():
-        compared = tables.compare(tables.wanted(name), cells)
+    for name in compare.table_names():
+        compared = compare.compare(compare.wanted(name), cells)
         done = (compared.n_seeds > 0).sum()
-        grid = tables.grid(compared)
-        title = f"{html.escape(grid.title)} <span class=small>{done} of {len(compared)} numbers</span>"
+        layout = tables.lay_out(compared)
+        title = f"{html.escape(layout.title)} <span class=small>{done} of {len(compared)} numbers</span>"
         state = " open" if done > len(compared) / 2 else ""
-        block = f"<details id={name}{state}><summary>{title}</summary>{table_html(grid)}</details>"
+        block = f"<details id={name}{state}><summary>{title}</summary>{layout_html(layout)}</details>"
         (measured if done else printed).append(block)
     return "\n".join([*measured, *printed])
 
@@ -128,7 +104,7 @@ class Case:
 
 def place(method: str) -> tuple[int, str]:
     """In the order of the tables; methods that are not installed here come last."""
-    known = list(tables.METHODS)
+    known = list(compare.METHODS)
     return known.index(method) if method in known else len(known), method
 
 
@@ -170,7 +146,7 @@ def show_case(case: Case) -> dict[str, Any]:
     first = next(iter(case.rows.values()))
     runs = []
     for method, row in case.rows.items():
-        run = {"pruner": method, "label": tables.METHODS.get(method, method), "keep": case.keep, "order": None}
+        run = {"pruner": method, "label": compare.METHODS.get(method, method), "keep": case.keep, "order": None}
         if row["prediction"] is None:
             runs.append(run | {"error": "failed"})
             continue
@@ -186,7 +162,7 @@ def show_case(case: Case) -> dict[str, Any]:
 def case_html(case: Case) -> str:
     """Heading and place of a case; the script draws its panels there when it comes into view."""
     first = next(iter(case.rows.values()))
-    group = html.escape(f"{conf.title('model', case.model)}, {case.dataset}, {tables.budget_name(case.keep)}")
+    group = html.escape(f"{conf.title('model', case.model)}, {case.dataset}, {compare.budget_name(case.keep)}")
     task = html.escape(first["task"])
     return (
         f"<article class=case data-group='{group}' data-task='{task}'>"

@@ -8,7 +8,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis import figures, load, tables
+from analysis import compare, figures, load
 from experiments import build
 from mipruner.selection import budget
 
@@ -39,7 +39,7 @@ def test_head(path):
 
 def jobs(path: Path) -> list[list[str]]:
     """So many jobs of a sweep that every value of every key is in one."""
-    swept = tables.sweep(yaml.safe_load(path.read_text()))
+    swept = compare.sweep(yaml.safe_load(path.read_text()))
     columns = [[f"{key}={value}" for value in values] for key, values in swept.items()]
     longest = max(map(len, columns))
     return [list(words) for words in zip(*(islice(cycle(column), longest) for column in columns), strict=True)]
@@ -78,13 +78,13 @@ def test_a_table_of_the_paper_is_filled_by_its_experiment(name):
         return set(frame[["model", "keep", "method", "setting", "dataset"]].itertuples(index=False, name=None))
 
     files = [path.stem for path in FILES if path.stem in (name, f"{name}_qwen3vl", f"{name}_thinking")]
-    swept = set().union(*(words(tables.from_experiment(file)) for file in files))
-    assert words(tables.wanted(name)) <= swept
+    swept = set().union(*(words(compare.from_experiment(file)) for file in files))
+    assert words(compare.wanted(name)) <= swept
 
 
 def test_every_figure_has_its_source():
     for _, source in figures.FIGURES.values():
-        assert not tables.wanted(source).empty
+        assert not compare.wanted(source).empty
 
 
 def test_make_reproduces_every_table_and_figure():

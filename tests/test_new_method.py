@@ -24,10 +24,10 @@ class NormPruner(ScorePruner):
 SHOWN = """
 from pathlib import Path
 import sys
-from analysis import figures, load, methods, report, tables
+from analysis import compare, figures, load, methods, report, tables
 cells = load.cells(sys.argv[1])
 assert sorted(cells.method) == ["largest_norm", "random"], cells
-assert tables.METHODS["largest_norm"] == "Largest norm"
+assert compare.METHODS["largest_norm"] == "Largest norm"
 assert figures.STYLES["largest_norm"][:2] not in [s[:2] for n, s in figures.STYLES.items() if n != "largest_norm"]
 row, = [line for line in methods.table(cells).splitlines() if line.startswith("| Largest norm")]
 assert "| before the decoder | nothing | N d |" in row, row

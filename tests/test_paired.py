@@ -1,12 +1,14 @@
 """Paired differences against a brute-force reading, and their column in the tables."""
 
+import io
 import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import load, paired, tables
+from analysis import compare, load, paired, tables
 from test_analysis import GQA, results, toy_defaults, write_record  # noqa: F401
 
 
@@ -69,14 +71,17 @@ def test_a_table_compares_with_mi_pruner_only_what_both_answered(results):  # no
     vispruner = write_record(results, "llava15_7b", "gqa", "vispruner", "64", {"accuracy": 75.0})
     write_answers(mi, [True, False, True, False], images)
     write_answers(vispruner, [True, True, True], images[:3])
-    table = tables.compare(tables.wanted("table1"), load.cells(results))
+    table = compare.compare(compare.wanted("table1"), load.cells(results))
     rows = paired.against(table)
     (key,) = rows
     assert key[:3] == (GQA["model"], GQA["keep"], "vispruner")
     assert rows[key][0] == pytest.approx(100 / 3)
-    text = tables.markdown(tables.grid(table))
+    text = tables.markdown(tables.lay_out(table))
     assert "against MI-Pruner" in text and "+33.3 ±" in text and "clustered by image" in text
-    assert r"$\pm$" in tables.latex(tables.grid(table))
+    assert r"$\pm$" in tables.latex(tables.lay_out(table))
+    csv = pd.read_csv(io.StringIO(tables.csv(table)))
+    assert csv.against_mi[csv.method == "vispruner"].dropna().unique() == pytest.approx([100 / 3], abs=1e-6)
+    assert csv.against_mi[csv.method != "vispruner"].isna().all() and csv.against_mi_error.notna().any()
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
 
@@ -85,5 +90,5 @@ def test_without_answers_there_is_no_column(results):  # noqa: F811
     write_record(results, "llava15_7b", "gqa", "mi", "64", {"accuracy": 50.0})
     write_record(results, "llava15_7b", "gqa", "vispruner", "64", {"accuracy": 75.0})
     assert "against MI-Pruner" not in tables.markdown(
-        tables.grid(tables.compare(tables.wanted("table1"), load.cells(results)))
+        tables.lay_out(compare.compare(compare.wanted("table1"), load.cells(results)))
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.benchmarks.base import BenchmarkError
 from experiments.results import write_atomic
+from experiments.tabular import Span, Table
 from mipruner.errors import InputError, ModelError
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
@@ -124,11 +125,9 @@ class Report:
         blocks = [f"# Acceptance of {self.head['model']}: {self.verdict}", "\n".join(head)]
         for section, lines in self.sections.items():
             rows = [
-                "| check | result | expected | found | tolerance | source |",
-                "| --- | --- | --- | --- | --- | --- |",
+                [line.name, Span(line.status, "bold"), line.expected, line.found, line.tolerance, line.source]
+                for line in lines
             ]
-            for line in lines:
-                words = (line.name, f"**{line.status}**", line.expected, line.found, line.tolerance, line.source)
-                rows.append("| " + " | ".join(w.replace("|", "\\|").replace("\n", " ") for w in words) + " |")
-            blocks += [f"## {section} ({self.seconds.get(section, 0):.1f} s)", "\n".join(rows)]
+            table = Table(["check", "result", "expected", "found", "tolerance", "source"], rows, n_text=6)
+            blocks += [f"## {section} ({self.seconds.get(section, 0):.1f} s)", table.markdown()]
         return "\n\n".join(blocks) + "\n"

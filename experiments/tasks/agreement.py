@@ -21,6 +21,7 @@ from experiments.cell import run_cell
 from experiments.remote import setting_of
 from experiments.results import ROOT, Cell, write_atomic
 from experiments.served import serve
+from experiments.tabular import Table
 from experiments.tasks.serving import require_vllm
 
 CONF = ROOT / "conf"
@@ -59,14 +60,13 @@ def compared(config: dict[str, Any], name: str, log: Path) -> Iterator[dict[str,
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    lines = [
-        f"| method | keep | questions | answers equal | {metric}, server | {metric}, pipeline | all metrics |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["method", "keep", "questions", "answers equal", f"{metric}, server", f"{metric}, pipeline", "all metrics"]
+    lines = []
     for row in rows:
-        values = [row["pruner"], row["keep"], row["n"], row["equal"], f"{row['server']:.2f}", f"{row['pipeline']:.2f}"]
-        lines.append("| " + " | ".join(map(str, values)) + f" | {'equal' if row['metrics'] else 'DIFFER'} |")
-    return "\n".join(lines) + "\n"
+        counts = [str(row[name]) for name in ("keep", "n", "equal")]
+        scores = [f"{row[name]:.2f}" for name in ("server", "pipeline")]
+        lines.append([row["pruner"], *counts, *scores, "equal" if row["metrics"] else "DIFFER"])
+    return Table(head, lines).markdown() + "\n"
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:

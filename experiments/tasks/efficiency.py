@@ -35,6 +35,7 @@ from experiments import build, results
 from experiments.engines import ENGINES, Budget
 from experiments.flops import Decoder, stand_in, vision_flops
 from experiments.machine import CLOCKS, Memory, machine, measure_limits, spread
+from experiments.tabular import Table
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import FAMILIES, Adapter, Prompt
@@ -196,15 +197,14 @@ def compare(
 def show(record: dict[str, Any]) -> str:
     """The table as a person reads it: medians in ms, fastest first."""
     stages = ("vision", "scoring", "prefill", "decode", "generate", "total")
-    header = ["method", "keep", "engine", *stages, "p20-p80", "floor x", "peak GiB"]
-    lines = [header]
+    lines = []
     for row in sorted(record["rows"], key=lambda row: row["latency_ms"]["total"]["median"]):
         ms, total = row["latency_ms"], row["latency_ms"]["total"]
         medians = [f"{ms[stage]['median']:.2f}" if stage in ms else "" for stage in stages]
         rest = [f"{total['p20']:.1f}-{total['p80']:.1f}", f"{row['times_floor']:.2f}", f"{row['peak_memory_gib']:.2f}"]
         lines.append([row["method"], str(row["keep"]), row["engine"], *medians, *rest])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    head = ["method", "keep", "engine", *stages, "p20-p80", "floor x", "peak GiB"]
+    return Table(head, lines).terminal()
 
 
 def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

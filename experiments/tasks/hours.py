@@ -6,13 +6,14 @@ The hours are a lower bound from data sheets, not a measurement: FLOPs of vision
 tensor cores, one read of the weights a new token at the peak bandwidth, batch 1, no time for images or Python.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from experiments.results import ROOT
+from experiments.tabular import Span, Table
 from experiments.tasks.estimate import estimate
 from mipruner.errors import InputError
 
@@ -41,14 +42,15 @@ class Row:
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
-    print("\n".join(table(rows())))
+    print(table(rows()).markdown())
 
 
-def table(found: Sequence[Row]) -> Iterator[str]:
-    yield "| experiment | answers | " + " | ".join(f"{card}, h" for card in CARDS) + " |"
-    yield "| --- | ---: |" + " ---: |" * len(CARDS)
-    for row in found:
-        yield f"| `{row.experiment}` | {row.answers:,} | " + " | ".join(f"{row.hours[c]:.1f}" for c in CARDS) + " |"
+def table(found: Sequence[Row]) -> Table:
+    lines = [
+        [Span(row.experiment, "code"), f"{row.answers:,}", *(f"{row.hours[card]:.1f}" for card in CARDS)]
+        for row in found
+    ]
+    return Table(["experiment", "answers", *(f"{card}, h" for card in CARDS)], lines)
 
 
 def rows() -> list[Row]:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import mipruner
 from experiments import build, results
 from experiments.machine import CLOCKS, machine, spread
+from experiments.tabular import Table
 from mipruner.errors import InputError
 from mipruner.models import Adapter, Prompt
 from mipruner.selection import budget
@@ -148,18 +149,16 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 def show(record: dict[str, Any]) -> str:
     """A table of Markdown: CPU time on a CPU, wall time on a GPU."""
     clock = "cpu" if "cpu" in record["machine"] else "wall"
-    lines = [
-        f"| {record['model']}, {record['dtype']}, ms of {clock} time | stock | keep=1.0 | pruned | ideal "
-        "| keep=1.0 / stock | share of the ideal saving |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    subject = f"{record['model']}, {record['dtype']}, ms of {clock} time"
+    head = [subject, "stock", "keep=1.0", "pruned", "ideal", "keep=1.0 / stock", "share of the ideal saving"]
+    lines = []
     for one in record["rows"]:
         ms = [f"{one['ms'][clock][name]['median']:.1f}" for name in ("stock", "everything", "pruned", "ideal")]
         ratio, share = one["everything_over_stock"][clock], one["share_of_ideal_saving"][clock]
         told = [f"{ratio['median']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f})"]
         told += [f"{share['median']:.0%} ({share['p20']:.0%} to {share['p80']:.0%})"]
-        lines.append(f"| batch {one['batch']}, {one['kept']} of {one['visual_tokens']} | {' | '.join(ms + told)} |")
-    return "\n".join(lines)
+        lines.append([f"batch {one['batch']}, {one['kept']} of {one['visual_tokens']}", *ms, *told])
+    return Table(head, lines).markdown()
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from experiments import peers, results
 from experiments.machine import Memory, machine, spread
+from experiments.tabular import Table
 from experiments.tasks import scaling
 from mipruner.errors import InputError
 from mipruner.features import Features
@@ -194,8 +195,8 @@ def page(record: dict[str, Any]) -> str:
     rows, conditions = record["rows"], record["machine"]
     sizes = sorted({(row["n_visual"], row["n_keep"]) for row in rows})
     names = list(dict.fromkeys(row["method"] for row in rows))
-    header = ["choice", *(f"{n:,} to {k:,}" for n, k in sizes), "exponent", "memory, MiB"]
-    lines = [header, [":---", *["---:"] * (len(header) - 1)]]
+    head = ["choice", *(f"{n:,} to {k:,}" for n, k in sizes), "exponent", "memory, MiB"]
+    lines = []
     products = {row["n_visual"]: row["median_ms"] for row in rows if row["method"] == PRODUCT}
     for name in names:
         own = {row["n_visual"]: row for row in rows if row["method"] == name}
@@ -205,7 +206,7 @@ def page(record: dict[str, Any]) -> str:
         slope = f"{exponent(list(own.values())):.1f}" if len(own) > 1 else ""
         largest = own[max(own)]
         lines.append([title(name), *ratios, slope, f"{largest['peak_mib']:,.0f} at {largest['n_visual']:,}"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = Table(head, lines).markdown()
     has = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in conditions["flags"].items())
     said = (
         f"CPU time over that of the product in the same run. {conditions.get('cpu', conditions['device'])} ({has}), "

@@ -39,6 +39,7 @@ from experiments.machine import machine
 from experiments.remote import encode, setting_of
 from experiments.served import Served, serve, vllm_version
 from experiments.soak import soak
+from experiments.tabular import Table
 from mipruner.errors import InputError
 
 
@@ -143,21 +144,19 @@ UNITS = {"first_token_ms_median": " ms", "first_token_ms_p95": " ms", "peak_memo
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: each number, and in brackets its ratio to the first budget in the same run."""
-    lines = [
+    said = (
         f"`{record['command']}`, {record['requests']} requests a row, {record['machine']['device']}, "
-        f"vLLM {record['versions']['vllm']}. "
-        f"Ratios are to keep={record['rows'][0]['keep']} in the same run.",
-        "",
-        "| questions an image | concurrency | keep | " + " | ".join(MEASURED.values()) + " |",
-        "|" + "---|" * (3 + len(MEASURED)),
-    ]
+        f"vLLM {record['versions']['vllm']}. Ratios are to keep={record['rows'][0]['keep']} in the same run."
+    )
+    lines = []
     for row in sorted(record["rows"], key=lambda row: (row["questions"], row["concurrency"])):
         values = [
             "-" if row[name] is None else f"{row[name]:.4g}{UNITS.get(name, '')} ({row['ratios'][name]:.2f})"
             for name in MEASURED
         ]
-        lines.append(f"| {row['questions']} | {row['concurrency']} | {row['keep']} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(row[name]) for name in ("questions", "concurrency", "keep")] + values)
+    head = ["questions an image", "concurrency", "keep", *MEASURED.values()]
+    return f"{said}\n\n{Table(head, lines, n_text=3).markdown()}\n"
 
 
 def installed_vllm() -> str | None:
