@@ -33,8 +33,8 @@ RESOLUTION = 1e-6
 
 def similarity(visual: Tensor, other: Tensor) -> Tensor:
     """Cosine similarity [.., n_visual, n_other]: eq. 15 before the division by tau. A zero vector gives 0."""
-    visual, other = normalize(visual.float(), dim=-1), normalize(other.float(), dim=-1)
-    return visual @ other.mT
+    rows = normalize(visual.float(), dim=-1)
+    return rows @ (rows if other is visual else normalize(other.float(), dim=-1)).mT
 
 
 def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None) -> Tensor:

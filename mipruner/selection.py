@@ -229,7 +229,7 @@ def lazy_greedy(gains: Callable[[Tensor], Tensor], add: Callable[[Tensor], None]
     for k in range(n_keep):
         size = LAZY_BLOCK
         while not fresh[pick := bound.argmax()]:
-            block = torch.cat([pick[None], bound.topk(min(size, n)).indices])
+            block = torch.cat([pick[None], bound.topk(min(size, n), sorted=False).indices])
             size *= 2
             bound[block] = gains(block).masked_fill_(taken[block], -torch.inf)
             fresh[block] = True

@@ -84,22 +84,29 @@ def dpp_map(similarity: Tensor, quality: Tensor, n_keep: int) -> Tensor:
 
     similarity [.., n, n], quality [.., n]. Returns the picks [.., n_keep] in their order.
     """
-    kernel = quality[..., :, None] * similarity * quality[..., None, :]
-    diagonal = kernel.diagonal(dim1=-2, dim2=-1)
-    residual, floor = diagonal.clone(), torch.finfo(kernel.dtype).eps * diagonal
+    kernel = (quality[..., :, None] * similarity).mul_(quality[..., None, :])
+    residual = kernel.diagonal(dim1=-2, dim2=-1).clone()
+    floor = torch.finfo(kernel.dtype).eps * residual
     fallback = quality - quality.amax(-1, keepdim=True) - 1  # below every residual, in the order of quality
     factors = kernel.new_zeros(*quality.shape[:-1], n_keep, quality.shape[-1])
-    taken = torch.zeros_like(quality, dtype=torch.bool)
     picks = torch.empty(*quality.shape[:-1], n_keep, dtype=torch.long, device=quality.device)
     for k in range(n_keep):
         spans = residual > floor
-        pick = torch.where(spans, residual, fallback).masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+        pick = torch.where(spans, residual, fallback).argmax(-1, keepdim=True)
         picks[..., k] = pick[..., 0]
-        taken.scatter_(-1, pick, True)
-        row = take_rows(kernel, pick)[..., 0, :]
+        root = torch.where(spans.gather(-1, pick), residual.gather(-1, pick).sqrt(), torch.inf)  # else adds nothing
         done = factors[..., :k, :]
-        at_pick = done.gather(-1, pick[..., None, :].expand(*done.shape[:-1], 1))
-        update = (row - (at_pick.mT @ done)[..., 0, :]) / residual.gather(-1, pick).clamp_min(EPS**4).sqrt()
-        factors[..., k, :] = torch.where(spans.gather(-1, pick), update, 0)
-        residual = residual - factors[..., k, :].square()
+        at_pick = take_columns(done, pick)
+        row = take_rows(kernel, pick)[..., 0, :] - (at_pick.mT @ done)[..., 0, :]
+        factors[..., k, :] = row.div_(root)
+        residual -= row.square_()
+        residual.scatter_(-1, pick, -torch.inf)
+        fallback.scatter_(-1, pick, -torch.inf)
     return picks
+
+
+def take_columns(rows: Tensor, index: Tensor) -> Tensor:
+    """Column [.., k, 1] of ``rows`` [.., k, n] at ``index`` [.., 1]."""
+    if rows.dim() == 2:
+        return rows.index_select(1, index)
+    return rows.gather(-1, index[..., None, :].expand(*rows.shape[:-1], 1))

@@ -28,8 +28,8 @@ class DivPruner(Pruner):
         return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
-        distance = 1 - similarity(features.visual, features.visual)
-        score = distance.kthvalue(2, dim=-1).values  # the smallest is the token itself
+        distance = similarity(features.visual, features.visual).neg_().add_(1)
+        score = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest is the token itself
         nearest = torch.full_like(score, torch.inf)
         taken = torch.zeros_like(score, dtype=torch.bool)
         picks = []

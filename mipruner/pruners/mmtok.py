@@ -87,9 +87,10 @@ class MMTokPruner(Pruner):
         if valid is None:
             valid = torch.ones_like(features.visual[..., 0], dtype=torch.bool)
         text, weights = self.covered_text(features)
-        cover_text = (similarity(text, features.visual) / self.tau_text).softmax(-1) * weights[..., None]
-        cover_visual = (similarity(features.hidden, features.hidden) / self.tau_visual).softmax(-1) / valid.shape[-1]
-        cover = torch.cat([cover_text, self.alpha * cover_visual], -2).mT.contiguous()  # row = what one token covers
+        of_text = similarity(text, features.visual).div_(self.tau_text).softmax(-1).mul_(weights[..., None])
+        of_image = similarity(features.hidden, features.hidden).div_(self.tau_visual).softmax(-1)
+        of_image.div_(valid.shape[-1]).mul_(self.alpha)
+        cover = torch.cat([of_text.mT, of_image.mT], -1)  # row = what one token covers
         return facility_location(cover, valid, n_keep)
 
     def covered_text(self, features: Features) -> tuple[Tensor, Tensor]:
@@ -119,11 +120,14 @@ def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
         samples = zip(cover.flatten(0, -3), allowed.flatten(0, -2), strict=True)
         return torch.stack([facility_location(*s, n_keep) for s in samples]).view(*cover.shape[:-2], n_keep)
     best = torch.zeros_like(cover[..., 0, :])
+    everywhere = cover.device.type == "cpu" and bool(allowed.all())
 
     def gains(index: Tensor | None = None) -> Tensor:
         rows = cover if index is None else take_rows(cover, index)
-        may = allowed if index is None else allowed.gather(-1, index)
-        return (rows - best[..., None, :]).clamp_min(0).sum(-1).masked_fill(~may, -1)
+        added = (rows - best[..., None, :]).relu_().sum(-1)
+        if everywhere:
+            return added
+        return added.masked_fill_(~(allowed if index is None else allowed.gather(-1, index)), -1)
 
     def add(pick: Tensor) -> None:
         torch.maximum(best, take_rows(cover, pick)[..., 0, :], out=best)
