@@ -18,6 +18,10 @@ test: setup
 test-models: setup
 	MODELS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_any_model.py
 
+# The table of docs/models.md, from what that test finds.
+models-page: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests MODELS=all $(BIN)/python tests/any_page.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

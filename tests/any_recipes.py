@@ -120,6 +120,7 @@ OVERRIDES = {
     },
     "perception_lm": {"vision_config": {"model_args": {"embed_dim": 64}}, "vision_use_cls_token": False},
     "fast_vlm": {"vision_config": {"hidden_size": 64}},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"window_size": 2}},
     "hunyuan_vl": {
         "text_config": {
             "head_dim": 16,

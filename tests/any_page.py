@@ -1,0 +1,114 @@
+"""The table of docs/models.md, from what the long form of `tests/test_any_model.py` finds: `make models-page`."""
+
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+from any_long import METHODS
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- types: made by make models-page -->", "<!-- end of types -->"
+TOKENS = {
+    "aria": "128 at 490 px, 256 at 980 px",
+    "aya_vision": "169 a tile",
+    "cohere2_vision": "256 a tile",
+    "deepseek_vl": "(side / 16)²",
+    "deepseek_vl_hybrid": "576",
+    "fuyu": "(height / 30)(width / 30)",
+    "gemma3": "256",
+    "gemma3n": "256",
+    "got_ocr2": "256 a tile",
+    "idefics2": "64 a tile",
+    "idefics3": "169 a tile",
+    "janus": "576",
+    "lighton_ocr": "(height / 28)(width / 28)",
+    "llama4": "144 a tile",
+    "mistral3": "(height / 28)(width / 28)",
+    "ovis2": "256 a tile",
+    "paligemma": "(side / 14)²",
+    "pp_chart2table": "256",
+    "qianfan_ocr": "256 a tile",
+    "shieldgemma2": "256",
+    "smolvlm": "(side / patch / scale)² a tile",
+    "vipllava": "576",
+}
+"""Tokens an image, where no grid of patches tells them: of the published sizes, or of the default config."""
+
+
+def tokens(kind: str, is_grid: bool) -> str:
+    """Tokens an image: a formula in pixels where the processor gives a grid of patches."""
+    if kind in TOKENS:
+        return TOKENS[kind]
+    vision = CONFIG_MAPPING[kind]().vision_config if is_grid else None
+    merge = next((n for name in ("spatial_merge_size", "merge_size") if (n := getattr(vision, name, None))), None)
+    if vision is None or not isinstance(merge, int):
+        return "see its processor"
+    side = vision.patch_size * merge
+    return f"(height / {side})(width / {side})"
+
+
+def row(kind: str, found: dict, is_grid: bool) -> str:
+    """One line of the table."""
+    missing = [f"`{name}`" for name in METHODS if name not in found["methods"]]
+    told = f"all {len(METHODS)}" + (f" but {', '.join(missing)}" if missing else "")
+    rest = (found[name].split(":")[0] for name in ("beams", "padded batch", "second turn"))
+    assert found["keep=auto"] == found["bfloat16"] == "yes"
+    return f"| `{kind}` | {tokens(kind, is_grid)} | {told} | {' | '.join(rest)} |"
+
+
+def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:
+    """Everything between the marks."""
+    return "\n".join(
+        [
+            BEGIN,
+            f"transformers {transformers.__version__}, float32 and bfloat16, sdpa, on a CPU; {len(rows)} types:",
+            "",
+            f"Methods: {', '.join(f'`{name}`' for name in METHODS)}.",
+            "",
+            "| type | tokens an image | methods | beams, two images | padded batch | second turn |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "| refused | why |",
+            "|---|---|",
+            *refused,
+            "",
+            "| not tested | why |",
+            "|---|---|",
+            *unbuilt,
+            END,
+        ]
+    )
+
+
+def block() -> str:
+    """What the page says now between the marks."""
+    found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", PAGE.read_text(), re.S)
+    return found[0] if found else ""
+
+
+def main() -> None:
+    from any_tiny import CLASSES
+    from mipruner.models import FAMILIES
+    from test_any_model import NOT_BUILT, found_row, why_refused  # which reads this module
+
+    warnings.simplefilter("ignore")
+    rows, refused = [], []
+    with torch.no_grad():
+        for kind in sorted(set(CLASSES) - set(FAMILIES) - set(NOT_BUILT)):
+            reason = why_refused(kind)
+            (rows if reason is None else refused).append(
+                found_row(kind) if reason is None else f"| `{kind}` | {reason} |"
+            )
+            print((rows if reason is None else refused)[-1], file=sys.stderr, flush=True)
+    text = write(rows, refused, [f"| `{kind}` | {why} |" for kind, why in sorted(NOT_BUILT.items())])
+    PAGE.write_text(PAGE.read_text().replace(block(), text))
+
+
+if __name__ == "__main__":
+    main()
