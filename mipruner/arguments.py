@@ -25,10 +25,13 @@ class Cut:
         Place in the full prompt of each column that is left; -1 is padding.
     is_visual : Tensor [B, S] bool
         Visual tokens of the full prompt.
+    model_type : str
+        For messages.
     """
 
     columns: Tensor
     is_visual: Tensor
+    model_type: str = "this model"
 
     def __call__(self, name: str, x: Any) -> Any:
         """Argument ``x`` of the short prompt, from that of the full one.
@@ -56,8 +59,9 @@ class Cut:
             return x[self.is_kept[self.is_visual]]
         if {self.is_visual.shape[1], n_visual} & set(x.shape):
             raise InputError(
-                f"the language model's argument {name} {list(x.shape)} is as long as the prompt ({n_visual} of "
-                f"{self.is_visual.shape[1]} tokens are visual) in a way that is not known; see docs/models.md"
+                f"{self.model_type}: the language model's argument {name} {list(x.shape)} is as long as the prompt "
+                f"({n_visual} of {self.is_visual.shape[1]} tokens are visual) in a way that is not known; "
+                "see docs/models.md"
             )
         return x
 

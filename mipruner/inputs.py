@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from mipruner.errors import InputError
 from mipruner.intercept import Call
 from mipruner.models.adapter import Adapter, VisionOutput
+from mipruner.models.generic import PAGE
 from mipruner.prompt import Encoded, Prompt, Tokens, Visual
 from mipruner.question import Reader, between_special
 
@@ -105,7 +106,7 @@ class Inputs:
         n_rows = sum(len(visual.rows) for queue in queues.values() for visual in queue)
         copies = n_placeholders // max(n_rows, 1)  # beams: each prompt stands there several times
         if n_rows * copies != n_placeholders or len(ids) % copies:
-            raise InputError(
+            raise self._refusal(
                 f"the prompts have {n_placeholders} visual tokens, and the images encoded for them in this context "
                 f"{n_rows}: give pixel values with the prompt, and the prompt in one piece"
             )
@@ -136,7 +137,7 @@ class Inputs:
         places = [torch.searchsorted(rows, place) for _, place in images]
         for (visual, _), place in zip(images, places, strict=True):
             if len(place) != len(visual.rows) or not self.adapter.is_placed(ids[place], embeds[place], visual.rows):
-                raise InputError("the images of this prompt were not encoded by this call inside this context")
+                raise self._refusal("the images of this prompt were not encoded by this call inside this context")
         is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
         is_question = torch.ones(int(is_text.sum()), dtype=torch.bool)
@@ -157,6 +158,11 @@ class Inputs:
             signals=self.adapter.text_signals(prompt, tokens, self.signals),
             sample=f"{zlib.crc32(ids.cpu().numpy().tobytes()):08x}",
         )
+
+    def _refusal(self, found: str) -> InputError:
+        """For a type without an adapter with its name, and where to read on."""
+        model_type = self.adapter.model.config.model_type
+        return InputError(found if self.adapter.reads_inside else f"{model_type}: {found}; {PAGE}")
 
     def _question(self, text: str | None, ids: Tensor) -> Tensor:
         """T [S] bool of one prompt."""

@@ -14,11 +14,12 @@ from transformers import LogitsProcessor
 
 from mipruner import draws
 from mipruner.decoding import Decoding, inverse
+from mipruner.errors import InputError
 from mipruner.models.adapter import Adapter
-from mipruner.models.generic import ALONE, GenericAdapter
+from mipruner.models.generic import ALONE, PAGE, GenericAdapter
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Encoded, Media, Prompt
-from mipruner.pruners import DecoderPruner, Pruner
+from mipruner.pruners import DecoderPruner, ImagePruner, Pruner
 from mipruner.pruning import prune
 from mipruner.selection import Auto, Selection, budget
 from mipruner.timing import Stopwatch
@@ -63,6 +64,11 @@ class ProcessorPipeline:
         keep: int | float | Auto,
         decoding: Decoding | None = None,
     ):
+        if isinstance(pruner, ImagePruner):
+            raise InputError(
+                f"{type(pruner).__name__} makes images smaller before the processor, which a "
+                f"{adapter.model.config.model_type} without an adapter does by itself; {PAGE}"
+            )
         self.adapter, self.pruner, self.keep = adapter, pruner, keep
         self.decoding = decoding or Decoding()
         self.watch = Stopwatch(adapter.device)

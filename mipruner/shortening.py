@@ -126,6 +126,10 @@ class Shortening:
     def __exit__(self, *error) -> None:
         self._stack.close()
 
+    @property
+    def _model_type(self) -> str:
+        return (self.masks.model if self.masks else self.model).config.model_type
+
     def check_alone(self) -> None:
         """Refuse to open where this thread, or for all threads another one, has opened one on the same model."""
         others = _active.get(self.model, ())
@@ -204,8 +208,8 @@ class Shortening:
             return self.masks.make(short, {}, False)
         if call.old is not None:
             raise InputError(
-                "this model makes its own masks, and a further image behind a shortened prompt has no such mask: start "
-                "with an empty cache"
+                f"{self._model_type}: the model makes its own masks, and a further image behind a shortened prompt has "
+                "no such mask: start with an empty cache; see docs/models.md"
             )
         self.masks.check(kwargs, kwargs["attention_mask"], own)
         return self.masks.make(short, {name: call.cut(name, x) for name, x in self.masks.types().items()}, True)
@@ -218,7 +222,7 @@ class Shortening:
         call.entry = entry = enter(prompts, kwargs, call.old, self.repack)
         changes = entry.changes
         if changes:
-            call.cut = cut = Cut(entry.columns, prompts.is_visual)
+            call.cut = cut = Cut(entry.columns, prompts.is_visual, self._model_type)
             others = {name: x for name, x in kwargs.items() if name not in SERVED and name not in changes}
             changes = changes | {name: cut(name, x) for name, x in others.items()}
         if self.layers is not None:

@@ -9,7 +9,9 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
+from any_by_hand import inputs_of, rows_of, seen_by
 from any_long import METHODS
+from mipruner.models.generic import owner_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- types: made by make models-page -->", "<!-- end of types -->"
@@ -40,25 +42,42 @@ TOKENS = {
 """Tokens an image, where no grid of patches tells them: of the published sizes, or of the default config."""
 
 
-def tokens(kind: str, is_grid: bool) -> str:
-    """Tokens an image: a formula in pixels where the processor gives a grid of patches."""
+def merge_of(vision) -> int | None:
+    """Patches a token along each side."""
+    return next(
+        (n for name in ("spatial_merge_size", "merge_size") if isinstance(n := getattr(vision, name, 0), int) and n),
+        None,
+    )
+
+
+def is_grid(kind: str, model) -> bool:
+    """Whether the rows of an image are its grid of patches, merged, and nothing else."""
+    px, owner = inputs_of(kind, model)[1], owner_of(model)
+    merge = merge_of(getattr(model.config, "vision_config", None))
+    if "image_grid_thw" not in px or merge is None:
+        return False
+    rows = rows_of(kind.split(":")[0], owner, seen_by(owner, px))
+    return [len(one) * merge**2 for one in rows] == px["image_grid_thw"].prod(-1).tolist()
+
+
+def tokens(kind: str, has_grid: bool) -> str:
+    """Tokens an image: a formula in pixels where its rows are a grid of patches."""
     if kind in TOKENS:
         return TOKENS[kind]
-    vision = CONFIG_MAPPING[kind]().vision_config if is_grid else None
-    merge = next((n for name in ("spatial_merge_size", "merge_size") if (n := getattr(vision, name, None))), None)
-    if vision is None or not isinstance(merge, int):
+    vision = CONFIG_MAPPING[kind]().vision_config if has_grid else None
+    if vision is None or merge_of(vision) is None:
         return "see its processor"
-    side = vision.patch_size * merge
+    side = vision.patch_size * merge_of(vision)
     return f"(height / {side})(width / {side})"
 
 
-def row(kind: str, found: dict, is_grid: bool) -> str:
+def row(kind: str, found: dict, has_grid: bool) -> str:
     """One line of the table."""
     missing = [f"`{name}`" for name in METHODS if name not in found["methods"]]
     told = f"all {len(METHODS)}" + (f" but {', '.join(missing)}" if missing else "")
     rest = (found[name].split(":")[0] for name in ("beams", "padded batch", "second turn"))
     assert found["keep=auto"] == found["bfloat16"] == "yes"
-    return f"| `{kind}` | {tokens(kind, is_grid)} | {told} | {' | '.join(rest)} |"
+    return f"| `{kind}` | {tokens(kind, has_grid)} | {told} | {' | '.join(rest)} |"
 
 
 def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 import mipruner
 from any_by_hand import STEPS, TYPES, ByHand, generate, inputs_of, kept_of, made
 from any_long import found
-from any_page import block, row
+from any_page import block, is_grid, row
 from any_recipes import OVERRIDES
 from any_tiny import CLASSES, build
 from mipruner.arguments import Cut
@@ -101,8 +101,7 @@ def found_row(kind):
     """The type's line of the page, measured."""
     larger = LARGER.get(kind, kind)
     model = made(larger)
-    is_grid = "image_grid_thw" in inputs_of(larger, model)[1]
-    return row(kind, found(larger, model), is_grid)
+    return row(kind, found(larger, model), is_grid(larger, made(larger)))
 
 
 @pytest.mark.skipif(not EVERY, reason="make test-models runs all types")
@@ -153,7 +152,10 @@ def test_rows_that_do_not_stand_in_the_prompt_are_refused(monkeypatch):
     model = made("gemma3")
     inputs, px = inputs_of("gemma3", model)
     monkeypatch.setattr("mipruner.models.generic.ROWS", {"gemma3": lambda owner, out: out.pooler_output + 1})
-    with mipruner.prune(model, "random", 0.5), pytest.raises(InputError, match="were not encoded by this call"):
+    with (
+        mipruner.prune(model, "random", 0.5),
+        pytest.raises(InputError, match=r"gemma3: .*were not encoded by this call.*docs/models.md"),
+    ):
         generate(model, {**inputs, **px})
 
 
@@ -171,7 +173,7 @@ def test_an_argument_as_long_as_the_prompt_is_known_or_refused():
     assert cut("x", torch.arange(1, 6)[None]).tolist() == [[0, 1, 3, 4]]
     assert cut("x", [torch.arange(3)])[0].tolist() == [1]
     assert cut("x", torch.zeros(7, 2)).shape == (7, 2)
-    with pytest.raises(InputError, match=r"argument x \[2, 5\]"):
+    with pytest.raises(InputError, match=r"this model: .*argument x \[2, 5\].*docs/models.md"):
         cut("x", torch.zeros(2, 5))
 
 
