@@ -156,7 +156,7 @@ def config_of(family):
             config.text_config.head_dim, config.text_config.norm_topk_prob = 64, True
         case "qwen3_5":
             text = config.text_config
-            text.head_dim, text.linear_key_head_dim, text.linear_value_head_dim = 64, 32, 32
+            text.head_dim, text.linear_key_head_dim, text.linear_value_head_dim = 64, 64, 64
         case "llava_onevision":
             config.vision_aspect_ratio = "anyres_max_9"  # what vLLM's model has in its code
     return config
