@@ -2,9 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 if sys.argv[:1] == ["-m"]:  # python is looking for the module of `python -m experiments.x`, which was a command once
     module, *words = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
@@ -15,11 +12,3 @@ if sys.argv[:1] == ["-m"]:  # python is looking for the module of `python -m exp
         keys = [word for word in words if "=" in word]
         sys.stderr.write(f"{module} is a task of run.py now: {' '.join(['python run.py', f'task={task}', *keys])}\n")
         sys.exit(2)
-
-
-def by_family(default: Any, others: dict[str, Any], *, _root_: DictConfig) -> Any:
-    """``${by_family:a,{qwen_vl:b}}`` in a file of conf/pruner: a, but b for models whose file says family: qwen_vl."""
-    return others.get(_root_.model.get("family"), default)
-
-
-OmegaConf.register_new_resolver("by_family", by_family, replace=True)

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.results import ROOT
 
@@ -59,3 +59,11 @@ def experiment_title(name: str) -> str:
 def without_about(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a model or data set that a run takes."""
     return {key: value for key, value in options.items() if key not in ABOUT}
+
+
+def by_family(default: Any, others: dict[str, Any], *, _root_: DictConfig) -> Any:
+    """``${by_family:a,{qwen_vl:b}}`` in a file of conf/pruner: a, but b for models whose file says family: qwen_vl."""
+    return others.get(_root_.model.get("family"), default)
+
+
+OmegaConf.register_new_resolver("by_family", by_family, replace=True)
