@@ -25,6 +25,8 @@ models-page: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy mipruner
+	$(BIN)/vulture
 
 explorer: setup
 	$(BIN)/python run.py task=explorer

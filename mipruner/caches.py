@@ -43,7 +43,7 @@ class Course:
     renumbered: bool = False
     serving: bool = field(default=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         full = {id(valid): bool(valid.all()) for valid in self.layers}
         self.full = [full[id(valid)] for valid in self.layers]
 

@@ -29,7 +29,7 @@ class Composed(DecoderPruner):
     inside: DecoderPruner
     enter: int | float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.door, Pruner) or not isinstance(self.inside, DecoderPruner):
             raise InputError("two methods are one before the language model and one inside it, as in ['mi', 'fastv']")

@@ -45,7 +45,7 @@ class Decoding:
     top_k: int = 0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens} is not positive")
         if not self.temperature >= 0:

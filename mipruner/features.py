@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -67,14 +68,14 @@ class Features:
     project: Callable[[Tensor], Tensor] | None = None
     clip_visual: Tensor | None = None
     clip_text: Tensor | None = None
-    words: Sequence | None = None
+    words: Sequence[Any] | None = None
     question: Tensor | None = None
     prefixed: Callable[[str], Tensor] | None = None
     vocabulary: Tensor | None = None
     vocabulary_norm: Tensor | None = None
     valid: Tensor | None = None
     sample: str = ""
-    held: dict | None = field(default=None, repr=False, compare=False)
+    held: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_visual(self) -> int:

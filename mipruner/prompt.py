@@ -32,7 +32,7 @@ class Video:
     frames: Sequence[Image.Image]
     fps: float = 2.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.frames:
             raise InputError("a video needs at least one frame")
 

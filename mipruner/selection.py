@@ -55,7 +55,7 @@ class Auto:
     quality: float
     keep_max: int | float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.quality <= 1:
             raise InputError(f"quality={self.quality} is not in (0, 1]")
 

@@ -160,7 +160,7 @@ class Prefill:
     memory: list[dict] = field(default_factory=list)
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.memory = [{} for _ in self.counts]
 
     def watch(self, stack: ExitStack) -> None:

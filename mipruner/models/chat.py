@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,12 +63,11 @@ class Chat:
             rendered = self.prompt.format(image="".join(self.placeholders[kind] for kind in kinds), text=TEXT)
         else:
             content = [*({"type": kind} for kind in kinds), {"type": "text", "text": TEXT}]
-            messages = [{"role": "user", "content": content}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
             if self.system is not None:
                 messages.insert(0, {"role": "system", "content": self.system})
-            rendered = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
-            )
+            options: dict[str, Any] = dict(add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking)
+            rendered = str(self.tokenizer.apply_chat_template(messages, **options))
         before, after = rendered.split(TEXT)
         return before, after
 
@@ -162,7 +162,7 @@ class Chat:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer, stripped here and nowhere else. Thinking that does not end has no answer."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         if self.thinking:
             text = text.rpartition(END_OF_THINKING)[2] if END_OF_THINKING in text else ""
         return text.strip()

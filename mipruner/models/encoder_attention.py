@@ -23,11 +23,11 @@ def received_attention(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tens
     q, k [.., n, heads, d_head].
     """
     q, k = (x.float().transpose(-3, -2) for x in (q, k))
-    received, own = torch.zeros_like(k[..., 0]), []
+    received, parts = torch.zeros_like(k[..., 0]), []
     step = max(1, BLOCK // k[..., 0].numel())
     for start in range(0, q.shape[-2], step):
         weights = (q[..., start : start + step, :] @ k.mT * scale).softmax(-1)
         received += weights.sum(-2)
-        own.append(weights.diagonal(start, -2, -1))
-    own = torch.cat(own, -1)
+        parts.append(weights.diagonal(start, -2, -1))
+    own = torch.cat(parts, -1)
     return (received - own).mean(-2), own.mean(-2)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from mipruner.errors import ModelError
 
 
-def load_weights(model_class: type, folder: str | Path, **options: Any) -> PreTrainedModel:
+def load_weights(model_class: Any, folder: str | Path, **options: Any) -> PreTrainedModel:
     """``model_class.from_pretrained`` from safetensors, which by itself fills what is missing with random numbers.
 
     Raises

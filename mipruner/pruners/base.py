@@ -238,7 +238,7 @@ class DecoderPruner(Method, ABC):
     renumbers: ClassVar[bool] = False
     """Whether the official code numbers the remaining tokens 0, 1, 2, ... again. Never done with M-RoPE."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.budget_match not in ("nominal", "layer_mean"):
             raise InputError(f"unknown budget_match {self.budget_match!r}: choose nominal or layer_mean")
 

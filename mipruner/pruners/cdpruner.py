@@ -42,7 +42,7 @@ class CDPruner(Pruner):
     relevance: str = "auto"
     wants: ClassVar[frozenset[str]] = frozenset({"clip_visual", "clip_text", "question"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.relevance not in ("auto", "clip", "projection"):
             raise InputError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
 

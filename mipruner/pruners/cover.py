@@ -44,7 +44,7 @@ class CoverPruner(Pruner):
     vocabulary_rows: int | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"vocabulary"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
             raise InputError(f"lam={self.lam} is not in [0, 1]")
         if not 0 < self.tau < math.inf:

@@ -47,7 +47,7 @@ class DARTPruner(DecoderPruner):
     exact: bool = False
     rounding: Literal["nearest", "down"] = "nearest"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounding not in ("nearest", "down"):
             raise InputError(f"unknown rounding {self.rounding!r}: choose nearest or down")

@@ -30,7 +30,7 @@ class FastVPruner(DecoderPruner):
 
     layer: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer < 1:
             raise InputError(f"layer={self.layer} is below 1: attention is read from the layer before")

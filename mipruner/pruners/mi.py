@@ -55,7 +55,7 @@ class MIPruner(Pruner):
     prior: Prior = "uniform"
     prior_table: Sequence[Sequence[float]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
             raise InputError(f"lam={self.lam} is not in [0, 1]")
         if not 0 < self.tau < math.inf:

@@ -26,7 +26,7 @@ class MIAttentionPruner(MIPruner):
 
     split: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.split <= 1:
             raise InputError(f"split={self.split} is not in [0, 1]")

@@ -67,7 +67,7 @@ class MMTokPruner(Pruner):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     wants: ClassVar[frozenset[str]] = frozenset({"words", "question", "prefixed", "valid"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.tau_text > 0 and self.tau_visual > 0):
             raise InputError(f"the temperatures {self.tau_text} and {self.tau_visual} are not both positive")
         if self.prefix and self.stop_words:

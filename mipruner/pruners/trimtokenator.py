@@ -44,7 +44,7 @@ class TrimTokenatorPruner(Pruner):
     share: float = 0.8
     multiple: float = 2.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.reading not in ("port", "unit"):
             raise InputError(f"unknown reading {self.reading!r}: choose port or unit")
         if not 0 < self.share <= 1:

@@ -36,7 +36,7 @@ class VisPruner(Pruner):
     important: float = 0.5
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "hidden"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.important <= 1:
             raise InputError(f"important={self.important} is not in [0, 1]")
 
