@@ -286,6 +286,25 @@ def test_clip_relevance_is_measured_in_the_named_clip(clip_folder):
     assert answer.notes == {"relevance": "clip"}
 
 
+@torch.inference_mode()
+def test_clip_measures_in_float32_beside_a_model_in_bfloat16(clip_folder):
+    """As CDPruner's public code: text tower and projection keep their precision whatever the language model has."""
+    adapter, clip = tiny("llava", dtype=torch.bfloat16, clip=clip_folder), CLIPModel.from_pretrained(clip_folder).eval()
+    prompt = Prompt("what is it", [make_image(1, 90, 70)])
+    visuals = list(Pipeline(adapter, CDPruner(), 5).see(prompt.images).values())
+    (features,) = adapter.read(prompt, visuals, CDPruner().signals).features()
+    assert features.visual.dtype == torch.bfloat16
+    assert features.clip_visual.dtype == features.clip_text.dtype == torch.float32
+    ids = torch.tensor([adapter.tokenizer("what is it")["input_ids"]])
+    expected = clip.get_text_features(input_ids=ids).pooler_output
+    torch.testing.assert_close(features.clip_text, expected, atol=1e-6, rtol=1e-5)
+    pixels = adapter.preprocess(prompt.images[0])["pixel_values"].bfloat16()
+    hidden = adapter.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    patches = clip.visual_projection(clip.vision_model.post_layernorm(hidden.float()))[0]
+    torch.testing.assert_close(features.clip_visual, patches, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(patches, patches.bfloat16().float()), "what bfloat16 would lose is there"
+
+
 def test_a_clip_that_is_not_there_is_named_when_it_is_needed():
     adapter, prompt = tiny("llava", clip="/no/such/clip"), Prompt("what is it", [make_image(1, 90, 70)])
     Pipeline(adapter, MMTokPruner(), 5)([prompt])
