@@ -19,13 +19,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import load, methods
+from analysis import load, methods, speedup
 from analysis.compare import METHODS
 from experiments.tabular import Span, Table
 from mipruner.pruners import OWN, PRUNERS, ImagePruner
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"demo": "README.md", "methods": "README.md", "tree": "docs/tree.md"}
+PAGES = {
+    "demo": "README.md",
+    "methods": "README.md",
+    "tree": "docs/tree.md",
+    "peers": "docs/speed.md",
+    "speedup": "docs/speed.md",
+}
 """The page that each generated part stands on."""
 
 BUDGETS = ("64", "32", "16", "8")
@@ -132,6 +138,15 @@ def part(name: str, results: Path) -> str:
     """The text of a generated part. Raises ValueError if a record that it needs is missing."""
     if name == "tree":
         return tree(tracked())
+    if name == "speedup":
+        return speedup.table()
+    if name == "peers":
+        found = ROOT / "docs/results/peers_cpu.md"
+        if not found.is_file():
+            raise ValueError(
+                "there is no docs/results/peers_cpu.md: python run.py task=peers out=docs/results/peers_cpu"
+            )
+        return found.read_text()
     cells = demo_cells(load.cells(results))
     sized = [name for name, cls in PRUNERS.items() if name != "none" and not issubclass(cls, ImagePruner)]
     check_complete(cells, OWN if name == "demo" else sized)  # LLaVA takes images of one size

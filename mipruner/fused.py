@@ -103,7 +103,7 @@ def mi_picks(
     # No larger than the tokens in float32, or it is made anew for each question.
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
     rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau))
-    relevance = _relevance(with_text(visual, text, tau)) if relevance is None else relevance
+    relevance = _relevance(with_text(visual, text, tau).log_softmax(-1)) if relevance is None else relevance
     picks = _picks(rho, lse, relevance, n_keep, lam, [] if given is None else given.tolist())
     return torch.tensor(picks, dtype=torch.long)
 
@@ -244,9 +244,15 @@ def _products(tokens: Tensor, out: Tensor) -> None:
     _products(tokens[half:], out[half:, half:])
 
 
-def _relevance(rho_text: Tensor) -> Tensor:
-    log_p = rho_text.log_softmax(-1)
-    return (log_p - log_p.logsumexp(0)).amax(-1) + math.log(len(rho_text))  # eq. 16-19
+def relevance(visual: Tensor, text: Tensor, tau: float, partition: Tensor) -> Tensor:
+    """`pmi.relevance` over a vocabulary, whose `log_partition` [.., n_visual, 1] is given."""
+    if visual.device.type != "cpu" or visual.dim() > 2:
+        return pmi.relevance(visual, text, tau, log_partition=partition)
+    return _relevance(with_text(visual, text, tau) - partition)
+
+
+def _relevance(log_p: Tensor) -> Tensor:
+    return (log_p - log_p.logsumexp(0)).amax(-1) + math.log(len(log_p))  # eq. 17-19
 
 
 def _picks(rho: Tensor, lse: Tensor, relevance: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:

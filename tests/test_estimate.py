@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from analysis import speedup
 from experiments.flops import Decoder, architecture, build, vision_flops
 from experiments.results import ROOT
 from experiments.tasks.estimate import estimate
@@ -128,3 +129,13 @@ def test_the_estimated_memory_is_what_a_run_takes(tmp_path):
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert float(done.stdout) == pytest.approx(told, rel=0.1)
+
+
+def test_the_speed_up_is_the_ratio_of_what_is_left():
+    """Keeping everything gains nothing; keeping next to nothing gains at most 1 / (vision's and the text's share)."""
+    assert speedup.speedup("qwen3vl_8b", 576, 60, keep=1.0)[0] == 1
+    gain, share = speedup.speedup("qwen3vl_8b", 576, 60)
+    assert 1 < gain < 1 / share
+    longer, _ = speedup.speedup("qwen3vl_8b", 576, 240)
+    assert longer < gain
+    assert speedup.table().count("\n") == 1 + sum(len(sizes) for _, sizes in speedup.MODELS.values())

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from mipruner import pmi
+from mipruner import fused, pmi
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import log_partition_of, mi_picks
@@ -85,7 +85,10 @@ class MIPruner(Pruner):
     def picks(self, features: Features, n_keep: int, given: Tensor | None = None) -> Tensor:
         """Indices [.., n_keep] in the order of the greedy search, after the tokens ``given``."""
         if (self.aggregation, self.normalization, self.prior) == ("max", "softmax", "uniform"):
-            relevance = None if self.support == "prompt" else self.s_cross(features)
+            relevance = None
+            if self.support == "vocabulary":
+                partition = log_partition_of(features, self.tau, self.vocabulary_rows)
+                relevance = fused.relevance(features.visual, features.text, self.tau, partition)
             options = {"given": given, "relevance": relevance, "held": features.held}
             return mi_picks(features.visual, features.text, n_keep, self.lam, self.tau, **options)
         options = (self.tau, self.aggregation, self.normalization)

@@ -1,0 +1,86 @@
+"""Draws how much faster an answer can get by pruning, from FLOPs alone, over image tokens and question length.
+
+    python -m analysis.speedup docs/results/speedup.png
+
+Vision encoder and prefill count, at one speed; decoding, which a short answer hardly has, and the choice do not. With a
+share s of the FLOPs in the prefill's image tokens, no pruner after the encoder gains more than 1 / (1 - s).
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from analysis.figures import GREEN, ORANGE, PAGE, RED, STYLE
+from experiments.flops import Decoder, architecture, vision_flops
+
+QUESTIONS = {20: (RED, "-"), 60: (ORANGE, "--"), 240: (GREEN, ":")}
+"""Other tokens of the prompt, and how their line is drawn."""
+
+MODELS = {
+    "llava15_7b": ("LLaVA-1.5-7B", (576,)),
+    "qwen25vl_7b": ("Qwen2.5-VL-7B", (144, 256, 576, 1024, 2304, 4096)),
+    "qwen3vl_8b": ("Qwen3-VL-8B", (144, 256, 576, 1024, 2304, 4096)),
+    "qwen3vl_2b": ("Qwen3-VL-2B", (144, 256, 576, 1024, 2304, 4096)),
+}
+"""Models whose vision FLOPs have a closed form, and image tokens to draw."""
+
+KEEP = 1 / 9
+
+
+def speedup(model: str, n_visual: int, n_text: int, keep: float = KEEP) -> tuple[float, float]:
+    """FLOPs of vision and prefill with all tokens over those with the share ``keep``, and vision's share of them."""
+    config = architecture(model)
+    decoder, vision = Decoder.of(config.get_text_config()), vision_flops(config, n_visual)
+    if vision is None:
+        raise ValueError(f"there is no closed form of the vision encoder of {model}")
+    full = vision + decoder.prefill_flops(n_visual + n_text)
+    return full / (vision + decoder.prefill_flops(round(keep * n_visual) + n_text)), vision / full
+
+
+def draw() -> Figure:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(MODELS), figsize=(PAGE, 0.36 * PAGE), sharey=True, layout="constrained")
+        for ax, (model, (title, sizes)) in zip(axes, MODELS.items(), strict=True):
+            for n_text, (color, dash) in QUESTIONS.items():
+                values = [speedup(model, n, n_text)[0] for n in sizes]
+                ax.plot(sizes, values, dash, color=color, marker="o", markersize=3, label=f"{n_text} other tokens")
+            ax.set(title=title, xscale="log", xlabel="image tokens")
+            ax.set_xticks([144, 576, 2304], ["144", "576", "2,304"])
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        axes[0].set(ylabel="FLOPs, all / one ninth kept", ylim=(1, None))
+        axes[-1].legend()
+    return figure
+
+
+def table() -> str:
+    """The same numbers at 60 other tokens, as Markdown."""
+    lines = ["| model | image tokens | vision's share | most that pruning can gain | a ninth kept |"]
+    lines.append("|:---|---:|---:|---:|---:|")
+    for model, (title, sizes) in MODELS.items():
+        for n in sizes:
+            config = architecture(model)
+            decoder, vision = Decoder.of(config.get_text_config()), vision_flops(config, n)
+            gain, share = speedup(model, n, 60)
+            most = (vision + decoder.prefill_flops(n + 60)) / (vision + decoder.prefill_flops(60))
+            lines.append(f"| {title} | {n:,} | {share:.0%} | {most:.1f} | {gain:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    draw().savefig(out, dpi=200)
+    print(table())
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
