@@ -105,6 +105,7 @@ def model(config: dict[str, Any]) -> Adapter:
 
 def any_model(config: dict[str, Any]) -> Adapter:
     """As `model`, also of a type without an adapter of its own."""
+    _name(config["model"]["path"])  # says what to do where there is none
     options = config["model"] | {key: config[key] for key in ("positions",) if key in config}
     return _model(json.dumps(options), device(config))
 

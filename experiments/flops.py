@@ -27,7 +27,7 @@ def architecture(name: str) -> PreTrainedConfig:
     """
     models = {known: read("model", known) for known in names("model")}
     options = models.get(name, {"path": name})
-    path = ROOT / options["path"]
+    path = ROOT / (options["path"] or name)
     if (path / "config.json").exists():
         return AutoConfig.from_pretrained(path)
     if "shape" not in options:

@@ -16,7 +16,7 @@ from mipruner.selection import budget
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     options = {key: config[key] for key in ("keep", "n_visual", "n_text", "dtype")}
-    print(json.dumps(estimate(config["model"]["name"], **options), indent=1))
+    print(json.dumps(estimate(config["model"]["name"] or config["model"]["path"] or "any", **options), indent=1))
 
 
 def estimate(
