@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test space test-space test-models test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test ways space test-space test-models test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,10 @@ test-models: setup
 # The table of docs/models.md, from what that test finds.
 models-page: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests MODELS=all $(BIN)/python tests/any_page.py
+
+# Every way of calling inside mipruner.prune, by method on both demo models: the table of docs/anywhere.md.
+ways: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.ways tests/test_table_of_ways.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -72,7 +76,7 @@ reproduce: setup
 OLDEST ?= .venv-oldest
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py tests/test_attach.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py tests/test_attach.py tests/test_ways.py
 
 $(OLDEST)/.installed: requirements.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -32,6 +32,8 @@ class Course:
         the same for all.
     renumbered : bool
         Whether layers behind the first stage count positions anew.
+    is_open : bool
+        Whether the prompts were pruned by a question whose end is missing.
     serving : bool
         True while the language model is at work on the cache.
     """
@@ -41,6 +43,7 @@ class Course:
     last: Tensor
     layers: list[Tensor]
     renumbered: bool = False
+    is_open: bool = False
     serving: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:

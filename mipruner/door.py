@@ -27,6 +27,8 @@ class Prompts:
         The vision encoder's, of each prompt as it enters, for methods that need it.
     encoded, selections
         What is kept at the door of each prompt, and of each image in it. Empty if all of it enters.
+    is_open : bool
+        Whether the choice was made by a question whose end is missing.
     """
 
     is_visual: Tensor
@@ -34,6 +36,7 @@ class Prompts:
     attention: Sequence[Tensor | None] | None = None
     encoded: Sequence[Encoded] = ()
     selections: Sequence[Sequence[Selection]] = ()
+    is_open: bool = False
 
 
 @dataclass
@@ -93,6 +96,8 @@ def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tens
     """Positions and mask of text behind a short prompt, and which columns behind it are no padding, if some are."""
     embeds = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     n_past, n_new = length(kwargs["past_key_values"]), embeds.shape[1]
+    if course.is_open and n_new > 1 and n_past == course.valid.shape[1]:
+        raise InputError("this prompt was pruned before its question had ended: give the prompt in one piece")
     rest = _rest(course, kwargs.get("attention_mask"), n_past, n_new)
     position_ids = _ahead(course, rest, n_past, n_new)
     mask = None

@@ -164,6 +164,12 @@ class Inputs:
         model_type = self.adapter.model.config.model_type
         return InputError(found if self.adapter.reads_inside else f"{model_type}: {found}; {PAGE}")
 
+    def is_open(self, sample: Encoded) -> bool:
+        """Whether the question of a prompt with images lacks its end, as far as a chat template tells."""
+        if self.texts is not None or self.reader is None or self.reader.template is None or not sample.visuals:
+            return False
+        return self.reader.is_open(sample.ids, self.adapter.is_placeholder(sample.ids))
+
     def _question(self, text: str | None, ids: Tensor) -> Tensor:
         """T [S] bool of one prompt."""
         is_visual = self.adapter.is_placeholder(ids)

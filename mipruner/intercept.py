@@ -72,9 +72,12 @@ class Stepped:
         """Not a class of its own: transformers would put its checkpointing around ``forward`` a second time."""
 
     def __call__(self, *args, **kwargs):
+        if not isinstance(self, Stepped):  # taken by generate before the context ended
+            return type(self).__call__(self, *args, **kwargs)
+        call = super().__call__
         args, kwargs = _before(self, args, kwargs)
         try:
-            output = super().__call__(*args, **kwargs)
+            output = call(*args, **kwargs)
         except BaseException:
             _after(self, None)
             raise

@@ -179,6 +179,7 @@ class Pruning:
                 stacklevel=3,
             )
         self.reader = reader
+        self._by_question = pruner.reads_text or isinstance(pruner, DecoderPruner)
         given = [[one] if isinstance(one, str) else one for one in (text, question)]
         self._inputs = Inputs(self.adapter, reader, *given, pruner.signals)
         self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
@@ -375,6 +376,7 @@ class Pruning:
         with self.watch("scoring"):
             encoded = self._inputs(ids, kwargs["inputs_embeds"], valid, given, getattr(self._here, "seen", {}))
             prompts, selections = self.pipeline.choose(encoded, valid)
+        prompts.is_open = self._by_question and any(map(self._inputs.is_open, encoded))
         self._here.encoded, self._here.selections = encoded, selections
         return prompts
 

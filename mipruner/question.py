@@ -79,11 +79,21 @@ class Reader:
     def latest(self, ids: Tensor, is_visual: Tensor) -> Tensor:
         """The text [S] bool of the last user turn in ``ids`` [S]: what follows its last image, or all of it."""
         prompt = ids[~is_visual].tolist()
+        start, end, _ = self._latest(prompt)
+        return self._tokens(ids, is_visual, prompt, start, end)
+
+    def is_open(self, ids: Tensor, is_visual: Tensor) -> bool:
+        """Whether the last user turn in ``ids`` [S] lacks its end, as where a prompt was cut."""
+        return self._latest(ids[~is_visual].tolist())[2]
+
+    def _latest(self, prompt: list[int]) -> tuple[int, int, bool]:
+        """Where the last user turn begins and ends in the decoded prompt, and whether its end is missing."""
         written = without_blanks(self.decode(prompt))
         opening, closing = self.turn
         start = written.rfind(opening) + len(opening) if opening and opening in written else 0
-        end = written.find(closing, start) if closing and closing in written[start:] else len(written)
-        return self._tokens(ids, is_visual, prompt, start, end)
+        is_open = bool(closing) and closing not in written[start:]
+        end = written.find(closing, start) if closing and not is_open else len(written)
+        return start, end, is_open
 
     def occurrence(self, ids: Tensor, is_visual: Tensor, text: str) -> Tensor:
         """The last place [S] bool of ``text`` in ``ids`` [S].

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -234,7 +234,7 @@ class Shortening:
                 self._here.per_layer = [[n] * len(self.layers) for n in entry.is_visual.sum(1).tolist()]
                 self._here.kept = list(left(entry.is_visual, entry.columns, prompts.is_visual))
         if changes or call.prefill is not None:
-            call.new = Course(self, entry.removed, entry.last, [entry.valid])
+            call.new = Course(self, entry.removed, entry.last, [entry.valid], is_open=prompts.is_open)
         return changes
 
     def _after_model(self, output):
@@ -248,9 +248,8 @@ class Shortening:
             return output
         course, prefill = call.new, call.prefill
         if prefill is not None:
-            course = Course(
-                self, course.removed, course.last, [segment.valid for segment in prefill.segments], prefill.renumbers
-            )
+            layers = [segment.valid for segment in prefill.segments]
+            course = replace(course, layers=layers, renumbered=prefill.renumbers)
             self._here.per_layer, self._here.kept = prefill.per_layer, list(prefill.kept)
         cache = getattr(output, "past_key_values", None)
         if course is not None:

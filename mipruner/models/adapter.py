@@ -111,7 +111,10 @@ class Adapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Of the embeddings, where they compute: accelerate may keep their weights elsewhere between two calls."""
+        embeddings = self.model.get_input_embeddings()
+        where = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        return embeddings.weight.device if where is None else torch.device(where)
 
     @property
     def n_layers(self) -> int:
