@@ -2,8 +2,8 @@
 
     make ways        # python -m pytest -p tests.ways tests/test_table_of_ways.py
 
-As a pytest plug-in it runs every way with every method on both demo models (``ON_DEMO=0``: on tiny random ones) and writes
-the table of docs/anywhere.md from what the tests say. Without it (``make test``) each way runs once, on a tiny model.
+As a pytest plug-in it runs every way with every method on both demo models, or with ``ON_DEMO=0`` on tiny random ones, and
+writes the table of docs/anywhere.md from what the tests say. Without it (``make test``) each way runs once, on a tiny one.
 """
 
 import os
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 import mipruner
@@ -30,7 +29,7 @@ from mipruner.pipeline import Pipeline, whole
 from mipruner.prompt import Encoded, collate
 from mipruner.pruners import DecoderPruner
 from mipruner.shortening import shorten
-from tiny import picture, tiny
+from tiny import make_image, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_DEMO = "ON_DEMO"
@@ -51,7 +50,7 @@ def adapter_of(family: str, on_demo: bool) -> Adapter:
 def prompts_of(family: str, on_demo: bool) -> tuple[Prompt, ...]:
     """Two prompts with an image each, of different length, and where the family has it of another size."""
     if not on_demo:
-        images = [picture(0, 84, 84), picture(1, 112, 70)]
+        images = [make_image(0, 84, 84), make_image(1, 112, 70)]
         return tuple(map(Prompt, ("What color is it ?", "Which of the two is larger ?"), [[image] for image in images]))
     demo = Demo()
     first = {sample.image_id: sample.text for sample in demo.samples()[::-1]}
@@ -116,7 +115,7 @@ class Case:
         """What a processor gives for prompts, padded on the left."""
         prompts = self.prompts if prompts is None else prompts
         images = [image for prompt in prompts for image in prompt.images]
-        pixels = {id(image): self.adapter.pixels(image) for image in images}
+        pixels = {id(image): self.adapter.preprocess(image) for image in images}
         seen = {key: self.adapter.encode([one])[0] for key, one in pixels.items()}
         rows = [self.adapter.tokenize(prompt, [seen[id(image)] for image in prompt.images]).ids for prompt in prompts]
         length = max(map(len, rows))
