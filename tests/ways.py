@@ -2,8 +2,9 @@
 
     make ways        # python -m pytest -p tests.ways tests/test_table_of_ways.py
 
-As a pytest plug-in it runs every way with every method on both demo models, or with ``ON_DEMO=0`` on tiny random ones, and
-writes the table of docs/anywhere.md from what the tests say. Without it (``make test``) each way runs once, on a tiny one.
+As a pytest plug-in it runs every way with every method on both demo models (with ``ON_DEMO=0`` on tiny random ones) and
+writes the table of docs/anywhere.md from what the tests say. Without it (``make test``) each way runs once, on a tiny
+model.
 """
 
 import os
