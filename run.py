@@ -10,6 +10,8 @@ python run.py task=efficiency --help                       # what a task does, a
 """
 
 import errno
+import os
+import re
 import sys
 from importlib import import_module
 
@@ -25,6 +27,8 @@ from experiments.results import ROOT
 from mipruner.errors import InputError, ModelError
 
 EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
+PLAIN = re.compile(r"[\w./+-]*")
+QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 DRAW = {EVALUATE: draw_cell}
 """Drawing functions that tasks are given, since experiments import nothing of analysis."""
 
@@ -49,16 +53,23 @@ def main(cfg: DictConfig) -> None:
         ) from error
 
 
-def quoted(argument: str) -> str:
-    """A question or a path as Hydra's grammar wants it, with any commas and apostrophes."""
+def quoted(argument: str, is_sweep: bool = False) -> str:
+    """A question, or the path of something that is there, as Hydra's grammar wants it, whatever characters it has.
+
+    What is in Hydra's own quotes already is left alone; in a sweep also a list of such.
+    """
     key, _, value = argument.partition("=")
-    if key not in ("question", "image") or value[:1] in ("'", '"'):
+    is_text = key in ("question", "image") or (not PLAIN.fullmatch(value) and os.path.exists(value))
+    if not is_text or re.fullmatch(rf"{QUOTED}(,{QUOTED})*" if is_sweep else QUOTED, value, re.S):
         return argument
-    return f"{key}='" + value.replace("'", "\\'") + "'"
+    value = re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)
+    value = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), value)
+    return f"{key}='{value}'"
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
+    sys.argv[1:] = [quoted(argument, is_sweep) for argument in sys.argv[1:]]
     try:
         main()
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -40,7 +41,7 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     InputError
         If a number is none or too small, or there is no such ``text_scope``.
     """
-    config = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
+    config = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else deepcopy(cfg)
     for key, least in LEAST.items():
         value = config[key]
         is_open = key == "limit" and value is None

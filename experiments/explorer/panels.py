@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 MAX_WIDTH = 800
 """Of an image in a page, in pixels; a panel is 400 pixels wide."""
@@ -65,7 +65,7 @@ class Frame:
 
 def data_url(image: Image.Image, width: int = MAX_WIDTH) -> str:
     """A JPEG of the image, no wider than ``width`` pixels; the boxes of a view are in those of the image itself."""
-    out = io.BytesIO()
-    small = ImageOps.contain(image, (width, 4 * width)) if image.width > width or image.height > 4 * width else image
+    out, small = io.BytesIO(), image.copy()
+    small.thumbnail((width, 4 * width))
     small.save(out, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -3,32 +3,27 @@
 python run.py image=photo.jpg question="What is on the table?" model=llava15_7b keep=64
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from experiments import build
 from experiments.explorer import panels, views
+from experiments.images import open_image
+from experiments.results import cell_id, write_atomic
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
 from mipruner.processed import pipeline_of
 from mipruner.pruners import PRUNERS
 from mipruner.selection import Auto
-
-
-def open_photo(path: str) -> Image.Image:
-    """The image in RGB, upright as the camera held it. Raises `InputError`."""
-    if not Path(path).is_file():
-        raise InputError(f"no image {path}: give the path of a JPEG or PNG file")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
@@ -38,11 +33,14 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         raise InputError("one image of your own needs engine=pipeline: a server does not tell which tokens it kept")
     if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
         config["decoding"]["max_new_tokens"] = 128  # the dataset's number is for its own answers
-    print(answer(config, image, question))
+    for line in answer(config, image, question):
+        print(line, flush=True)
 
 
-def answer(config: dict[str, Any], image: str | None, question: str | None) -> str:
-    """The answer, with tokens and times, and where the page lies that shows it beside the answer to all tokens.
+def answer(config: dict[str, Any], image: str | None, question: str | None) -> Iterator[str]:
+    """The answer, then tokens and times, then where the page lies that shows it beside the answer to all tokens.
+
+    Each line is there as soon as it is known, so that nothing that comes later can take the answer with it.
 
     Raises
     ------
@@ -53,33 +51,50 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> s
         raise InputError("a question needs an image: give image=photo.jpg, too")
     if not str(question or "").strip():
         raise InputError(f'the question about {image} is empty: give question="What is this?", too')
-    photo, question = open_photo(image), str(question)
+    if not Path(image).is_file():
+        raise InputError(f"no image {image}: give the path of a JPEG or PNG file")
+    try:
+        shown = open_image(Path(image))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    prompt = Prompt(str(question), [shown])
     choices = build.pruner(config), build.budget(config), build.decoding(config)
-    for _ in range(2):  # the first warms up
-        pipeline = pipeline_of(build.any_model(config), *choices)
-        (told,) = pipeline([Prompt(question, [photo])])
+    (told,) = pipeline_of(build.any_model(config), *choices)([prompt])  # warms up, too
+    yield told.text.strip() or panels.NOTHING
+    if note := shown.info.get("note"):
+        yield f"  {note}"
+    pipeline = pipeline_of(build.any_model(config), *choices)
+    (told,) = pipeline([prompt])
     kept, ms = sum(selection.n_rows for selection in told.selections), pipeline.watch.ms
-    lines = [
-        told.text,
-        f"  {config['model']['name']}  {config['pruner']['name']}  tokens kept {kept} of {sum(told.n_visual)}",
-        "  ms, once warm: "
-        + "  ".join(f"{stage} {spent:.1f}" for stage, spent in (ms | {"total": sum(ms.values())}).items()),
-    ]
+    yield f"  {config['model']['name']}  {config['pruner']['name']}  tokens kept {kept} of {sum(told.n_visual)}"
+    spent = "  ".join(f"{stage} {value:.1f}" for stage, value in (ms | {"total": sum(ms.values())}).items())
+    yield f"  ms, once warm: {spent}"
     if not pipeline.adapter.reads_inside:
-        lines.append(f"  no page shows the tokens: a {pipeline.adapter.model.config.model_type} has no adapter here")
-        return "\n".join(lines)
-    out = Path(config["results"]) / "answers"
-    out.mkdir(parents=True, exist_ok=True)
-    out /= f"{Path(image).stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}.html"
-    out.write_text(panels.saved_page(show_answer(config, pipeline, photo, question, told.n_keep, image)))
+        yield f"  no page shows the tokens: a {pipeline.adapter.model.config.model_type} has no adapter here"
+        return
+    try:
+        page = panels.saved_page(show_answer(config, pipeline, shown, prompt.text, told.n_keep, image))
+        out = page_path(config, Path(image), prompt.text)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, page)
+    except Exception as error:
+        print(f"warning: the page was not written: {error!r}", file=sys.stderr)
+        return
     if told.grids[0] is None:
-        lines.append("  the tokens of this image lie on no single grid: the page shows no patches")
-    lines.append(f"  {out}")
-    return "\n".join(lines)
+        yield "  the tokens of this image lie on no single grid: the page shows no patches"
+    yield f"  {out}"
+
+
+def page_path(config: dict[str, Any], image: Path, question: str) -> Path:
+    """A name of its own for each question, image and config; the stem cut, as names have at most 255 bytes."""
+    parts = json.dumps([cell_id(config), question]).encode() + image.read_bytes()
+    stem = re.sub(r"[^\w.-]+", "_", image.stem)[:40]
+    name = f"{stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}"
+    return Path(config["results"]) / "answers" / f"{name}-{hashlib.sha256(parts).hexdigest()[:8]}.html"
 
 
 def show_answer(
-    config: dict[str, Any], pipeline: Pipeline, photo: Image.Image, question: str, n_keep: int, path: str
+    config: dict[str, Any], pipeline: Pipeline, image: Image.Image, question: str, n_keep: int, path: str
 ) -> dict[str, Any]:
     """What the page draws: all tokens, and the pruner of ``pipeline`` at its budget."""
     adapter, method, keep = pipeline.adapter, pipeline.pruner, pipeline.keep
@@ -91,7 +106,7 @@ def show_answer(
     whole = views.Cell("none", PRUNERS["none"](), 1.0)
     cell = views.Cell(config["pruner"]["name"], method, n_keep if isinstance(keep, Auto) else keep, changed)
     model, decoding = (config["model"]["name"], config["model"]["path"]), pipeline.decoding
-    seen = views.see(adapter, photo)
+    seen = views.see(adapter, image)
     encoded = views.read(adapter, seen, question)
     cells = [whole] if cell.pruner == "none" else [whole, cell]
     runs = [views.show_cell(adapter, model, seen, encoded, question, one, decoding, path) for one in cells]
