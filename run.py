@@ -24,6 +24,7 @@ from analysis.masks import draw_cell
 from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import check_swept
 from experiments.results import ROOT
+from experiments.settings import check_keys
 from mipruner.errors import InputError, ModelError
 
 EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
@@ -37,6 +38,7 @@ DRAW = {EVALUATE: draw_cell}
 def main(cfg: DictConfig) -> None:
     try:
         overrides = list(HydraConfig.get().overrides.task)
+        check_keys(overrides)
         check_swept(HydraConfig.get().sweeper.params, overrides)
         asked = cfg.image is not None or cfg.question is not None
         name = ANSWER if cfg.task == EVALUATE and asked else cfg.task
@@ -71,6 +73,9 @@ if __name__ == "__main__":
     is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
     sys.argv[1:] = [quoted(argument, is_sweep) for argument in sys.argv[1:]]
     try:
+        check_keys(sys.argv[1:])
         main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: what was answered so far is kept, run the same command again to go on")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import benchmarks, conf
+from experiments import benchmarks, conf, settings
 from experiments.benchmarks.base import Benchmark, BenchmarkError
 from experiments.judge import Judge
 from experiments.results import ROOT, parse_method
@@ -25,9 +25,6 @@ from mipruner.models import FAMILIES, Adapter, load
 from mipruner.pruners import Method, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
-
-LEAST = {"batch_size": 1, "loader_threads": 1, "limit": 1, "n_masks": 0, "seed": 0}
-"""Keys that are whole numbers, and the smallest that each can be."""
 
 
 def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -39,16 +36,10 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If a number is none or too small, or there is no such ``text_scope``.
+        If a value is of the wrong type or out of range.
     """
     config = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else deepcopy(cfg)
-    for key, least in LEAST.items():
-        value = config[key]
-        is_open = key == "limit" and value is None
-        if not is_open and (not isinstance(value, int) or value < least):
-            raise InputError(f"{key}={value} is not a whole number from {least} on")
-    if config["text_scope"] not in ("user", "question"):
-        raise InputError(f"unknown text_scope {config['text_scope']!r}: choose user or question")
+    settings.check(config)
     if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
         config["seed"] = config["decoding"]["seed"] = 0
     config["model"]["name"] = config["model"]["name"] or _name(config["model"]["path"])

@@ -1,9 +1,11 @@
 """Adapters, one file per model family. `FAMILIES` finds every class of this folder that names its ``model_types``."""
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from string import Formatter
 from typing import Any
 
 import torch
@@ -79,8 +81,9 @@ def load(
         If the folder or the hub has no such model, its weights do not fit it, it cannot be pruned, or its processor
         needs a package that is not there.
     InputError
-        If an option is not one.
+        If an option is not one, or the prompt no template.
     """
+    template = check_template(prompt)
     folder = locate(str(path), revision)
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise InputError(f"unknown dtype {dtype!r}: choose auto, bfloat16, float16 or float32")
@@ -119,9 +122,33 @@ def load(
     except (OSError, ImportError, RuntimeError, ValueError, AssertionError, SafetensorError) as error:
         raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
     try:
-        return family(model, tokenizer, processor, prompt=PROMPTS.get(prompt, prompt), **options)
+        return family(model, tokenizer, processor, prompt=template, **options)
     except TypeError as error:
         raise InputError(f"{path} is a {config.model_type}: {str(error).split('() ')[-1]}") from error
+
+
+def check_template(prompt: str | None) -> str | None:
+    """The template that ``prompt`` names, or is.
+
+    Raises
+    ------
+    InputError
+        If it is neither a name of `PROMPTS` nor has {image} and {text}, once each, and no other field.
+    """
+    if prompt is None or prompt in PROMPTS:
+        return PROMPTS.get(prompt)
+    try:
+        names = sorted(name for _, name, _, _ in Formatter().parse(prompt) if name is not None)
+    except ValueError:
+        names = []
+    if names != ["image", "text"]:
+        near = get_close_matches(prompt, PROMPTS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"unknown prompt {prompt[:60]!r}: {hint}give one of {', '.join(PROMPTS)}, or a template with {{image}} and "
+            "{text}"
+        )
+    return prompt
 
 
 __all__ = ["FAMILIES", "PROMPTS", "Adapter", "ModelError", "Prompt", "Video", "load"]
