@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup test ways space test-space test-models test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
+.PHONY: setup test test-kills ways space test-space test-models test-oldest test-lmms-eval test-vllm robustness lint demo explorer test-explorer reproduce-demo demo-methods demo-ablations reproduce
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ models-page: setup
 # Every way of calling inside mipruner.prune, by method on both demo models: the table of docs/anywhere.md.
 ways: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.ways tests/test_table_of_ways.py
+
+# A hundred kills at random points, a full disk at every file, two runs at once.
+test-kills: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/kills.py 100
 
 lint: setup
 	$(BIN)/ruff check .

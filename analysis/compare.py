@@ -34,6 +34,7 @@ DIGITS = {"f1": 2, "yes_rate": 2, "score": 2, "peak_memory_gib": 2}
 BETTER = {"latency_ms": "lower", "peak_memory_gib": "lower", "yes_rate": None}
 """Which direction is good, by the metric's name without a split; ``higher`` for those not listed."""
 
+COUNTS = ("n_samples", "n_failed", "n_skipped", "n_empty", "n_unreadable")
 COSTS = ("peak_memory_gib", "latency_ms")
 """What task=efficiency measures, the latency also by stage (``vision_latency_ms``)."""
 
@@ -184,7 +185,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
     - ours: the number, mean over the seeds where something is drawn; error: its standard error over the samples, or the
       standard deviation over the seeds; difference: ours minus the printed number
-    - n_seeds (0: not measured yet), n_samples, n_failed, n_visual, n_kept (the nominal budget), layer_mean (visual
+    - n_seeds (0: not measured yet), `COUNTS`, n_visual, n_kept (the nominal budget), layer_mean (visual
       tokens that enter a layer of the language model, mean over the layers), device, cell (where the records lie)
     - rank and printed_rank: 1 best, 2 second best of the budget, else 0; equal numbers share a rank, and the model with
       all tokens has none
@@ -205,7 +206,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         }
         row["difference"] = row["ours"] - want.value
         row["n_seeds"] = len(found)
-        for name in ("n_samples", "n_failed", "n_visual", "n_kept", "layer_mean"):
+        for name in (*COUNTS, "n_visual", "n_kept", "layer_mean"):
             row[name] = np.mean([getattr(cell, name) for cell in found]) if found else math.nan
         row["device"] = found[0].device if found else ""
         row["cell"] = " ".join(cell.path.as_posix() for cell in found)

@@ -17,6 +17,7 @@ import pandas as pd
 from analysis import load, paired
 from analysis.compare import COSTS, METHODS, budget_name, column_name, commands, compare, is_drawn, table_names, wanted
 from experiments import conf
+from experiments.results import WARN_ABOVE
 from experiments.tabular import NEWLINE, TEX, Cell, Span, Table
 
 RANKED = {1: "bold", 2: "underline"}
@@ -82,6 +83,11 @@ def place_footnotes(table: pd.DataFrame) -> tuple[dict, dict[str, str]]:
         texts = [explanations[note] for note in number.notes]
         if number.n_failed > 0:
             texts.append(f"{number.n_failed:.0f} of {number.n_samples:.0f} samples failed and count as wrong.")
+        if number.n_skipped > 0:
+            texts.append(f"{number.n_skipped:.0f} rows of the data could not be used and were left out.")
+        for kind, count in (("empty", number.n_empty), ("unreadable", number.n_unreadable)):
+            if count > WARN_ABOVE * number.n_samples:
+                texts.append(f"More than {WARN_ABOVE:.0%} of the answers are {kind}.")
         if number.n_samples < expected:
             texts.append(f"Over {number.n_samples:,.0f} samples only.")
         if is_drawn(number.method, number.setting) and number.n_seeds == 1 and number.metric not in COSTS:
@@ -133,6 +139,12 @@ def remarks(table: pd.DataFrame) -> list[str]:
     if table.printed.any():
         lines.append("Below or after ours: the paper's number, and ours minus it.")
     measured = table[table.n_seeds > 0]
+    by_cell = measured.drop_duplicates("cell")
+    if by_cell.n_empty.sum() + by_cell.n_unreadable.sum() > 0:
+        lines.append(
+            f"Of {by_cell.n_samples.sum():,.0f} answers {by_cell.n_empty.sum():,.0f} are empty, and in "
+            f"{by_cell.n_unreadable.sum():,.0f} others the rule finds no yes, no or letter."
+        )
     if len(measured):
         lines.append(
             "Tokens: the nominal budget. Per layer: visual tokens that enter a layer of the language model, mean over"

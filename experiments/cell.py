@@ -12,7 +12,7 @@ from experiments.benchmarks.base import Benchmark, digest, read_samples
 from experiments.evaluate import evaluate, evaluate_server, subset
 from experiments.ranks import ALONE, Ranks
 from experiments.remote import Server
-from experiments.results import NOT_IDENTITY, Cell, command
+from experiments.results import NOT_IDENTITY, WARN_ABOVE, Cell, command
 from experiments.tracking import track
 from mipruner.errors import InputError
 from mipruner.processed import pipeline_of
@@ -22,9 +22,6 @@ Draw = Callable[[dict[str, Any], list[dict[str, Any]], Benchmark, Path], None]
 
 WARN_WAITED = 0.2
 """The share of its time that a model may wait for images without a word."""
-
-WARN_ABOVE = 0.05
-"""The share of empty or unreadable answers from which on they are worth a line."""
 
 
 def differs(overrides: Sequence[str], seed: int = 0) -> str:
@@ -67,7 +64,10 @@ def run_cell(
         if ranks.rank > 0:
             return None
         print(f"finished before: {cell.path} (overwrite=true runs it again)")
-        return cell.record()
+        record = cell.record()
+        if draw is not None and config["n_masks"] and not (cell.path / "masks.png").exists():
+            draw_masks(draw, record, cell, benchmark)
+        return record
     samples = subset(samples, config["limit"], config["shard"], config["seed"])
     choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
     if "engine" in config:

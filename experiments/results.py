@@ -73,6 +73,8 @@ from mipruner.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 LOCK = ".lock"
+WARN_ABOVE = 0.05
+"""The share of empty or unreadable answers from which on they are worth a line."""
 NOT_IDENTITY = (
     "family",
     "task",

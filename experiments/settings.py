@@ -43,7 +43,7 @@ Natural = Annotated[int, Field(ge=0)]
 
 class Model(_Group):
     name: Name | None
-    path: Name
+    path: Name | None
     revision: Name | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: Name | None = None
@@ -112,7 +112,9 @@ def check(config: dict[str, Any]) -> None:
         if isinstance(value, bool) and not isinstance(option.default, bool):
             raise InputError(f"pruner.{option.name}={str(value).lower()}: it should be no boolean")
     path, revision = config["model"]["path"], config["model"].get("revision")
-    if revision is not None and ((ROOT / path).is_dir() or Path(path).is_dir()):
+    if path is None and config["model"]["name"] is not None:
+        raise InputError("model.path=null: give a folder, or a name on the hub such as google/gemma-3-4b-it")
+    if revision is not None and path is not None and ((ROOT / path).is_dir() or Path(path).is_dir()):
         raise InputError(f"model.revision={revision}: {path} is a folder here, and only the hub has revisions")
 
 

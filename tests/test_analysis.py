@@ -626,6 +626,20 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
     assert "3 result records" in text and "<figure><img" in text
 
 
+def test_footnotes_count_answers_that_are_none_and_rows_left_out(tmp_path):
+    folder = write_record(tmp_path, "llava15_7b", "pope", "mi", "64", {"accuracy": 50.0}, n=100)
+    record = json.loads((folder / "record.json").read_text())
+    record |= {"unusable": {"empty": 2, "unreadable": 40}, "skipped": ["row 3"]}
+    (folder / "record.json").write_text(json.dumps(record))
+    layout = tables.grid(tables.compare(tables.wanted("table1"), load.cells(tmp_path)))
+    assert {
+        "1 rows of the data could not be used and were left out.",
+        "More than 5% of the answers are unreadable.",
+    } <= set(layout.footnotes.values())
+    assert not any("are empty." in text for text in layout.footnotes.values())
+    assert any(line.startswith("Of 100 answers 2 are empty, and in 40 others") for line in layout.remarks)
+
+
 # --------------------------------------------------------------------------------------- records of the embedded model
 
 

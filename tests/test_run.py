@@ -520,7 +520,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, record_property):
         (["overwrite=1"], "overwrite=1: it should be a valid boolean"),
         (["pruner.lam=true"], "pruner.lam=true: it should be no boolean"),
         (["+model.square=maybe"], "model.square=maybe: it should be a valid boolean"),
-        (["model.path=null"], "model.path=null: it should be a valid string"),
+        (["model.path=null"], "model.path=null: give a folder"),
         (["model.path="], "model.path=: it should have at least 1 character"),
         (["model.revision=main"], "is a folder here, and only the hub has revisions"),
         (["model.prompt=vicuna_v2"], "unknown prompt 'vicuna_v2': did you mean vicuna_v1? give one of"),

@@ -13,6 +13,8 @@ MAX_WIDTH = 800
 """Of an image in a page, in pixels; a panel is 400 pixels wide."""
 NOTHING = "(the model said nothing)"
 """In place of an empty answer."""
+POLICY = "default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+"""What a page may load: nothing but what is in it."""
 HERE = Path(__file__).parent
 DATA = '"__DATA__"'
 """Stands in the template for what is drawn."""
