@@ -1,6 +1,6 @@
 """Opens every image of a benchmark or of the command line: upright, in RGB, from 8 bits, nothing lost in silence.
 
-What is done to each kind of file is in docs/benchmarks.md. Whatever is not plain is said in ``image.info["note"]``.
+What is done to each kind of file is in docs/own_data.md. Whatever is not plain is said in ``image.info["note"]``.
 """
 
 import io

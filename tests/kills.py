@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from tqdm import tqdm
 
 from analysis.masks import draw_cell
 from experiments import build
@@ -112,6 +113,7 @@ def count_events(settings: dict) -> int:
 
 def main(n_kills: int) -> None:
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # no thread whose lock a fork could inherit
     random.seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         model, results = Path(scratch) / "model", Path(scratch) / "results"
