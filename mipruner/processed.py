@@ -5,7 +5,7 @@ pipeline_of(adapter, mipruner.pruners.make("mi"), keep=0.25)([Prompt("What is th
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from mipruner.timing import Stopwatch
 class Draw(LogitsProcessor):
     """Leaves one token a row, drawn as `mipruner.decoding.decode` draws it, and notes when the first logits came."""
 
-    def __init__(self, decoding: Decoding, samples: Sequence[str], now):
+    def __init__(self, decoding: Decoding, samples: Sequence[str], now: Callable[[], float]) -> None:
         self.decoding, self.now = decoding, now
         self.generators = [draws.generator(decoding.seed, sample or str(k)) for k, sample in enumerate(samples)]
         self.prefilled: float | None = None
@@ -63,7 +63,7 @@ class ProcessorPipeline:
         pruner: Pruner | DecoderPruner,
         keep: int | float | Auto,
         decoding: Decoding | None = None,
-    ):
+    ) -> None:
         if isinstance(pruner, ImagePruner):
             raise InputError(
                 f"{type(pruner).__name__} makes images smaller before the processor, which a "
