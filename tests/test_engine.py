@@ -234,7 +234,7 @@ def test_what_the_engine_cannot_do_it_says():
         Engine(adapter, MIPruner(), 5, Decoding(), longest=4)(prompt)
     with pytest.raises(InputError, match="merges tokens"):
         Engine(adapter, VisionZipPruner(), 5, Decoding())(prompt)
-    with pytest.raises(InputError, match="inside the decoder"):
+    with pytest.raises(InputError, match="use the pipeline"):
         Engine(adapter, FastVPruner(), 5, Decoding())
     with torch.no_grad():
         adapter.model.model.multi_modal_projector.linear_2.bias[3] = torch.nan
@@ -285,5 +285,5 @@ def test_on_a_cpu_the_pipeline_answers(demo, monkeypatch):
     assert stages == ["vision", "scoring", "prefill", "decode"]
     with pytest.raises(InputError, match="one image, not 2"):
         engine(Prompt("Which ?", prompts(1)[0].images * 2))
-    with pytest.raises(InputError, match="inside the decoder"):
+    with pytest.raises(InputError, match="use the pipeline"):
         engines.Engine(demo, FastVPruner(), 16, decoding)
