@@ -55,7 +55,7 @@ reproduce-demo: demo
 	for n in 3 9; do $(BIN)/python run.py experiment=demo_table$$n || exit 1; done
 	$(BIN)/python -m analysis.tables --table demo_table3 demo_table9 $(DEMO_METHODS) $(DEMO_ABLATIONS)
 	$(BIN)/python -m analysis.figures
-	$(BIN)/python -m analysis.masks results/demo_llava/demo/mi/keep=16-* --heat --samples 3 --out docs/results/demo_heat.jpg
+	$(BIN)/python run.py task=heat 'cell=results/demo_llava/demo/mi/keep=16-*' out=docs/results/demo_heat.jpg
 	$(BIN)/python -m analysis.masks $(foreach p,random similarity mi,$(foreach k,64 16 8,results/demo_llava/demo/$(p)/keep=$(k)-*)) --dialogue --out docs/results/demo_dialogue.jpg
 	$(BIN)/python -m analysis.report --samples 2
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.masks import draw_cell
+from analysis.masks import draw_cell, draw_heat
 from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import check_swept
 from experiments.results import ROOT
@@ -30,7 +30,7 @@ from mipruner.errors import InputError, ModelError
 EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
 PLAIN = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-DRAW = {EVALUATE: draw_cell}
+DRAW = {EVALUATE: draw_cell, "experiments.tasks.heat": draw_heat}
 """Drawing functions that tasks are given, since experiments import nothing of analysis."""
 
 
@@ -61,7 +61,7 @@ def quoted(argument: str, is_sweep: bool = False) -> str:
     What is in Hydra's own quotes already is left alone; in a sweep also a list of such.
     """
     key, _, value = argument.partition("=")
-    is_text = key in ("question", "image") or (not PLAIN.fullmatch(value) and os.path.exists(value))
+    is_text = key in ("question", "image", "cell") or (not PLAIN.fullmatch(value) and os.path.exists(value))
     if not is_text or re.fullmatch(rf"{QUOTED}(,{QUOTED})*" if is_sweep else QUOTED, value, re.S):
         return argument
     value = re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)

@@ -6,7 +6,6 @@ Accuracy is a mean over draws of the scenes (the dataset's seed), and the number
 them. The commands that make the records stand in the page.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import load, paired
+from analysis.command import arguments
 from analysis.compare import METHODS, budget_name
 from analysis.pages import replace
 from experiments import conf
@@ -197,8 +197,7 @@ def task_of(folder: Path) -> pd.Series:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser = arguments(__doc__, reads_results=True)
     cells = load.cells(parser.parse_args().results)
     text = PAGE.read_text()
     parts = {"support": support, "sample": sample, "prior": prior, "auto": automatic, "cover": cover}

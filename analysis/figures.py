@@ -8,7 +8,6 @@ paper prints the number it stands beside ours as a hollow marker. Colours are Ok
 with any colour vision; every method also has its own marker, so the figures survive a grey printer.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import compare, load
+from analysis.command import arguments
 from experiments import conf
 from mipruner.pruners import PRUNERS, DecoderPruner, Method
 
@@ -329,16 +329,14 @@ def write(names: list[str], results: Path, out: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "docs/results", reads_results=True)
     parser.add_argument("--figure", nargs="+", default=list(FIGURES), metavar="NAME", help=", ".join(FIGURES))
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     try:
-        written = write(arguments.figure, arguments.results, arguments.out)
+        written = write(args.figure, args.results, args.out)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    print("\n".join(map(str, written)) or f"nothing of {', '.join(arguments.figure)} has been measured yet")
+    print("\n".join(map(str, written)) or f"nothing of {', '.join(args.figure)} has been measured yet")
 
 
 if __name__ == "__main__":

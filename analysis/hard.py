@@ -9,13 +9,13 @@ down-sampling (VTC-Bench's filter). Each record is written again with these ques
 errors and counts. Scores that are no mean over questions (F1, MME's sum) and costs are left out.
 """
 
-import argparse
 import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from analysis.command import arguments
 from experiments.metrics import mean_percent, standard_error
 
 Key = tuple[str, str, str]
@@ -105,19 +105,19 @@ def restrict(results: Path, out: Path, method: str = "downsample") -> dict[Key, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--out", type=Path, default=Path("results_hard"))
     parser.add_argument("--method", default="downsample", help="downsample or resize")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     try:
-        hard = restrict(arguments.results, arguments.out, arguments.method)
+        hard = restrict(args.results, args.out, args.method)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     for (model, dataset, _), by_budget in hard.items():
         counts = ", ".join(f"{len(ids)} at keep={keep}" for keep, ids in by_budget.items())
         print(f"{model} {dataset}: hard questions {counts}")
-    print(arguments.out)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,14 @@
     python -m analysis.masks results/demo_llava/demo/*/keep=16*                 # pruners side by side (Fig. 5)
     python -m analysis.masks RECORD ... --samples 4 --out masks.pdf
     python -m analysis.masks results/demo_llava/demo/{mi,random}/* --dialogue   # budgets by pruners (Fig. 1, 7)
-    python -m analysis.masks results/demo_llava/demo/mi/keep=16* --heat         # PMI of each word and patch
-    python -m analysis.masks results/demo_llava/demo/mi/keep=16* --heat --ids 3/7 --words cup blue
 
-Each argument is the folder of a finished cell. The images come from the benchmark that the record names. A heat map
-needs the features, which no record holds: it loads the model again, and is the only thing here that does.
+Each argument is the folder of a finished cell. The images come from the benchmark that the record names. The PMI of
+each word and patch is in no record: `python run.py task=heat cell=FOLDER` loads the model again and draws it.
 """
 
-import argparse
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import pvariance
 from typing import Any
@@ -25,10 +22,11 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from analysis.command import arguments
 from experiments import build
-from experiments.benchmarks.base import BenchmarkError, SampleError
+from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
 from experiments.explorer.panels import NOTHING
-from mipruner.errors import InputError, ModelError
+from mipruner.errors import InputError
 
 DIM = 0.82
 """How far a dropped patch fades to white."""
@@ -64,6 +62,7 @@ def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept:
     return Image.composite(small, faded, shown)
 
 
+WordPmi = Callable[[dict[str, Any], Benchmark, str], tuple[list[str], np.ndarray]]
 ReadCell = tuple[dict[str, Any], dict[str, dict[str, Any]]]
 """The record of a cell, and its rows by sample id."""
 
@@ -185,30 +184,6 @@ def caption(axis, text: str, colour: str = "black") -> None:
     axis.text(0, -0.04, "\n".join(lines), transform=axis.transAxes, fontsize=8, va="top", color=colour)
 
 
-def word_pmi(config: dict[str, Any], benchmark, sample: str) -> tuple[list[str], np.ndarray]:
-    """The words of T and PMI(v_i; t_j) [n_visual, n_text] (eq. 18) of the first image, as the cell's model sees them.
-
-    tau and the normalization are the cell's where its pruner has them, else the paper's.
-    """
-    import torch
-
-    from mipruner.models import Prompt
-    from mipruner.pmi import cross_pmi
-
-    (question,) = (one for one in benchmark.samples() if one.id == sample)
-    prompt = Prompt(
-        text=question.text,
-        images=benchmark.images(question.image_id),
-        query=question.question if config["text_scope"] == "question" else None,
-    )
-    adapter = build.model(config | {"device": "cpu"})
-    with torch.inference_mode():
-        visuals = adapter.encode([adapter.preprocess(image) for image in prompt.images])
-        features = adapter.read(prompt, visuals, {"words"}).features()[0]
-        options = {key: config["pruner"][key] for key in ("tau", "normalization") if key in config["pruner"]}
-        return list(features.words), cross_pmi(features.visual, features.text, **options).numpy()
-
-
 def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -> dict[str, Any]:
     """Arguments of ``imshow`` that lay one value or colour a patch over the image."""
     left, top, right, bottom = box
@@ -216,13 +191,27 @@ def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -
 
 
 @plt.rc_context(PLAIN)
-def draw_heat(cell: Path, benchmark, samples: Sequence[str], words: Sequence[str], out: Path) -> None:
+def draw_heat(
+    cell: Path, word_pmi: WordPmi, out: Path, n: int = 3, ids: Sequence[str] | None = None, words: Sequence[str] = ()
+) -> None:
     """For each sample its image, the PMI of each word over it on one scale, and the kept patches by their pivot word.
 
     The pivot word of a patch is the one with the largest PMI, whose PMI is the patch's relevance (eq. 19). Without
     ``words`` those are shown that are the pivot of most kept patches.
+
+    Parameters
+    ----------
+    word_pmi : callable
+        From the config of the cell, its benchmark and a sample's id to the words of T and their PMI [n_visual, n_text].
+    n, ids
+        So many samples, or these.
+
+    Raises
+    ------
+    ValueError
+        If it is no finished cell, or has no such sample or word.
     """
-    record, rows = read_cell(cell)
+    ((record, rows),), benchmark, samples = choose_samples([cell], ids, n)
     maps = {sample: word_pmi(record["config"], benchmark, sample) for sample in samples}
     chosen = {sample: shown_words(*maps[sample], rows[sample]["kept"][0], words) for sample in samples}
     width = 2 + max(map(len, chosen.values()))
@@ -298,45 +287,41 @@ def draw_cell(record: dict[str, Any], rows: Sequence[dict[str, Any]], benchmark,
         draw([(record, {row["id"]: row for row in rows})], benchmark, samples, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", type=Path)
-    parser.add_argument("--samples", type=int, default=4, help="how many")
-    parser.add_argument("--ids", nargs="*", help="these samples instead")
-    parser.add_argument("--dialogue", action="store_true", help="one sample: budgets by pruners")
-    parser.add_argument("--heat", action="store_true", help="PMI of each word, from the first cell's model")
-    parser.add_argument("--words", nargs="*", default=[], help="the words of the heat map")
-    parser.add_argument("--out", type=Path, default=Path("masks.png"))
-    args = parser.parse_args()
-    try:
-        draw_asked(args)
-    except (ValueError, OSError, InputError, ModelError, BenchmarkError, SampleError) as error:
-        parser.exit(2, f"{error}\n")
-    print(args.out)
-
-
-def draw_asked(args: argparse.Namespace) -> None:
-    """The image that the command line asks for. Raises ValueError if it names no cell, sample or word."""
-    read = [read_cell(cell) for cell in (args.cells[:1] if args.heat else args.cells)]
+def choose_samples(
+    cells: Sequence[Path], ids: Sequence[str] | None, n: int
+) -> tuple[list[ReadCell], Benchmark, Sequence[str]]:
+    """The cells, their benchmark, and those samples or n others. Raises ValueError if it names no cell or sample."""
+    read = [read_cell(cell) for cell in cells]
     answered = [rows for _, rows in read]
-    for cell, rows in zip(args.cells, answered, strict=False):
-        if unknown := set(args.ids or ()) - rows.keys():
+    for cell, rows in zip(cells, answered, strict=True):
+        if unknown := set(ids or ()) - rows.keys():
             raise ValueError(f"{cell} has no sample {', '.join(sorted(unknown))}; the first is {next(iter(rows))}")
     drawable = shared(answered)
-    if failed := set(args.ids or ()) - set(drawable):
+    if failed := set(ids or ()) - set(drawable):
         raise ValueError(f"{', '.join(sorted(failed))}: failed, or its tokens lie on no grid")
     if not drawable:
         raise ValueError("the cells share no sample that can be drawn: give cells of the same dataset and limit")
     benchmark = build.benchmark(read[0][0]["config"])
-    samples = args.ids or choose([answered[0][name] for name in drawable], args.samples)
-    if args.dialogue and not args.ids:
-        samples = disagreements(answered, 1) or samples
-    if args.heat:
-        draw_heat(args.cells[0], benchmark, samples, args.words, args.out)
-    elif args.dialogue:
-        draw_dialogue(args.cells, benchmark, samples[0], args.out)
-    else:
-        draw(read, benchmark, samples, args.out)
+    return read, benchmark, ids or choose([answered[0][name] for name in drawable], n)
+
+
+def main() -> None:
+    parser = arguments(__doc__, out="masks.png")
+    parser.add_argument("cells", nargs="+", type=Path, metavar="CELL", help="folder of a finished cell")
+    parser.add_argument("--samples", type=int, default=4, help="how many samples (default: 4)")
+    parser.add_argument("--ids", nargs="*", help="these samples instead, by their ids")
+    parser.add_argument("--dialogue", action="store_true", help="one sample: a column a pruner, a row a budget")
+    args = parser.parse_args()
+    try:
+        read, benchmark, samples = choose_samples(args.cells, args.ids, args.samples)
+        if args.dialogue:
+            found = [] if args.ids else disagreements([rows for _, rows in read], 1)
+            draw_dialogue(args.cells, benchmark, (found or samples)[0], args.out)
+        else:
+            draw(read, benchmark, samples, args.out)
+    except (ValueError, OSError, InputError, BenchmarkError, SampleError) as error:
+        parser.exit(2, f"{error}\n")
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ is refused with the cells that are missing, and its page stays as it is. The pur
 first line of its docstring, or of the comment at its top.
 """
 
-import argparse
 import ast
 import re
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import load, methods, speedup
+from analysis.command import arguments
 from analysis.compare import METHODS
 from experiments.tabular import Span, Table
 from mipruner.pruners import OWN, PRUNERS, ImagePruner
@@ -154,10 +154,9 @@ def part(name: str, results: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, reads_results=True)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PAGES)}; all of them by default")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the tree is out of date")
     args = parser.parse_args()
     if unknown := set(args.parts) - PAGES.keys():
         parser.error(f"unknown part {unknown.pop()!r}: choose {', '.join(PAGES)}")

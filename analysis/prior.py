@@ -7,13 +7,13 @@ A weight is the share of the tokens at its place that was kept, relative to the 
 that you do not evaluate on.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from analysis.command import arguments
 from analysis.load import CONF
 
 SIZE = 8
@@ -41,9 +41,9 @@ def estimate(rows: list[dict], size: int = SIZE) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("cell", type=Path, help="folder of a finished cell")
-    parser.add_argument("--name", required=True)
+    parser.add_argument("--name", required=True, help="the prior is written to conf/prior/NAME.yaml")
     args = parser.parse_args()
     record = json.loads((args.cell / "record.json").read_text())
     rows = [json.loads(line) for line in (args.cell / "samples.jsonl").read_text().splitlines()]

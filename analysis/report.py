@@ -6,7 +6,6 @@
 The page needs no server and no network: images and plots are inside it, and the masks are drawn as in the explorer.
 """
 
-import argparse
 import base64
 import hashlib
 import html
@@ -14,7 +13,6 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,6 +20,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from analysis import answers, compare, figures, load, masks, tables
+from analysis.command import arguments
 from analysis.gallery import SCRIPT, STYLE
 from experiments import build, conf
 from experiments.benchmarks.base import BenchmarkError, SampleError
@@ -224,18 +223,18 @@ hard cases, not a sample: the tables have the rates.</p>
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/report.html"))
-    parser.add_argument("--samples", type=int, default=6, help="per model, dataset and budget")
-    arguments = parser.parse_args()
+    parser = arguments(__doc__, "docs/results/report.html", reads_results=True)
+    parser.add_argument(
+        "--samples", type=int, default=6, help="questions shown per model, dataset and budget (default: 6)"
+    )
+    args = parser.parse_args()
     try:
-        text = page(load.cells(arguments.results), arguments.samples)
+        text = page(load.cells(args.results), args.samples)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text)
-    print(arguments.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Left: time of the choice. Right: time that pruning takes off the prefill of LLaV
 choice; above the line at 1 pruning pays.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.command import arguments
 from analysis.figures import BLACK, GREEN, GREY, ORANGE, PAGE, PINK, RED, STYLE, YELLOW
 
 LINES = {
@@ -85,12 +85,12 @@ def _axis(axes: Axes, sizes: list[int], label: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
+    parser = arguments(__doc__)
+    parser.add_argument("csv", type=Path, help="what task=scaling wrote")
     parser.add_argument("--out", type=Path, help="without suffix; beside the CSV by default")
-    arguments = parser.parse_args()
-    out = arguments.out or arguments.csv.with_suffix("")
-    figure = draw(read(arguments.csv))
+    args = parser.parse_args()
+    out = args.out or args.csv.with_suffix("")
+    figure = draw(read(args.csv))
     for suffix in (".pdf", ".png"):
         with plt.rc_context(STYLE):
             figure.savefig(

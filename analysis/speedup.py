@@ -6,7 +6,6 @@ Vision encoder and prefill count, at one speed; decoding, which a short answer h
 share s of the FLOPs in the prefill's image tokens, no pruner after the encoder gains more than 1 / (1 - s).
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from analysis.command import arguments
 from analysis.figures import GREEN, ORANGE, PAGE, RED, STYLE
 from experiments.flops import Decoder, architecture, vision_flops
 
@@ -74,7 +74,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     draw().savefig(out, dpi=200)

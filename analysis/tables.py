@@ -6,7 +6,6 @@
 What a table contains is found by `analysis.compare`, and written by `experiments.tabular`; here it is laid out.
 """
 
-import argparse
 import math
 import string
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import load, paired
+from analysis.command import arguments
 from analysis.compare import COSTS, METHODS, budget_name, column_name, commands, compare, is_drawn, table_names, wanted
 from experiments import conf
 from experiments.results import WARN_ABOVE
@@ -227,13 +227,11 @@ def write(names: list[str], results: Path, out: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "docs/results", reads_results=True)
     parser.add_argument("--table", nargs="+", default=table_names(), metavar="NAME", help=", ".join(table_names()))
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     try:
-        written = write(arguments.table, arguments.results, arguments.out)
+        written = write(args.table, args.results, args.out)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print("\n".join(map(str, written)))

@@ -20,6 +20,8 @@ from PIL import Image
 from analysis import compare, figures, load, masks, report, tables
 from experiments import conf
 from experiments.benchmarks.base import BenchmarkError
+from experiments.tasks import heat
+from mipruner.errors import InputError
 
 SPLITS = ("random", "popular", "adversarial")
 POPE = ("accuracy", "f1", "yes_rate")
@@ -674,12 +676,16 @@ def test_masks_of_what_is_not_there_is_one_clear_message(demo, tmp_path, monkeyp
     for words, message in (
         ([str(tmp_path)], f"{tmp_path} is no folder of a finished cell"),
         ([cell, "--ids", "nope"], f"{cell} has no sample nope; the first is "),
-        ([cell, "--heat", "--words", "zebra"], "zebra is not among the text tokens"),
     ):
         monkeypatch.setattr("sys.argv", ["masks", *words, "--out", str(tmp_path / "masks.png")])
         with pytest.raises(SystemExit) as end:
             masks.main()
         assert end.value.code == 2 and message in capsys.readouterr().err
+    config = {"cell": cell, "samples": 1, "ids": None, "words": ["zebra"], "out": str(tmp_path / "heat.png")}
+    with pytest.raises(InputError, match="zebra is not among the text tokens"):
+        heat.run(config, [], masks.draw_heat)
+    with pytest.raises(InputError, match="no folder of a finished cell"):
+        heat.run(config | {"cell": str(tmp_path / "no*")}, [], masks.draw_heat)
 
 
 def test_images_of_real_records(demo, real_defaults, tmp_path):
@@ -689,7 +695,7 @@ def test_images_of_real_records(demo, real_defaults, tmp_path):
     sample = masks.choose(list(masks.read_cell(paths[0])[1].values()), 1)
     masks.draw([masks.read_cell(path) for path in paths], benchmark, sample, tmp_path / "masks.png")
     masks.draw_dialogue(paths, benchmark, sample[0], tmp_path / "dialogue.png")
-    masks.draw_heat(paths[0], benchmark, sample, [], tmp_path / "heat.png")
+    masks.draw_heat(paths[0], heat.word_pmi, tmp_path / "heat.png", ids=sample)
     sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(sizes) == {"masks", "dialogue", "heat"} and all(min(size) > 200 for size in sizes.values())
     text = report.page(cells, 2)
@@ -707,7 +713,7 @@ def test_the_word_pulls_the_patches_of_what_it_names(demo, real_defaults):
         objects = {o.noun: o.box for o in benchmark.scene(int(row["image_id"])).objects}
         noun = next((word for word in row["question"].split() if word in objects), None)
         if noun:
-            words, pmi = masks.word_pmi(cell.config, benchmark, row["id"])
+            words, pmi = heat.word_pmi(cell.config, benchmark, row["id"])
             row_of, column_of = divmod(int(pmi[:, [w.strip() for w in words].index(noun)].argmax()), 24)
             left, top, right, bottom = objects[noun]
             hits.append(left - 14 <= 14 * column_of <= right and top - 14 <= 14 * row_of <= bottom)

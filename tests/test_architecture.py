@@ -64,3 +64,19 @@ def test_a_wrong_arrow_and_a_circle_would_be_seen(tmp_path):
     file = tmp_path / "wrong.py"
     file.write_text("def f():\n    from analysis import load\n    import experiments.build\n")
     assert list(imported(file, {"analysis.load"})) == ["analysis.load", "experiments.build"]
+
+
+def test_analysis_loads_no_model():
+    """Not by an import of its own, and not through the builder of experiments."""
+    for name, file in modules("analysis").items():
+        found = {*imported(file, {})}
+        models = ("transformers", "mipruner.models", "mipruner.pipeline", "mipruner.pruning")
+        assert not [target for target in found if target.startswith(models)], name
+        assert "build.model(" not in file.read_text(), name
+
+
+def test_scripts_of_analysis_share_one_parser():
+    for name, file in modules("analysis").items():
+        if "def main(" in file.read_text():
+            assert "analysis.command.arguments" in {*imported(file, {"analysis.command.arguments": file})}, name
+        assert name == "analysis.command" or "argparse" not in {*imported(file, {})}, name

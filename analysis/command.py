@@ -1,0 +1,16 @@
+"""The command line that the scripts of analysis share."""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+
+def arguments(doc: str | None, out: str | None = None, reads_results: bool = False) -> ArgumentParser:
+    """A parser whose help is the docstring of the script, with ``--results`` and ``--out`` where it has them."""
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    if reads_results:
+        parser.add_argument(
+            "--results", type=Path, default=Path("results"), help="folder of the records (default: results)"
+        )
+    if out is not None:
+        parser.add_argument("--out", type=Path, default=Path(out), help=f"where to write (default: {out})")
+    return parser
