@@ -8,7 +8,6 @@ it shows the image, what was kept of it in each cell, and every answer, marked w
 Questions without a right answer are shown like any others.
 """
 
-import argparse
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import compare, load, masks
+from analysis.command import arguments
 from analysis.gallery import SCRIPT, STYLE
 from experiments import build, conf
 from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
@@ -242,7 +242,7 @@ def page(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("cells", nargs="+", type=Path)
     parser.add_argument("--every", action="store_true", help="also the questions that all cells answer alike")
     parser.add_argument("--samples", type=int, default=50, help="questions with masks, at most")
