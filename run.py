@@ -32,6 +32,8 @@ PLAIN = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 DRAW = {EVALUATE: draw_cell, "experiments.tasks.heat": draw_heat}
 """Drawing functions that tasks are given, since experiments import nothing of analysis."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @hydra.main(version_base=None, config_path=str(ROOT / "conf"), config_name="config")
@@ -47,11 +49,12 @@ def main(cfg: DictConfig) -> None:
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in (*FULL, *REFUSED):
             raise
+        advice = "make room" if error.errno in FULL else "put this right"
         raise CompactHydraException(
             f"error: cannot write {error.filename or cfg.results}: {error.strerror}. "
-            "What was answered so far is kept; make room and run the same command again."
+            f"What was answered so far is kept; {advice} and run the same command again."
         ) from error
 
 
@@ -70,6 +73,7 @@ def quoted(argument: str, is_sweep: bool = False) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
     sys.argv[1:] = [quoted(argument, is_sweep) for argument in sys.argv[1:]]
     try:

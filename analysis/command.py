@@ -1,11 +1,13 @@
 """The command line that the scripts of analysis share."""
 
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 
 def arguments(doc: str | None, out: str | None = None, reads_results: bool = False) -> ArgumentParser:
     """A parser whose help is the docstring of the script, with ``--results`` and ``--out`` where it has them."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     if reads_results:
         parser.add_argument(

@@ -68,7 +68,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any]:
     """One cell as a flat row. Raises ValueError, naming the file, if it is not a finished record."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         cell, tokens = record["cell"], record["tokens"] or {}
         used = settings(record["config"])
         default = default_settings(cell["model"], cell["dataset"], cell["pruner"]) or used
@@ -113,7 +113,7 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
 
     The latency is the median over the repetitions, its error half the range from the 20th to the 80th percentile.
     """
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for row in record["rows"]:
         if row["engine"] != "pipeline":

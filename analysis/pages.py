@@ -57,13 +57,14 @@ def replace(text: str, name: str, part: str) -> str:
 def purpose(path: Path) -> str:
     """What a file is for, in its own words."""
     if path.suffix == ".py":
-        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].splitlines()
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        first = (ast.get_docstring(module) or "").split("\n\n")[0].splitlines()
         if not first:
-            classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+            classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
             first = (ast.get_docstring(classes[-1]) or "").splitlines() if classes else []
         return first[0] if first else ""
     if path.suffix == ".yaml":
-        first = path.read_text().splitlines()[0]
+        first = path.read_text(encoding="utf-8").splitlines()[0]
         return first.lstrip("# ") if first.startswith("#") and "@package" not in first else ""
     return ""
 

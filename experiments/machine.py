@@ -35,7 +35,7 @@ class Memory:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark of resident memory
+            Path("/proc/self/clear_refs").write_bytes(b"5")  # forgets the high-water mark of resident memory
 
     def peak(self) -> float:
         return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else self._of_process("VmHWM")
@@ -53,7 +53,7 @@ class Memory:
     def _of_process(self, key: str) -> float:
         if sys.platform != "linux":
             return results.peak_memory_gib(torch.device("cpu"))
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
         return int(status[key].split()[0]) / 2**20
 
 
@@ -89,7 +89,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             values = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
             found |= dict(zip(fields.split(","), values, strict=False))
     elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         found["cpu"] = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
         found["load_average"] = os.getloadavg()[0]
     return found

@@ -73,6 +73,8 @@ from mipruner.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 LOCK = ".lock"
+MAX_NAME = 100
+"""Bytes of a folder's name before the id; file systems take 255, some of them 143."""
 WARN_ABOVE = 0.05
 """The share of empty or unreadable answers from which on they are worth a line."""
 NOT_IDENTITY = (
@@ -170,7 +172,8 @@ class Cell:
         self.cell |= {"keep": config["keep"], "seed": config["seed"]}
         parent = Path(config["results"]).joinpath(*words)
         found = sorted(parent.glob(f"*-{self.id}"))
-        name = re.sub(r"[^\w.,=+-]", "_", f"keep={config['keep']}" + (f",{differs}" if differs else ""))[:100]
+        name = re.sub(r"[^\w.,=+-]", "_", f"keep={config['keep']}" + (f",{differs}" if differs else ""))
+        name = name.encode()[:MAX_NAME].decode(errors="ignore")
         self.path = found[0] if found else parent / f"{name}-{self.id}"
 
     @property

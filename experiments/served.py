@@ -119,7 +119,7 @@ def serve(model: str, setting: dict[str, Any] | None, log: Path, *options: str) 
         words += ["--hf-overrides", json.dumps({"mipruner": setting})]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=file, env=environment | os.environ, start_new_session=True
         )
@@ -143,7 +143,7 @@ def _wait_until_up(url: str, process: subprocess.Popen, log: Path) -> None:
         except httpx.HTTPError:
             pass
         time.sleep(0.2)
-    raise InputError(f"the server did not start, its log is {log}:\n{log.read_text()[-2000:]}")
+    raise InputError(f"the server did not start, its log is {log}:\n{log.read_text('utf-8', 'replace')[-2000:]}")
 
 
 def _tree(pid: int) -> list[int]:
@@ -157,8 +157,8 @@ def _tree(pid: int) -> list[int]:
 def _name_and_pss(pid: int) -> tuple[str, int]:
     """What vLLM calls the process, and its memory in KiB; nothing of one that has just ended."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "", 0
     name = words[0].removeprefix("VLLM::") if words[0].startswith("VLLM::") else "server"

@@ -66,7 +66,7 @@ def test_a_page_of_the_full_model_and_one_of_a_budget_that_sets_itself(tmp_path,
     for words, kept in ((["pruner=none"], [576]), (["keep=auto", "pruner.lam=0.8"], [576, None])):
         settings = config(tmp_path, *words)
         out = list(answer(settings, str(photo), "What color is the sun ?"))[-1].strip()
-        page = Path(out).read_text()
+        page = Path(out).read_text(encoding="utf-8")
         runs = json.loads(page[page.index("id=data>") + 8 :].partition("</script>")[0])["questions"][0]["runs"]
         assert [len(run["kept"]) for run in runs] == [n or int(runs[-1]["keep"]) for n in kept]
         assert ("pruner.lam=0.8" in runs[-1]["command"]) == (len(kept) == 2)

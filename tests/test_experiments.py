@@ -39,7 +39,7 @@ def test_head(path):
 
 def jobs(path: Path) -> list[list[str]]:
     """So many jobs of a sweep that every value of every key is in one."""
-    swept = compare.sweep(yaml.safe_load(path.read_text()))
+    swept = compare.sweep(yaml.safe_load(path.read_text(encoding="utf-8")))
     columns = [[f"{key}={value}" for value in values] for key, values in swept.items()]
     longest = max(map(len, columns))
     return [list(words) for words in zip(*(islice(cycle(column), longest) for column in columns), strict=True)]

@@ -115,6 +115,18 @@ def test_no_path_leads_out_of_the_folder(tmp_path, name):
         bench.images(sample.image_id)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"), [("é" * 200 + ".png", "File name too long"), ("photos/\0.png", "embedded null")]
+)
+def test_a_name_that_no_file_can_have(tmp_path, name, why):
+    bench = Folder(str(table(tmp_path, [ROW, ROW | {"image": name}])))
+    good, bad = read_samples(bench)
+    assert digest(bench, [good, bad])
+    with pytest.raises(SampleError, match=f"there is no image .*: {why}"):
+        bench.images(bad.image_id)
+    assert bench.images(good.image_id)
+
+
 def test_the_data_belongs_to_the_cell(tmp_path):
     """Another answer or another image of the same name is another cell."""
     folder, digests = table(tmp_path, [ROW | {"answer": "red"}]), []

@@ -80,6 +80,6 @@ def test_a_file_cut_short_is_refused(kind):
 def test_what_is_no_image_is_named_without_an_address(tmp_path):
     with pytest.raises(ValueError, match=r"^photo cannot be decoded: it is no image$"):
         open_image(b"milk, bread", "photo")
-    Path(tmp_path / "notes.jpg").write_text("milk, bread")
+    Path(tmp_path / "notes.jpg").write_text("milk, bread", encoding="utf-8")
     with pytest.raises(ValueError, match=r"notes.jpg cannot be decoded: it is no image$"):
         open_image(tmp_path / "notes.jpg")

@@ -88,7 +88,7 @@ def test_other_processes_rows_are_read_and_merged(tmp_path):
     cell.append([{"id": "a"}])
     cell.append([{"id": "c"}], part=2)
     cell.append([{"id": "b"}], part=1)
-    with open(cell.path / "samples.2.jsonl", "a") as file:
+    with open(cell.path / "samples.2.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "cut sh')
     assert [row["id"] for row in cell.rows()] == ["a", "b", "c"]
     cell.keep_rows(cell.rows())

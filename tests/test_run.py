@@ -150,7 +150,7 @@ def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path, record_prope
     done = (path / "samples.jsonl").read_text()
     assert 0 < done.count("\n") < 40, "the kill came too late to show anything"
     assert not (path / "record.json").exists()
-    with open(path / "samples.jsonl", "a") as file:
+    with open(path / "samples.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "cut in the mid')
 
     resumed = start(tmp_path / "killed", "+dataset.benchmark.n=20")
@@ -550,6 +550,40 @@ def test_a_place_that_cannot_be_written_is_one_clear_message(monkeypatch, capfd,
     status, err = cli(monkeypatch, capfd, "/dev/full/results")
     assert status != 0 and "cannot write /dev/full/results" in err and "Traceback" not in err
     record_property("says", next(line for line in err.splitlines() if "cannot write" in line))
+
+
+@pytest.mark.parametrize("name", ["EPERM", "ENOENT", "ENAMETOOLONG", "EROFS", "EACCES", "EDQUOT"])
+def test_a_write_that_the_system_refuses_is_one_clear_message(monkeypatch, capfd, tmp_path, record_property, name):
+    def refuse(*_):
+        number = getattr(errno, name)
+        raise OSError(number, os.strerror(number), str(tmp_path / "samples.jsonl"))
+
+    monkeypatch.setattr(Cell, "open", refuse)
+    status, err = cli(monkeypatch, capfd, tmp_path)
+    (said,) = (line for line in err.splitlines() if "cannot write" in line)
+    assert status != 0 and f"samples.jsonl: {os.strerror(getattr(errno, name))}. What" in said
+    assert "Traceback" not in err and ("make room" in said) == (name == "EDQUOT")
+    record_property("says", said)
+
+
+def test_a_cells_name_is_cut_by_its_bytes(tmp_path):
+    cell = Cell(config(tmp_path), "sentence=" + "日本語" * 60)
+    cell.open()
+    assert len(cell.path.name.encode()) <= 143 and cell.path.name.startswith("keep=4,sentence=日本")
+    assert cell.path.is_dir() and Cell(config(tmp_path)).path == cell.path
+
+
+def test_no_home_and_a_terminal_of_ascii(tmp_path, record_property):
+    """As in a container whose user is in no list of users."""
+    words = ["import pwd, runpy, sys", "pwd.getpwuid = {}.__getitem__", "sys.path.insert(0, '.')"]
+    words += [f"sys.argv = {command(tmp_path, 'n_masks=2')[1:]}", "runpy.run_path('run.py', run_name='__main__')"]
+    bare = {"PATH": os.environ["PATH"], "PYTHONPATH": "tests", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", "\n".join(words)], cwd=ROOT, env=bare, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    (record,) = tmp_path.rglob("record.json")
+    assert (record.parent / "masks.png").exists() and rb"\xb1" in done.stdout
+    for accident in ("no HOME, and no entry in the list of users", "a terminal that is not UTF-8"):
+        record_property("survives", (accident, "the run goes on"))
 
 
 def test_no_network_is_one_clear_message(tmp_path):

@@ -212,11 +212,16 @@ class Folder(Benchmark):
         return right
 
     def _files(self, image_id: str) -> list[Path]:
-        """Raises SampleError for a path out of the folder."""
+        """Raises SampleError for a path out of the folder, or one that the file system refuses."""
         names, root = self._names[image_id], Path(self.path).resolve()
         files = [self.table.parent / name.replace("\\", "/") for name in names]
         for name, file in zip(names, files, strict=True):
-            if not file.resolve().is_relative_to(root) or os.path.isabs(name):
+            try:
+                target = file.resolve()
+                file.is_file()
+            except (OSError, ValueError) as error:  # too long for a file's name, a folder that is closed, a null byte
+                raise SampleError(f"there is no image {name[:60]!r}: {getattr(error, 'strerror', error)}") from error
+            if not target.is_relative_to(root) or os.path.isabs(name):
                 raise SampleError(f"the image {name} lies outside of {self.path}")
         return files
 

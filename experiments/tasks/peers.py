@@ -186,7 +186,7 @@ def measure(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
 def flags() -> dict[str, bool]:
     """The instruction sets of this processor that the product's speed depends on."""
     info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.exists() else set()
+    words = set(info.read_text(encoding="utf-8").split()) if info.exists() else set()
     return {flag: flag in words for flag in FLAGS} | {"bfloat16 by AMX": HAS_TILES}
 
 

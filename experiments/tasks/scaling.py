@@ -155,7 +155,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(f"{'n_visual':>8} {'n_keep':>7}  {'method':<14}{'ms':>11}")
-    with out.open("a", newline="") as file:
+    with out.open("a", encoding="utf-8", newline="") as file:
         for row in measure(config):
             writer = csv.DictWriter(file, row)
             if file.tell() == 0:
