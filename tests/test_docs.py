@@ -1,0 +1,46 @@
+"""Links, anchors and file names in the pages of this repository exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+PAGES = [page for page in TRACKED if not page.startswith("docs/results/")]
+
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+FILE = re.compile(
+    r"(?<![\w./-])((?:analysis|conf|docs|examples|experiments|mipruner|notebooks|plugins|tests)/[\w./-]+\.\w+)"
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, flags=re.M)
+    }
+
+
+def broken(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    found = [name for name in FILE.findall(text) if "NAME" not in name and not (ROOT / name).exists()]
+    for link in (a or b for a, b in LINK.findall(text)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not link.startswith("http") and not (target.exists() and (not anchor or anchor in anchors(target))):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_file_names_exist(page):
+    assert not broken(ROOT / page)
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n[1](#a-title) [2](#none) [3](none.md) `tests/none.py` `tests/test_docs.py`")
+    assert broken(page) == ["tests/none.py", "#none", "none.md"]
