@@ -6,3 +6,5 @@ from mipruner.pruning import attach, prune
 from mipruner.selection import Selection, budget
 
 __all__ = ["PRUNERS", "Features", "Selection", "attach", "budget", "prune"]
+
+__version__ = "0.1.0"
