@@ -1,7 +1,7 @@
 """Two methods one after the other: one chooses what enters the language model, one drops more inside it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,9 +23,9 @@ class Composed(DecoderPruner):
         How many of a prompt's tokens enter the language model, see `budget`.
     """
 
-    budget_match: ClassVar[str] = "nominal"
+    budget_match: ClassVar[Literal["nominal"]] = "nominal"  # type: ignore[misc]
 
-    door: Pruner
+    door: Pruner  # type: ignore[misc]
     inside: DecoderPruner
     enter: int | float
 
@@ -37,19 +37,19 @@ class Composed(DecoderPruner):
             raise InputError("of two methods, the budget is what the second leaves: use budget_match=nominal")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.door.needs | self.inside.needs
 
     @property
-    def wants(self) -> frozenset[str]:
+    def wants(self) -> frozenset[str]:  # type: ignore[override]
         return self.door.wants | self.inside.wants
 
     @property
-    def renumbers(self) -> bool:
+    def renumbers(self) -> bool:  # type: ignore[override]
         return self.inside.renumbers
 
     @property
-    def reads_text(self) -> bool:
+    def reads_text(self) -> bool:  # type: ignore[override]
         return self.door.reads_text or self.inside.reads_text
 
     def notes(self, features: Features) -> dict[str, str]:

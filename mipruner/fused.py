@@ -54,7 +54,7 @@ def mi_picks(
     *,
     given: Tensor | None = None,
     relevance: Tensor | None = None,
-    held: dict | None = None,
+    held: dict[Any, Any] | None = None,
 ) -> Tensor:
     """The greedy search of eq. 22-24 with max aggregation and softmax.
 
@@ -86,7 +86,7 @@ def mi_picks(
         from mipruner import kernels
 
         if visual.shape[-2] <= kernels.MAX_VISUAL:
-            flat = [visual.flatten(0, -3), text.flatten(0, -3)] if visual.dim() > 2 else [visual[None], text[None]]
+            flat = (visual.flatten(0, -3), text.flatten(0, -3)) if visual.dim() > 2 else (visual[None], text[None])
             given = None if given is None else given.reshape(-1, n_given)
             relevance = None if relevance is None else relevance.reshape(-1, visual.shape[-2])
             with torch.cuda.device_of(visual):  # Triton launches on the current device
@@ -104,11 +104,11 @@ def mi_picks(
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
     rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau))
     relevance = _relevance(with_text(visual, text, tau).log_softmax(-1)) if relevance is None else relevance
-    picks = _picks(rho, lse, relevance, n_keep, lam, [] if given is None else given.tolist())
-    return torch.tensor(picks, dtype=torch.long)
+    found = _picks(rho, lse, relevance, n_keep, lam, [] if given is None else given.tolist())
+    return torch.tensor(found, dtype=torch.long)
 
 
-def once(held: dict, key: Hashable, compute: Callable[[], Any]) -> Any:
+def once(held: dict[Any, Any], key: Hashable, compute: Callable[[], Any]) -> Any:
     """What ``held`` has under ``key``; computed, and put there, if it has nothing."""
     if key not in held:
         held[key] = compute()
@@ -118,6 +118,7 @@ def once(held: dict, key: Hashable, compute: Callable[[], Any]) -> Any:
 def log_partition_of(features: Features, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
     """`pmi.log_partition` of an image over the vocabulary: once an image, whatever is asked about it."""
     table = features.vocabulary
+    assert table is not None
     held = {} if features.held is None else features.held
     version = 0 if table.is_inference() else table._version
     options = (features.visual, table, tau, n_rows)
@@ -222,7 +223,7 @@ def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
     if set(dtypes) != {torch.bfloat16} or not HAS_TILES or len(sys._current_frames()) > 1:
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     try:
         settings.fp32_precision = "bf16"

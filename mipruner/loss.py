@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
 
@@ -41,7 +42,9 @@ class Asked:
     def withhold(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
 
-    def answer(self, model: PreTrainedModel, output, columns: Tensor | None):
+    def answer(
+        self, model: PreTrainedModel, output: ModelOutput | tuple[Any, ...], columns: Tensor | None
+    ) -> ModelOutput | tuple[Any, ...]:
         """The output with the loss and the logits asked for.
 
         columns [B, S'] tells where in the full prompt each row stood; None if nothing was shortened.
@@ -57,6 +60,7 @@ class Asked:
     def loss(self, model: PreTrainedModel, logits: Tensor, columns: Tensor | None) -> Tensor:
         """The model's own loss on the labels of the tokens that are left."""
         labels = self.labels
+        assert labels is not None
         if columns is not None:
             columns = columns.to(labels.device)
             labels = labels.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, IGNORED)

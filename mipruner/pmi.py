@@ -115,7 +115,7 @@ def _self(visual: Tensor, tau: float, normalization: Normalization, prior: Tenso
     """log p(v_j | v_i) and PMI(v_i; v_j), both [.., n_visual, n_visual]."""
     log_p = log_conditional(visual, visual, tau, normalization)
     log_prior = _log_prior(log_p, prior)
-    return log_p, _pmi(log_p, log_prior if prior is None else log_prior.mT)
+    return log_p, _pmi(log_p, log_prior if isinstance(log_prior, float) else log_prior.mT)
 
 
 def _aggregate(log_p: Tensor, pmi: Tensor, prior: Tensor | None) -> Tensor:

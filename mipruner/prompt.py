@@ -293,9 +293,9 @@ class Batch:
     ids: list[Tensor] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
 
-    def language_model_inputs(self) -> dict:
+    def language_model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the prefill call."""
-        inputs = {
+        inputs: dict[str, Any] = {
             "inputs_embeds": self.embeds,
             "position_ids": self.position_ids,
             "attention_mask": self.attention_mask,

@@ -179,6 +179,7 @@ def greedy(
     if lam == 1:
         return top_k(gain.masked_fill(taken, -torch.inf), n_keep)
 
+    assert redundancy is not None
     cost = (1 - lam) * redundancy.float()
     column = torch.empty_like(gain).unsqueeze(-1)
     if aggregation == "max":
@@ -189,7 +190,7 @@ def greedy(
     def columns(index: Tensor) -> Tensor:
         return cost.gather(-1, index[..., None, :].expand(*column.shape[:-1], index.shape[-1]))
 
-    if n_given:
+    if given is not None and n_given:
         chosen = columns(given)
         running = chosen.amax(-1) if aggregation == "max" else chosen.sum(-1)
     picks = torch.empty(*gain.shape[:-1], n_keep, dtype=torch.long, device=gain.device)

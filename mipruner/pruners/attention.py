@@ -22,4 +22,5 @@ class AttentionPruner(ScorePruner):
     needs = frozenset({"attention"})
 
     def score(self, features: Features) -> Tensor:
+        assert features.attention is not None
         return features.attention

@@ -74,6 +74,7 @@ class AutoPruner(DecoderPruner):
         attention = view.attention(view.text_rows)[..., view.visual]
         score = attention.mean((0, 1))
         if not view.memory:
+            assert view.encoder_attention is not None
             view.memory["curve"] = None
             weight = self.text_weight * mutual_information(attention) / attention.shape[1]
             score = view.encoder_attention.to(score) + weight * score

@@ -256,7 +256,8 @@ class DecoderPruner(Method, ABC):
 
     def entering(self, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
         """Visual tokens that enter each layer."""
-        entering, stages = [], self.stages(n_visual, n_keep, n_layers)
+        entering: list[int] = []
+        stages = self.stages(n_visual, n_keep, n_layers)
         for layer in range(n_layers):
             entering.append(stages.get(layer, entering[-1] if entering else n_visual))
         return entering

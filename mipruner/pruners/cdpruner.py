@@ -70,6 +70,7 @@ class CDPruner(Pruner):
     def score(self, features: Features) -> Tensor:
         """Relevance [.., n_visual] of every token to the question, higher is more relevant."""
         if self.source(features) == "clip":
+            assert features.clip_visual is not None and features.clip_text is not None
             return -similarity(features.clip_visual, features.clip_text).mean(-1)
         cosine = similarity(features.visual, features.text)
         if features.question is None:

@@ -56,9 +56,9 @@ class CoverPruner(Pruner):
         return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
-        visual, options = features.visual, ("softmax",)
+        visual = features.visual
         partition = log_partition_of(features, self.tau, self.vocabulary_rows)
-        says = pmi.log_conditional(visual, features.text, self.tau, *options, partition).exp()
+        says = pmi.log_conditional(visual, features.text, self.tau, log_partition=partition).exp()
         shows = pmi.log_conditional(visual, visual, self.tau).exp()
         return cover(says, shows, n_keep, self.lam)
 

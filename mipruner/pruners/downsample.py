@@ -30,6 +30,7 @@ class DownsamplePruner(Pruner):
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        assert features.grid is not None
         grid = features.grid if len(features.grid) == 3 else (1, *features.grid)
         if grid[0] * grid[1] * grid[2] != features.n_visual:
             raise InputError(f"the grid {features.grid} does not hold the {features.n_visual} visual tokens")

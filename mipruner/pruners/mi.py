@@ -72,7 +72,7 @@ class MIPruner(Pruner):
         visual_prior(self.prior, (1, 1), self.prior_table)  # says what is wrong with them
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         read = {"vocabulary": self.support == "vocabulary", "grid": self.prior != "uniform"}
         return frozenset(name for name, is_read in read.items() if is_read)
 
@@ -89,8 +89,8 @@ class MIPruner(Pruner):
             if self.support == "vocabulary":
                 partition = log_partition_of(features, self.tau, self.vocabulary_rows)
                 relevance = fused.relevance(features.visual, features.text, self.tau, partition)
-            options = {"given": given, "relevance": relevance, "held": features.held}
-            return mi_picks(features.visual, features.text, n_keep, self.lam, self.tau, **options)
+            tokens = features.visual, features.text
+            return mi_picks(*tokens, n_keep, self.lam, self.tau, given=given, relevance=relevance, held=features.held)
         options = (self.tau, self.aggregation, self.normalization)
         redundancy = None if self.lam == 1 else pmi.redundancy(features.visual, *options, prior=self.p_visual(features))
         relevance = self.s_cross(features)
@@ -114,4 +114,5 @@ class MIPruner(Pruner):
         """p(v_i) [n_visual], None where it is uniform."""
         if self.prior == "uniform":
             return None
+        assert features.grid is not None
         return visual_prior(self.prior, features.grid, self.prior_table).to(features.visual.device)

@@ -32,13 +32,14 @@ class MIAttentionPruner(MIPruner):
             raise InputError(f"split={self.split} is not in [0, 1]")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
         return super().needs | {"attention"}
 
     def order(self, features: Features, n_keep: int) -> None:
         return None  # another budget splits into other rounds
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        assert features.attention is not None
         attended = top_k(features.attention, round(self.split * n_keep))
         added = self.picks(features, n_keep - attended.shape[-1], given=attended)
         return Selection(torch.cat([attended, added], -1).sort(-1).values)

@@ -21,7 +21,7 @@ class MIFastVPruner(Composed):
     reads = "question, decoder attention"
     cost = "N² d + E N for E that enter, 2 of L layers at E tokens"
 
-    door: MIPruner = field(default_factory=MIPruner)
+    door: MIPruner = field(default_factory=MIPruner)  # type: ignore[misc]
     inside: FastVPruner = field(default_factory=FastVPruner)
     enter: int | float = 0.25
 

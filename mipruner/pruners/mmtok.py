@@ -1,7 +1,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class MMTokPruner(Pruner):
         return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
+        assert features.hidden is not None
         valid = features.valid
         if valid is None:
             valid = torch.ones_like(features.visual[..., 0], dtype=torch.bool)
@@ -137,7 +138,7 @@ def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
     return dense_greedy(gains, add, n_keep)
 
 
-def _content(words: Sequence) -> list:
+def _content(words: Sequence[Any]) -> list[Any]:
     """For each token, or for each sample's tokens, whether its word is one with content."""
     if words and not isinstance(words[0], str):
         return [_content(sample) for sample in words]

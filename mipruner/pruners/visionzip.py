@@ -46,6 +46,7 @@ class VisionZipPruner(Pruner):
             raise InputError(f"contextual={self.contextual} is not in [0, 1]")
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        assert features.attention is not None and features.keys is not None
         received = features.attention
         if features.attention_to_self is not None:
             received = received + features.attention_to_self

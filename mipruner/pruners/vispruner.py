@@ -41,6 +41,7 @@ class VisPruner(Pruner):
             raise InputError(f"important={self.important} is not in [0, 1]")
 
     def select(self, features: Features, n_keep: int) -> Selection:
+        assert features.attention is not None and features.hidden is not None
         n_important = int(self.important * n_keep)
         order = top_k(features.attention, features.n_visual)  # and so in the order of attention
         rest = _distinct(features.hidden.float(), order[..., n_important:], n_keep - n_important)
