@@ -1,4 +1,4 @@
-"""Arguments of a language model, beside embeddings, positions and mask, that are as long as the prompt."""
+"""Shortens further arguments of a language model that have the length of the prompt, such as token types and masks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SERVED |= {"logits_to_keep", "labels"}
 
 @dataclass(frozen=True)
 class Cut:
-    """Which columns of a prompt are left.
+    """Which columns of a prompt are kept.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Cut:
     model_type: str = "this model"
 
     def __call__(self, name: str, x: Any) -> Any:
-        """Argument ``x`` of the short prompt, from that of the full one.
+        """Return argument ``x`` for the short prompt, given that of the full prompt.
 
         A tensor [B, S, ..] loses columns, one [n_visual, ..] loses rows; dicts, lists and tuples are gone through.
 
@@ -75,7 +75,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks that a model makes of a prompt before it calls its language model (Gemma 3, PaliGemma).
+    """The masks that a model builds from a prompt before it calls its language model (Gemma 3, PaliGemma).
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class Masks:
     outer: Callable[[], dict[str, Any] | None]
 
     def given(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """``kwargs`` of the language model with the caller's own mask, if the model made another of it."""
+        """``kwargs`` of the language model, with the mask of the caller if the model replaced it."""
         mask, outer = kwargs.get("attention_mask"), self.outer()
         if outer is None or (not isinstance(mask, dict) and getattr(mask, "ndim", 2) == 2):
             return None
@@ -111,7 +111,7 @@ class Masks:
             )
 
     def make(self, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
-        """Masks for the arguments ``call`` of the language model."""
+        """Build the masks for the arguments ``call`` of the language model."""
         make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
         own = {name: call.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")}
         return make(config=self.model.config, is_first_iteration=is_first, **own, **types)

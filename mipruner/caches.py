@@ -1,4 +1,4 @@
-"""The cache of a prompt that was shortened.
+"""KV caches that store which tokens of their prompts were kept.
 
 Its caller, ``generate`` above all, counts the tokens of the full prompt; the language model counts those that are
 there. So the cache tells each of them the length that it knows. It can only be filled while a `Shortening` serves the
@@ -17,7 +17,7 @@ from mipruner.errors import InputError
 
 @dataclass
 class Course:
-    """What became of the prompts of a cache.
+    """State of the shortened prompts of a cache: which columns they have, and their positions.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class Course:
 
     @property
     def valid(self) -> Tensor:
-        """Of the first layer."""
+        """Valid columns of the first layer."""
         return self.layers[0]
 
     @property
@@ -65,7 +65,7 @@ class Course:
         return len(self.layers) > 1
 
     def select(self, rows: Tensor) -> "Course":
-        """For other rows of the batch."""
+        """The same for a selection of batch rows."""
         known: dict[int, Tensor] = {id(valid): valid[rows.to(valid.device)] for valid in self.layers}
         layers = [known[id(valid)] for valid in self.layers]
         return replace(self, last=self.last[:, rows.to(self.last.device)], layers=layers)
@@ -75,7 +75,7 @@ class Course:
 
 
 class _Short:
-    """Comes before a cache's own class."""
+    """Mixin in front of the class of a cache."""
 
     course: Course
 
@@ -128,7 +128,7 @@ def _short(cls: type) -> type:
 
 
 def mark(cache: Cache, course: Course) -> None:
-    """Note on a cache what became of its prompts."""
+    """Store on a cache which tokens of its prompts were kept."""
     if not isinstance(cache, _Short):
         cache.__class__ = _short(type(cache))
     cache.course = course
@@ -139,7 +139,7 @@ def course_of(cache: Cache | None) -> Course | None:
 
 
 def length(cache: Cache | None) -> int:
-    """Columns that are in the cache."""
+    """Number of columns in the cache."""
     if cache is None:
         return 0
     n, course = int(cache.get_seq_length()), course_of(cache)
@@ -147,6 +147,6 @@ def length(cache: Cache | None) -> int:
 
 
 def is_dynamic(cache: Cache) -> bool:
-    """Whether layers may hold caches of different lengths."""
+    """Whether the layers of the cache may have different lengths."""
     own = type(cache).__bases__[1] if isinstance(cache, _Short) else type(cache)
     return own is DynamicCache and not any(cache.is_sliding)

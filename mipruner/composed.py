@@ -1,4 +1,4 @@
-"""Two methods one after the other: one chooses what enters the language model, one drops more inside it."""
+"""Combines two methods: one selects tokens before the language model, the other drops more tokens inside it."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +13,7 @@ from mipruner.selection import Auto
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(DecoderPruner):
-    """``inside`` brings what ``door`` let in down to the budget of the prompt.
+    """``door`` selects the tokens that enter the language model, ``inside`` reduces them to the budget of the prompt.
 
     Parameters
     ----------

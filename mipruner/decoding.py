@@ -1,4 +1,4 @@
-"""From a short prompt to new tokens: one prefill, then a decode loop, straight on the language model.
+"""Generates tokens from a short prompt: one prefill, then a decode loop that calls the language model directly.
 
 The loop is `generate` without its set-up, and gives the same tokens and logits; prefill and decode are separate so that
 they can be timed, and Qwen3-VL's deepstack rows are passed as what they are, arguments of the prefill.
@@ -24,7 +24,7 @@ from mipruner.prompt import Batch
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is drawn. Temperature 0 is greedy, the paper's setting; Table 8 samples with top-p and top-k.
+    """Decoding settings. Temperature 0 is greedy, as in the paper; Table 8 samples with top-p and top-k.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Decoding:
 
 @dataclass
 class State:
-    """Between two steps: logits [B, vocabulary] of the next token, and what the next call needs."""
+    """State between two decode steps: logits [B, vocabulary] of the next token, and the inputs of the next call."""
 
     logits: Tensor
     cache: object
@@ -103,7 +103,7 @@ def step(adapter: Adapter, state: State, token: Tensor) -> State:
 
 
 def next_logits(adapter: Adapter, out) -> Tensor:
-    """Logits [B, vocabulary] of the last position, back where the embeddings are if layers are spread over cards."""
+    """Logits [B, vocabulary] of the last position, on the device of the embeddings if layers are on several devices."""
     return adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].to(adapter.device, torch.float32)
 
 
@@ -114,7 +114,7 @@ def inverse(p: Tensor, uniform: Tensor) -> Tensor:
 
 
 def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> list[list[int]]:
-    """Draw tokens until every row has ended. Each row comes without its end-of-text token and what follows it."""
+    """Generate tokens until every row has ended. Returned rows end before their end-of-text token."""
     config = adapter.model.generation_config
     ends = torch.tensor(
         config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id], device=adapter.device

@@ -1,4 +1,4 @@
-"""Stage 0: what enters the language model of prompts that a `Pruner` shortened, and of the text that follows them."""
+"""Stage 0: replaces prompts by the short prompts that a `Pruner` selected, and places the text that follows them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from mipruner.selection import Selection
 
 @dataclass
 class Prompts:
-    """Prompts with images that a call brings, and what is kept of them.
+    """The prompts with images of one call, and their kept tokens.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Prompts:
 
 @dataclass
 class Entry:
-    """Prompts as they enter the first layer.
+    """The prompts as they enter the first layer.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Entry:
 
 
 def enter(prompts: Prompts, kwargs: dict[str, Any], course: Course | None, repack: bool) -> Entry:
-    """The arguments of the short prompts, behind what the cache holds already."""
+    """Build the arguments of the short prompts, which follow the columns that the cache already holds."""
     shape, n_past = prompts.is_visual.shape, length(kwargs.get("past_key_values"))
     mask = padding(kwargs.get("attention_mask"), n_past + (course.removed if course else 0) + shape[1])
     shorts = [cut(*pair, repack=repack) for pair in zip(prompts.encoded, prompts.selections, strict=True)]
@@ -93,7 +93,7 @@ def enter(prompts: Prompts, kwargs: dict[str, Any], course: Course | None, repac
 
 
 def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tensor | None]:
-    """Positions and mask of text behind a short prompt, and which columns behind it are no padding, if some are."""
+    """Positions and mask of text that follows a short prompt, and which of its columns are not padding."""
     embeds = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     n_past, n_new = length(kwargs["past_key_values"]), embeds.shape[1]
     if course.is_open and n_new > 1 and n_past == course.valid.shape[1]:
@@ -108,7 +108,7 @@ def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tens
 
 
 def left(visual: Tensor, columns: Tensor, is_visual: Tensor) -> Iterator[Tensor]:
-    """The numbers [n_kept], among the visual tokens of each prompt, of those that rows hold; merged rows hold none.
+    """Numbers [n_kept] of the kept visual tokens among all visual tokens of each prompt; merged rows are left out.
 
     is_visual [B, S] is of the prompts as they came, visual [B, n] and columns [B, n] of the rows.
     """
@@ -117,7 +117,7 @@ def left(visual: Tensor, columns: Tensor, is_visual: Tensor) -> Iterator[Tensor]
 
 
 def padding(mask: Tensor | dict | None, n_columns: int) -> Tensor | None:
-    """Which columns [B, n_columns] of a caller's mask are no padding; None if all are.
+    """Which columns [B, n_columns] of the caller's mask are not padding; None if all are.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def _is_given(kwargs: dict[str, Any]) -> bool:
 
 
 def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past: int) -> Entry:
-    """Prompts of which everything enters."""
+    """Prompts of which all tokens are kept."""
     batch, n = prompts.is_visual.shape
     valid = prompts.is_visual.new_ones(batch, n_past + n) if mask is None else mask.expand(batch, -1)
     new, place = valid[:, n_past:], torch.arange(n, device=valid.device).expand(batch, n)
@@ -160,7 +160,7 @@ def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past
 def _positions(
     batch: Batch, encoded: Sequence[Encoded], course: Course | None, mask: Tensor | None, n_past: int, repack: bool
 ) -> Tensor:
-    """Positions [B, n] or [P, B, n] of short prompts: those of the full ones, or numbered on from what is there."""
+    """Positions [B, n] or [P, B, n] of short prompts: the original ones, or renumbered after those in the cache."""
     if not repack:
         return batch.position_ids
     if course is None:
@@ -173,7 +173,7 @@ def _positions(
 
 
 def _past(course: Course | None, mask: Tensor | None, n_past: int, n_new: int, like: Tensor) -> Tensor | None:
-    """Which of the columns [B, n_past] that are in the cache already count."""
+    """Which columns [B, n_past] of the cache are valid."""
     if not n_past:
         return None
     if course is None:
@@ -184,7 +184,7 @@ def _past(course: Course | None, mask: Tensor | None, n_past: int, n_new: int, l
 
 
 def _rest(course: Course, mask: Tensor | dict | None, n_past: int, n_new: int) -> Tensor | None:
-    """Which columns behind the prompts [B, k] count, from the caller's mask."""
+    """Which columns [B, k] after the prompts are valid, from the caller's mask."""
     if getattr(mask, "ndim", 0) != 2:  # none, or one for a static cache, which is made anew
         return None
     rest = padding(mask, n_past + course.removed + n_new)
@@ -192,7 +192,7 @@ def _rest(course: Course, mask: Tensor | dict | None, n_past: int, n_new: int) -
 
 
 def _ahead(course: Course, rest: Tensor | None, n_past: int, n_new: int) -> Tensor:
-    """Positions [P, B, n_new] of text that follows."""
+    """Positions [P, B, n_new] of the text that follows."""
     if rest is None:
         n_since = n_past - course.valid.shape[1]
         return course.last[..., None] + 1 + n_since + torch.arange(n_new, device=course.last.device)
@@ -200,7 +200,7 @@ def _ahead(course: Course, rest: Tensor | None, n_past: int, n_new: int) -> Tens
 
 
 def _columns(real: Tensor, indices: Sequence[Tensor], new: Tensor) -> Tensor:
-    """Where in the caller's prompts each row [B, n] stood, from its place among the tokens that are no padding."""
+    """Column of each row [B, n] in the caller's prompts, given its index among the tokens that are not padding."""
     columns = torch.full(new.shape, -1, device=new.device)
     for row, places, index in zip(columns, real, indices, strict=True):
         row[len(row) - len(index) :] = places.nonzero()[:, 0][index]
@@ -208,7 +208,7 @@ def _columns(real: Tensor, indices: Sequence[Tensor], new: Tensor) -> Tensor:
 
 
 def _last(position_ids: Tensor, valid: Tensor) -> Tensor:
-    """The highest position [P, B] of each prompt; text goes on behind the highest of time, height and width."""
+    """Highest position [P, B] of each prompt. Later text starts after the highest of time, height and width."""
     position_ids = position_ids[None] if position_ids.ndim == 2 else position_ids
     last = position_ids.expand(-1, *valid.shape).masked_fill(~valid, -1).amax(-1)
     n_text = len(last) % 3

@@ -1,4 +1,4 @@
-"""Where the random numbers of a sample come from: a seed and the sample's name, whatever its batch and the device."""
+"""Per-sample random generators, seeded by run seed and sample name, independent of batch and device."""
 
 import zlib
 
@@ -6,5 +6,5 @@ import torch
 
 
 def generator(seed: int, sample: str) -> torch.Generator:
-    """A generator on the CPU that gives a sample the same numbers in every run."""
+    """A CPU generator that gives a sample the same random numbers in every run."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{sample}".encode()))

@@ -1,4 +1,4 @@
-"""The fast way for one prompt at a time: the pipeline's answer, on static shapes.
+"""Fast engine for one prompt at a time: same answers as the pipeline, on static shapes.
 
     image ── see ──> visual tokens ─┐
     question ─ score ─────────────────┴─> kept tokens ─ prefill ─> token ─ step ─> token ─ step ─> ...
@@ -34,7 +34,7 @@ LOOK = 16
 
 
 class Graph:
-    """A function of tensors, recorded as one CUDA graph where the tensors are on a GPU.
+    """A function of tensors. On a GPU it is recorded as one CUDA graph.
 
     What it returns lies in the graph's own memory and lives until the next call.
     """
@@ -66,7 +66,7 @@ class Graph:
 
 
 class KeyValues:
-    """What the language model takes for its cache: fixed buffers [1, kv_heads, length, head_dim], two a layer."""
+    """KV cache of the language model: fixed buffers [1, kv_heads, length, head_dim], two per layer."""
 
     def __init__(self, config: PreTrainedConfig, length: int, like: Tensor):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -87,14 +87,16 @@ class KeyValues:
         return held_keys[:, :, : self.n_read], held_values[:, :, : self.n_read]
 
     def clear(self) -> None:
-        """Forget NaN, which reaches every later answer even from slots that none of its tokens sees: 0 x NaN is NaN."""
+        """Zero the buffers. A masked slot has attention weight 0, but 0 x NaN is NaN, so one NaN would reach every
+        later answer.
+        """
         for buffer in chain.from_iterable(self.layers):
             buffer.zero_()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A short prompt of n tokens, padded to L behind its last token, and the T tokens that may follow the n.
+    """A short prompt of n tokens, padded to L after its last token, and the T tokens that may follow it.
 
     Attributes
     ----------
@@ -187,7 +189,7 @@ class Engine:
 
     @torch.inference_mode()
     def __call__(self, prompt: Prompt, pixels: dict[str, Any] | None = None) -> Answer:
-        """Answer one prompt; ``pixels`` is what ``adapter.preprocess`` gives for its image, if that is there already.
+        """Answer one prompt; ``pixels`` is the output of ``adapter.preprocess`` for its image, if already computed.
 
         Raises
         ------
@@ -241,11 +243,11 @@ class Engine:
         )
 
     def upload(self, x: Tensor) -> Tensor:
-        """To the device, from pinned memory, so that the host does not wait."""
+        """Copy to the device from pinned memory, without blocking the host."""
         return x.pin_memory().to(self.adapter.device, non_blocking=True) if self.adapter.device.type == "cuda" else x
 
     def run(self, function: Callable, *inputs: Tensor) -> Any:
-        """Replay the graph of this function for these shapes; record it if there is none yet."""
+        """Replay the graph of this function for these shapes; record it at the first call."""
         key = (function.__name__, *(x.shape for x in inputs))
         if key not in self.graphs:
             # Not score, whose kernels are fused by hand, nor see, whose hooks Dynamo cannot trace.
@@ -276,7 +278,7 @@ class Engine:
     def select(
         self, prompt: Prompt, tokens: Tokens, text_ids: Tensor, visual: Visual, pixels: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Kept visual tokens [n_keep] in their order, and [1] whether all features are finite."""
+        """Kept visual tokens [n_keep] in prompt order, and whether all features are finite [1]."""
         signals = dict(visual.signals)
         if self.pruner.static and self.pruner.signals <= signals.keys():
             return self.run(self.score, text_ids, visual.rows, *(signals[name] for name in sorted(signals)))
@@ -293,7 +295,7 @@ class Engine:
         return selection.indices, torch.ones(1, dtype=torch.long, device=text.device)
 
     def decode(self, token: Tensor, layout: Layout) -> Tensor:
-        """The first token [1] and those that follow it, [max_new_tokens], filled up with the end of text."""
+        """The first token [1] and the following ones [max_new_tokens], padded with end-of-text."""
         drawn = self.ends[:1].repeat(self.decoding.max_new_tokens)
         for k in range(self.decoding.max_new_tokens):
             if k:

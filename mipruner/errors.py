@@ -1,4 +1,4 @@
-"""What a user can get wrong, as opposed to what we got wrong. Each message says what to do."""
+"""Errors that a user can cause. Each message says what to do."""
 
 
 class InputError(ValueError):
@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class PromptError(InputError):
-    """One question or image that cannot be used; the next one may be."""
+    """One question or image that cannot be used. Other prompts are not affected."""
 
 
 class ModelError(Exception):

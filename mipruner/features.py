@@ -1,4 +1,4 @@
-"""What a pruner sees: one image after the projector, and the words it is asked about."""
+"""Input of a pruner: one image after the projector, and the tokens of its question."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Features:
-    """Everything known about one image (or one video) before the language model runs.
+    """Features of one image (or one video) before the language model runs.
 
     Tensors may carry the same leading batch dimensions; a pruner never sees the model they come from. What is optional
     is there for the methods that name it in `Pruner.needs` or `Pruner.wants`, and computed only for them.

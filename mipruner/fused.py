@@ -1,4 +1,5 @@
-"""MI-Pruner's picks at about the price of one similarity product; `pmi` and `selection.greedy` are the reference.
+"""MI-Pruner's greedy search at about the cost of one similarity product; `pmi` and `selection.greedy` are the
+reference.
 
 With p(v_j) = 1 / n_visual, eq. 18 reads PMI(v_i; v_j) = rho_ij - lse_i + log n_visual, where lse_i is the log-sum-exp
 of row i of rho. So one number a token is enough beside rho; rho is symmetric, so that half of the product gives all of
@@ -116,7 +117,7 @@ def once(held: dict[Any, Any], key: Hashable, compute: Callable[[], Any]) -> Any
 
 
 def log_partition_of(features: Features, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
-    """`pmi.log_partition` of an image over the vocabulary: once an image, whatever is asked about it."""
+    """`pmi.log_partition` of an image over the vocabulary, computed once per image for all questions."""
     table = features.vocabulary
     assert table is not None
     held = {} if features.held is None else features.held
@@ -129,7 +130,7 @@ def log_partition_of(features: Features, tau: float = 0.1, n_rows: int | None = 
 def log_partition(
     visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None, *, norm: Tensor | None = None
 ) -> Tensor:
-    """`pmi.log_partition`, by a Triton kernel on a GPU: on the tensor cores in 16 bit, and nothing of rho is stored.
+    """`pmi.log_partition`. On a GPU a Triton kernel computes it on the tensor cores in 16 bit, without storing rho.
 
     On a CPU the norms are applied to the products, and a float32 table is never copied; ``norm`` [n_vocabulary] is that
     of its rows, if it is known.
@@ -161,13 +162,13 @@ def log_partition(
 
 
 def row_norm(rows: Tensor) -> Tensor:
-    """The norm of every row [n, d], in float32; never 0."""
+    """Norm of every row [n, d] in float32, never 0."""
     parts = [torch.linalg.vector_norm(some.float(), dim=-1) for some in rows.split(FEW)]
     return torch.cat(parts).clamp_min_(1e-12)
 
 
 def pieces(n: int, size: int) -> list[tuple[int, int]]:
-    """Where pieces of ``size`` of n tokens start and end.
+    """Start and stop of pieces of ``size`` of n tokens.
 
     The last takes the remainder, too: a product of a row or two would round differently and split ties.
     """
@@ -196,7 +197,7 @@ def similarities(visual: Tensor, tau: float) -> Tensor:
 
 
 def _among_themselves(visual: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """`similarities`, and the log-sum-exp of its rows."""
+    """`similarities` and the log-sum-exp of its rows."""
     rho = similarities(visual, tau)
     return rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
 
@@ -214,7 +215,7 @@ def with_text(visual: Tensor, text: Tensor, tau: float) -> Tensor:
 
 @contextmanager
 def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
-    """Multiply what came in ``dtypes`` in the fastest way that rounds nothing but sums.
+    """Multiply tensors that came in ``dtypes`` in the fastest way that rounds only sums.
 
     The product of two bfloat16 numbers is exact in float32, so where tiles (AMX) multiply bfloat16 into float32, oneDNN
     may take float32 tokens that were bfloat16 for bfloat16. The setting is the whole process's. So it is only used
@@ -233,7 +234,7 @@ def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
 
 
 def _products(tokens: Tensor, out: Tensor) -> None:
-    """The products of tokens [n, d] with each other into out [n, n], half of them mirrored."""
+    """Products of the tokens [n, d] with each other, written to out [n, n]; half of them is mirrored."""
     n = len(tokens)
     if n < 2 * LEAF:
         torch.mm(tokens, tokens.T, out=out)
@@ -246,7 +247,7 @@ def _products(tokens: Tensor, out: Tensor) -> None:
 
 
 def relevance(visual: Tensor, text: Tensor, tau: float, partition: Tensor) -> Tensor:
-    """`pmi.relevance` over a vocabulary, whose `log_partition` [.., n_visual, 1] is given."""
+    """`pmi.relevance` over a vocabulary, given its `log_partition` [.., n_visual, 1]."""
     if visual.device.type != "cpu" or visual.dim() > 2:
         return pmi.relevance(visual, text, tau, log_partition=partition)
     return _relevance(with_text(visual, text, tau) - partition)

@@ -1,4 +1,4 @@
-"""From the arguments that a model is called with to prompts: which image stands where, and what the question is."""
+"""Reads prompts from the arguments of a model call: the places of each image, and the tokens of the question."""
 
 import zlib
 from collections import deque
@@ -24,7 +24,7 @@ RECENT = 8
 
 @dataclass
 class Seen:
-    """One pass of the vision encoder: the arguments of the model's method, what it returned, what was captured."""
+    """One pass of the vision encoder: the arguments of the model's method, its output, and the captured calls."""
 
     inputs: dict[str, Any]
     output: VisionOutput
@@ -34,7 +34,7 @@ class Seen:
 def see(
     adapter: Adapter, method: Callable, names: Sequence[str], args: tuple, kwargs: dict, calls: list[Call]
 ) -> tuple[Any, Seen]:
-    """Call the model's own vision method, whose arguments have these names, and note it."""
+    """Call the model's own vision method, whose arguments have these names, and record the call."""
     out = method(*args, **kwargs)
     inputs = dict(zip(names, args, strict=False)) | kwargs
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -43,7 +43,7 @@ def see(
 
 @lru_cache(maxsize=8)
 def saved_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the weights, if it is on this machine."""
+    """The tokenizer saved with the weights, if it is on this machine."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True) if path else None
     except (OSError, ValueError, ImportError):
@@ -51,7 +51,7 @@ def saved_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 
 
 def reader_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, adapter: Adapter) -> Reader | None:
-    """What finds questions in ids, if there is a tokenizer."""
+    """Finds questions in token ids; None without a tokenizer."""
     if tokenizer is None:
         return None
     words = getattr(tokenizer, "tokenizer", tokenizer)
@@ -92,7 +92,7 @@ class Inputs:
         return [self._encode(*row) for row in zip(*rows, strict=True)]
 
     def _images(self, ids: Tensor, seen: dict[bool, Seen]) -> list[list[tuple[Visual, Tensor]]]:
-        """The images of each prompt with their places in it [n_rows], from those that the vision encoder saw."""
+        """The images of each prompt with their places in it [n_rows], from the images that the vision encoder saw."""
         placeholders = self.adapter.is_placeholder(ids)
         n_placeholders = int(placeholders.sum())
         runs = [n for row in placeholders for is_run, n in zip(*_runs(row), strict=True) if is_run]
@@ -123,7 +123,9 @@ class Inputs:
         return found
 
     def _known(self, visual: Visual) -> Visual:
-        """The image with what is held of it, if the very same rows came before: no sum over the vocabulary again."""
+        """The image with its stored results, if the same rows came before; sums over the vocabulary are then not
+        computed again.
+        """
         for other in list(self.recent):
             if other.tokens.shape == visual.tokens.shape and torch.equal(other.tokens, visual.tokens):
                 return replace(visual, held=other.held)
@@ -160,12 +162,12 @@ class Inputs:
         )
 
     def _refusal(self, found: str) -> InputError:
-        """For a type without an adapter with its name, and where to read on."""
+        """The error message, which names a type that has no adapter and the page to read."""
         model_type = self.adapter.model.config.model_type
         return InputError(found if self.adapter.reads_inside else f"{model_type}: {found}; {PAGE}")
 
     def is_open(self, sample: Encoded) -> bool:
-        """Whether the question of a prompt with images lacks its end, as far as a chat template tells."""
+        """Whether the question of a prompt with images has not ended yet, according to the chat template."""
         if self.texts is not None or self.reader is None or self.reader.template is None or not sample.visuals:
             return False
         return self.reader.is_open(sample.ids, self.adapter.is_placeholder(sample.ids))
@@ -187,13 +189,13 @@ class Inputs:
 
 
 def _runs(row: Tensor) -> tuple[list[bool], list[int]]:
-    """The values of row [S] and how often each is repeated."""
+    """The values of row [S] and the length of each run."""
     values, counts = row.unique_consecutive(return_counts=True)
     return values.tolist(), counts.tolist()
 
 
 def _each(given: Sequence[str] | None, n_prompts: int) -> list[str | None]:
-    """The given text of each prompt."""
+    """The given text for each prompt."""
     given = given or [None]
     if n_prompts % len(given):
         raise InputError(f"{len(given)} texts were given, and there are {n_prompts} prompts")

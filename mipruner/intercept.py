@@ -1,4 +1,4 @@
-"""Stepping between one module and its callers, for as long as a context lasts.
+"""Runs code before and after each call of one module, while a context lasts.
 
 Hooks will not do: a graph that torch.compile made before never looks for them, and a copy or a pickle of the model
 takes them along. So the class of this one object becomes a subclass of the same name (what torch's parametrizations
@@ -25,7 +25,7 @@ outside_graphs = torch.compiler.disable(reason="mipruner works between two graph
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What happens at each call of a module.
+    """What to run at each call of a module.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ _changing = threading.Lock()
 
 @contextmanager
 def intercept(module: nn.Module, step: Step) -> Iterator[None]:
-    """Take ``step`` at every call of ``module`` while the context lasts, in all threads."""
+    """Run ``step`` at every call of ``module`` while the context lasts, in all threads."""
     with _changing:
         if not isinstance(module, Stepped):
             module.__class__ = _stepped(type(module))
@@ -66,10 +66,10 @@ def intercept(module: nn.Module, step: Step) -> Iterator[None]:
 
 
 class Stepped:
-    """Comes before a module's own class."""
+    """Mixin in front of the class of a module."""
 
     def __init_subclass__(cls):
-        """Not a class of its own: transformers would put its checkpointing around ``forward`` a second time."""
+        """Prevents that transformers wraps ``forward`` in checkpointing a second time for this subclass."""
 
     def __call__(self, *args, **kwargs):
         if not isinstance(self, Stepped):  # taken by generate before the context ended
@@ -128,7 +128,7 @@ def _around(name: str, method):
 
 @dataclass
 class Call:
-    """What went through a module in one forward pass: its keyword arguments and its (first) output."""
+    """One forward pass of a module: its keyword arguments and its (first) output."""
 
     kwargs: dict[str, Any] | None = None
     output: Tensor | None = None
@@ -136,7 +136,7 @@ class Call:
 
 @contextmanager
 def captured(*modules: nn.Module) -> Iterator[list[Call]]:
-    """The calls of ``modules`` in one forward pass of this thread; outputs carry no gradient."""
+    """Capture the calls of ``modules`` in one forward pass of this thread; outputs have no gradient."""
     calls, thread = [Call() for _ in modules], threading.get_ident()
 
     def before(call, args, kwargs):

@@ -1,4 +1,4 @@
-"""Triton kernels of `mipruner.fused`: from tokens to picks in four steps, batched and ragged.
+"""Triton kernels of `mipruner.fused`: from tokens to selected indices in four steps, for batches of unequal lengths.
 
     similarity   rho of eq. 15, for T = V and for T = the text
     log_sums     log-sum-exp of every row of rho over the image: the denominators of eq. 16 for T = V
@@ -42,7 +42,9 @@ def similarity_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of eq. 15. If rows and columns are the same tokens, a tile below the diagonal also fills its mirror."""
+    """One tile of eq. 15. If rows and columns are the same tokens, a tile below the diagonal also fills its mirror
+    image.
+    """
     sample = tl.program_id(2).to(tl.int64)
     first_row, first_column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
     if (first_row >= tl.load(n_rows + sample)) | (first_column >= tl.load(n_columns + sample)):
@@ -78,7 +80,7 @@ def log_sums_kernel(
     N,
     BLOCK: tl.constexpr,
 ):
-    """log sum_j exp(rho_ij), with a running maximum and a running sum. One program a row."""
+    """log sum_j exp(rho_ij), with a running maximum and a running sum. One program per row."""
     sample, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
     n = tl.load(n_visual + sample).to(tl.int32)
     if row >= n:
@@ -150,7 +152,7 @@ def relevance_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """S_cross of eq. 19. One program a sample: all visual tokens side by side, a few text tokens at a time."""
+    """S_cross of eq. 19. One program per sample: all visual tokens at once, a few text tokens at a time."""
     sample = tl.program_id(0).to(tl.int64)
     n, m = tl.load(n_visual + sample).to(tl.int32), tl.load(n_text + sample).to(tl.int32)
     i = tl.arange(0, BLOCK)[None, :]
@@ -193,7 +195,7 @@ def greedy_kernel(
     lam,
     BLOCK: tl.constexpr,
 ):
-    """One program a sample. Row j of rho is the column that picking j adds to the running maximum of eq. 20."""
+    """One program per sample. Row j of rho is the column that picking j adds to the running maximum of eq. 20."""
     sample = tl.program_id(0).to(tl.int64)
     n = tl.load(n_visual + sample).to(tl.int32)
     i = tl.arange(0, BLOCK)
@@ -214,7 +216,7 @@ def greedy_kernel(
 
 
 def _one_program(n: int) -> dict[str, int]:
-    """Launch options of a program that holds n elements: at most 16 a thread."""
+    """Launch options of a program that holds n elements: at most 16 per thread."""
     block = triton.next_power_of_2(n)
     return {"BLOCK": block, "num_warps": min(32, max(4, block // 512))}
 
@@ -224,7 +226,7 @@ def _norm(tokens: Tensor) -> Tensor:
 
 
 def _operands(*tokens: Tensor) -> list[Tensor]:
-    """As `tl.dot` takes them: of one dtype, of at most 32 bits."""
+    """Operands as `tl.dot` takes them: of one dtype, of at most 32 bits."""
     dtypes = {x.dtype for x in tokens}
     as_is = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float16, torch.bfloat16}
     return [(x if as_is else x.float()).contiguous() for x in tokens]
@@ -301,7 +303,7 @@ def mi_picks(
     n_visual: Tensor | None = None,
     n_text: Tensor | None = None,
 ) -> Tensor:
-    """Greedy picks of a batch, see `mipruner.fused.mi_picks`. The host waits for nothing unless ``n_keep`` is a tensor.
+    """Greedy picks of a batch, see `mipruner.fused.mi_picks`. The host blocks only if ``n_keep`` is a tensor.
 
     Parameters
     ----------

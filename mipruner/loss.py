@@ -1,4 +1,4 @@
-"""What a forward pass is asked for by place in the full prompt, labels and logits, answered from the short one."""
+"""Loss and logits of a forward pass that the caller asked for by position in the full prompt."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ IGNORED = -100
 
 @dataclass
 class Asked:
-    """Arguments that are kept from the model until it is known which tokens are left.
+    """Arguments (labels, logits_to_keep) that are withheld from the model until the kept tokens are known.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Asked:
         return type(output)(**({**output} | found))
 
     def loss(self, model: PreTrainedModel, logits: Tensor, columns: Tensor | None) -> Tensor:
-        """The model's own loss on the labels of the tokens that are left."""
+        """The model's own loss on the labels of the kept tokens."""
         labels = self.labels
         assert labels is not None
         if columns is not None:
@@ -69,7 +69,7 @@ class Asked:
         return model.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
 
     def pick(self, logits: Tensor, columns: Tensor | None) -> Tensor:
-        """The logits at the places asked for."""
+        """The logits at the requested positions."""
         if not isinstance(self.places, Tensor):
             return logits[:, -self.places :] if self.places else logits
         if columns is None:

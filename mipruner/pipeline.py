@@ -1,4 +1,4 @@
-"""image, question -> Features -> pruner -> Selection -> short prompt -> LLM -> answer, for a batch of prompts."""
+"""Answers a batch of prompts: image, question -> Features -> pruner -> Selection -> short prompt -> LLM -> answer."""
 
 from collections import OrderedDict
 from collections.abc import Sequence, Set
@@ -22,7 +22,7 @@ from mipruner.timing import Stopwatch
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one prompt.
+    """Answer, kept tokens and token counts of one prompt.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Answer:
 
 
 class VisionCache:
-    """Images already seen, by object identity, up to ``max_bytes``; the least recently used goes first.
+    """Cache of encoded images by object identity, up to ``max_bytes``; the least recently used one is removed first.
 
     Each is held with the names of the signals that were asked for when it was seen, as an image need not have all.
     """
@@ -68,11 +68,11 @@ class VisionCache:
         self._held: OrderedDict[tuple[int, ...], tuple[Media, Visual, frozenset[str]]] = OrderedDict()
 
     def signals(self, image: Media) -> frozenset[str]:
-        """The signals that ``image`` is held with."""
+        """The signals stored for ``image``."""
         return self._held[identity(image)][2] if identity(image) in self._held else frozenset()
 
     def get(self, image: Media, signals: Set[str] = frozenset()) -> Visual | None:
-        """What is held of ``image``, if it was seen with these ``signals``."""
+        """The stored result of ``image``, if it has these ``signals``."""
         key = identity(image)
         if key not in self._held or not signals <= self.signals(image):
             return None
@@ -172,7 +172,7 @@ class Pipeline:
         ]
 
     def prepare(self, images: Sequence[Media]) -> None:
-        """Run the image processor ahead of a call with these very objects. May run in another thread."""
+        """Run the image processor before a call with these very objects. May run in another thread."""
         if isinstance(self.pruner, ImagePruner):  # how small an image becomes is known with its prompt
             for image in images:
                 self.adapter.n_visual(image)
@@ -189,7 +189,7 @@ class Pipeline:
             )
 
     def smaller(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The same prompts around images that give no more tokens than the budget, for a method before the encoder."""
+        """The prompts with images resized to at most the budget of tokens, for a method before the encoder."""
         self.check_sizes()
         if isinstance(self.keep, Auto):
             raise InputError(f"keep=auto reads the PMI with the text, which {type(self.pruner).__name__} does not know")
@@ -206,7 +206,7 @@ class Pipeline:
         return found
 
     def see(self, images: Sequence[Media]) -> dict[int, Visual]:
-        """Every distinct image through the vision encoder once, by ``id``.
+        """Run every distinct image through the vision encoder once; results by ``id``.
 
         Once more where it is held without a signal that the pruner reads; it is then held with the old and the new.
         """
@@ -231,7 +231,7 @@ class Pipeline:
         return self.adapter.preprocess(image)
 
     def select(self, encoded: Encoded) -> list[Selection]:
-        """What enters the language model of each image of one prompt, by its share of the budget.
+        """The selection for each image of one prompt, by its share of the budget.
 
         All of it if the method prunes inside the decoder, unless another one is at its door.
         """
@@ -255,12 +255,12 @@ class Pipeline:
         return [self.pruner.door(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
 
     def enough(self, features: Features, n_max: int) -> int:
-        """What keep=auto makes of a budget for one image."""
+        """The budget that keep=auto sets for one image."""
         self.pruner.check(features, n_max)
         return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
     def choose(self, encoded: Sequence[Encoded], valid: Tensor) -> tuple[Prompts, list[list[Selection]]]:
-        """What is kept of left-padded prompts, whose tokens ``valid`` [B, S] are."""
+        """Select the kept tokens of left-padded prompts; ``valid`` [B, S] is False at padding."""
         with torch.no_grad():
             selections = [self.select(sample) for sample in encoded]
         is_visual = torch.zeros_like(valid)
@@ -281,13 +281,13 @@ class Pipeline:
         return prompts, selections
 
     def nominal(self, sample: Encoded) -> int:
-        """What the budget of one prompt means to a method inside the decoder."""
+        """The budget of one prompt as a method inside the decoder counts it."""
         n = sample.n_visual
         return self.pruner.nominal(n, self.pruner.budget(self.keep, n), self.adapter.n_layers) if n else 0
 
 
 def whole(sample: Encoded) -> Short:
-    """A prompt of which everything is kept."""
+    """A prompt of which all tokens are kept."""
     layers = zip(*(visual.deepstack for visual in sample.visuals), strict=True)
     return Short(
         ids=sample.ids,
@@ -300,7 +300,7 @@ def whole(sample: Encoded) -> Short:
 
 
 def per_image(kept: Tensor, encoded: Encoded) -> list[Selection]:
-    """Indices over the visual tokens of a prompt as indices over those of each image."""
+    """Convert indices over the visual tokens of a prompt to indices within each image."""
     start, selections = 0, []
     for visual in encoded.visuals:
         end = start + visual.n_visual

@@ -56,7 +56,9 @@ def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: 
 
 
 def drawn(vocabulary: Tensor, n_rows: int | None) -> tuple[Tensor, float]:
-    """``n_rows`` rows of the vocabulary, drawn without replacement, and the log of how many each stands for."""
+    """``n_rows`` rows of the vocabulary, drawn without replacement, and the log of the number of rows that each
+    represents.
+    """
     if n_rows is None or n_rows >= len(vocabulary):
         return vocabulary, 0.0
     index = _drawn(len(vocabulary), n_rows, vocabulary.device)
@@ -97,7 +99,7 @@ def log_conditional(
 
 
 def _log_prior(log_p: Tensor, prior: Tensor | None) -> Tensor | float:
-    """log p(v_i), one a row of ``log_p`` [.., n_visual, n_other]."""
+    """log p(v_i), one per row of ``log_p`` [.., n_visual, n_other]."""
     return -math.log(log_p.shape[-2]) if prior is None else prior.float().log()[..., None]
 
 
@@ -144,7 +146,7 @@ def cross_pmi(
 def self_pmi(
     visual: Tensor, tau: float = 0.1, normalization: Normalization = "softmax", *, prior: Tensor | None = None
 ) -> Tensor:
-    """PMI(v_i; v_j) of every two visual tokens. Shape [.., n_visual, n_visual].
+    """PMI(v_i; v_j) of every pair of visual tokens. Shape [.., n_visual, n_visual].
 
     Row i is candidate i's own distribution, so the matrix is not symmetric; the diagonal is included.
     """

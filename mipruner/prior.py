@@ -1,4 +1,4 @@
-"""p(v_i) by place in the image (appendix A.4 of the paper, its future work)."""
+"""p(v_i) by position in the image (future work in appendix A.4 of the paper)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -18,7 +18,7 @@ CENTERS = {"center": [(0.0, 0.0)], "thirds": [(y, x) for y in (-1 / 6, 1 / 6) fo
 
 
 def visual_prior(name: Prior, grid: tuple[int, ...], table: Sequence[Sequence[float]] | None = None) -> Tensor:
-    """p(v_i) [n_visual] of an image or a video; every frame weighs the same.
+    """p(v_i) [n_visual] of an image or a video; every frame has the same total.
 
     Parameters
     ----------

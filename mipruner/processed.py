@@ -1,4 +1,4 @@
-"""Models without an adapter: prompts by their own processor, answers by their own `generate`, inside `mipruner.prune`.
+"""Pipeline for models without an adapter: their own processor and `generate`, inside `mipruner.prune`.
 
 adapter = mipruner.models.load("google/gemma-3-4b-it")
 pipeline_of(adapter, mipruner.pruners.make("mi"), keep=0.25)([Prompt("What is this?", [image])])
@@ -26,7 +26,9 @@ from mipruner.timing import Stopwatch
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token a row, drawn as `mipruner.decoding.decode` draws it, and notes when the first logits came."""
+    """Logits processor that selects one token per row as `mipruner.decoding.decode` does, and records when the first
+    logits came.
+    """
 
     def __init__(self, decoding: Decoding, samples: Sequence[str], now: Callable[[], float]) -> None:
         self.decoding, self.now = decoding, now
@@ -74,7 +76,7 @@ class ProcessorPipeline:
         self.watch = Stopwatch(adapter.device)
 
     def prepare(self, images: Sequence[Media]) -> None:
-        """Let the image processor see images ahead of their call, which it may refuse. May run in another thread."""
+        """Run the image processor on images before their call. May run in another thread."""
         if images:
             self.adapter.image_processor(images=list(images), return_tensors="pt")
 
@@ -120,7 +122,7 @@ class ProcessorPipeline:
             return [self._told(*row) for row in rows]
 
     def _generate(self, inputs: dict[str, Any], prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The new tokens of each prompt, without the end of text."""
+        """The new tokens of each prompt, without end-of-text."""
         model, tokenizer, watch = self.adapter.model, self.adapter.tokenizer, self.watch
         config = copy.deepcopy(model.generation_config)
         config.update(max_new_tokens=self.decoding.max_new_tokens, do_sample=False, num_beams=1, max_length=None)
@@ -159,6 +161,6 @@ class ProcessorPipeline:
 def pipeline_of(
     adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float | Auto, decoding: Decoding | None = None
 ) -> Pipeline | ProcessorPipeline:
-    """The pipeline that serves an adapter."""
+    """The pipeline for an adapter."""
     kind = Pipeline if adapter.reads_inside else ProcessorPipeline
     return kind(adapter, pruner, keep, decoding)

@@ -1,4 +1,4 @@
-"""The way of one prompt, as data: images -> Visual, + question -> Encoded, + selection -> Short, -> Batch.
+"""Data classes for one prompt: Visual (encoded image), Encoded (full prompt), Short (pruned prompt), Batch.
 
 Everything here is per sample and unpadded; padding happens once, in `collate`, on the shortened prompts.
 """
@@ -19,7 +19,7 @@ from mipruner.selection import Selection
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A clip, as frames sampled in time.
+    """A video as frames sampled in time.
 
     Attributes
     ----------
@@ -43,13 +43,13 @@ class Video:
 
     @property
     def times(self) -> tuple[float, ...]:
-        """When each frame was, in seconds."""
+        """Time of each frame in seconds."""
         return tuple(k / self.fps for k in range(len(self.frames)))
 
 
 @dataclass(frozen=True, eq=False)
 class Smaller:
-    """An image that is made smaller before the vision encoder, to a grid of visual tokens.
+    """An image that is resized before the vision encoder, to a grid of visual tokens.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Smaller:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the image as it is."""
+        """(width, height) of the original image."""
         return self.image.size
 
 
@@ -75,7 +75,7 @@ Media = Image.Image | Video | Smaller
 
 
 def identity(image: Media) -> tuple[int, ...]:
-    """The object that an image is, as long as it is held, and the grid to which it is made smaller."""
+    """Key of an image: its object identity, and the grid to which it is resized."""
     return (id(image.image), *image.grid) if isinstance(image, Smaller) else (id(image),)
 
 
@@ -166,7 +166,7 @@ class Visual:
 
     @property
     def tokens(self) -> Tensor:
-        """The candidates [n_visual, d], V of eq. 1."""
+        """The candidate tokens [n_visual, d], V of eq. 1."""
         return self.rows if self.is_candidate is None else self.rows[self.is_candidate]
 
     @property
@@ -211,12 +211,12 @@ class Encoded:
 
     @property
     def n_visual(self) -> int:
-        """Visual tokens of all images."""
+        """Number of visual tokens of all images."""
         return sum(visual.n_visual for visual in self.visuals)
 
     @property
     def is_visual(self) -> Tensor:
-        """The visual tokens [S] bool."""
+        """Mask of the visual tokens [S] bool."""
         is_visual = torch.zeros_like(self.is_text)
         for slot in self.slots:
             is_visual[slot] = True
@@ -224,11 +224,11 @@ class Encoded:
 
     @property
     def n_fixed(self) -> int:
-        """Visual rows that are no candidates."""
+        """Number of visual rows that are always kept."""
         return sum(len(visual.rows) - visual.n_visual for visual in self.visuals)
 
     def features(self) -> list[Features]:
-        """What a pruner sees, one entry an image."""
+        """Input of the pruner, one entry per image."""
         text = self.embeds[self.is_text]
         return [
             Features(
@@ -306,7 +306,7 @@ class Batch:
 
 
 def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Short:
-    """Drop the visual tokens that were not selected, with their positions and deepstack rows."""
+    """Remove the visual tokens that were not selected, with their positions and deepstack rows."""
     embeds = encoded.embeds
     is_visual = torch.zeros_like(encoded.is_text)
     kept = torch.ones_like(encoded.is_text)
@@ -340,12 +340,12 @@ def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Shor
 
 
 def _kept(rows: Tensor, selection: Selection) -> Tensor:
-    """Of a row [n_visual, d] for each visual token those that are kept, or the means that take their places."""
+    """The kept entries of a row [n_visual, d], or the means that replace them."""
     return rows[selection.indices] if selection.merge is None else (selection.merge @ rows.float()).to(rows)
 
 
 def collate(shorts: Sequence[Short]) -> Batch:
-    """Pad on the left to the longest."""
+    """Pad prompts on the left to the longest one."""
     length = max(len(short.embeds) for short in shorts)
     first = shorts[0]
     embeds = first.embeds.new_zeros(len(shorts), length, first.embeds.shape[-1])

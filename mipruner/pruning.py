@@ -1,4 +1,4 @@
-"""Pruning in one line around code that knows nothing of it.
+"""`mipruner.prune`: prunes the visual tokens of a model inside existing code.
 
     with mipruner.prune(model, "mi", keep=0.25):
         model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
@@ -65,7 +65,7 @@ def prune(
     positions: str | None = None,
     **options: Any,
 ) -> "Pruning":
-    """Prune the visual tokens of every prompt that ``model`` reads, in a ``with`` block.
+    """Prune the visual tokens of every prompt that ``model`` reads, inside a ``with`` block.
 
     ``generate`` in all its modes, padded batches, several images, videos, chats, forward passes with labels and
     transformers' pipelines work as before, and give what `Pipeline` gives. Afterwards the model is as it was.
@@ -113,7 +113,7 @@ def prune(
 
 
 def attach(model: PreTrainedModel, *args: Any, **options: Any) -> "Pruning":
-    """Prune as `prune` does, from now on and in all threads, until ``.detach()`` of what is returned.
+    """Prune as `prune` does, in all threads, until ``.detach()`` is called on the result.
 
     A ``with`` block of `prune` in one thread counts before it.
     """
@@ -122,7 +122,7 @@ def attach(model: PreTrainedModel, *args: Any, **options: Any) -> "Pruning":
 
 @dataclass(frozen=True)
 class Kept:
-    """What became of one prompt.
+    """Kept tokens and token counts of one prompt.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class Kept:
 
 
 class Pruning:
-    """One way to prune one model: a context, or attached until it is detached. May be used again.
+    """A pruner and budget for one model, as a context or attached until detached. It can be used again.
 
     Attributes
     ----------
@@ -204,7 +204,7 @@ class Pruning:
         return self._open(own=False)
 
     def detach(self) -> None:
-        """The model is as it was."""
+        """Restore the model."""
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
@@ -255,7 +255,7 @@ class Pruning:
 
     @property
     def selections(self) -> list[list[Selection]]:
-        """What was kept of this thread's latest prompts, one list a prompt, one `Selection` an image."""
+        """Selections of this thread's latest prompts: one list per prompt, one `Selection` per image."""
         kept = self.shortening.kept if self.shortening else []
         if not kept:
             return getattr(self._here, "selections", [])
@@ -263,14 +263,14 @@ class Pruning:
 
     @property
     def per_layer(self) -> list[list[int]]:
-        """Visual tokens that entered each layer, one list for each of this thread's latest prompts."""
+        """Number of visual tokens that entered each layer, one list for each of this thread's latest prompts."""
         if self.shortening is not None and self.shortening.per_layer:
             return self.shortening.per_layer
         return [[sum(s.n_rows for s in chosen)] * self.adapter.n_layers for chosen in self.selections]
 
     @property
     def last(self) -> list[Kept]:
-        """What became of each prompt of this thread's latest call that had images."""
+        """Kept tokens of each prompt with images in this thread's latest call."""
         return [
             Kept(
                 self.reader.decode(sample.ids[sample.is_text].tolist()).strip() if self.reader else "",
@@ -305,7 +305,7 @@ class Pruning:
         return asked.answer(self.model, output, self.shortening.columns)
 
     def _generate(self, method: Callable, *args, **kwargs):
-        """`generate`, but for what reads a prompt in pieces, or more than the prompt."""
+        """`generate`. Refuses options that read a prompt in pieces or more than the prompt."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if self.shortening.serves(kwargs.get("past_key_values")) and ids is not None:
             config = kwargs.get("generation_config") or self.model.generation_config
@@ -316,7 +316,7 @@ class Pruning:
         return method(*args, **kwargs)
 
     def _look(self, name: str, method: Callable, *args, **kwargs):
-        """The model's own vision method, which also notes what it was given and what it gives."""
+        """The model's own vision method; its arguments and output are recorded."""
         here = self._here
         if getattr(here, "looking", False) or not self.shortening.serves(None):
             return method(*args, **kwargs)  # Qwen-VL looks at videos through the method for images
@@ -348,7 +348,7 @@ class Pruning:
         return output
 
     def _choose(self, kwargs: dict[str, Any], course: Course | None) -> Prompts | None:
-        """What is kept of the prompts with images that a call brings."""
+        """Select the tokens of the prompts with images in a call."""
         ids = getattr(self._here, "ids", None)
         if not self.adapter.reads_inside and getattr(self._here, "outer", None) is None:
             raise InputError(
@@ -382,12 +382,12 @@ class Pruning:
 
 
 def _names(method: Callable) -> list[str]:
-    """Of the arguments, without self."""
+    """Names of the arguments, without self."""
     return list(inspect.signature(method).parameters)[1:]
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside of what was made of it."""
+    """The transformers model inside a wrapper."""
     if isinstance(model, nn.DataParallel):
         raise InputError("nn.DataParallel copies the model for each call: use DistributedDataParallel, or one process")
     for _ in range(8):
@@ -410,7 +410,7 @@ def _unwrapped(model: Any) -> PreTrainedModel:
 
 
 def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict[str, Any]):
-    """The method, and the budget of what is left in the end."""
+    """The pruner, and the budget of tokens that remain at the end."""
     if isinstance(pruner, list | tuple):
         if options:
             raise InputError(f"{', '.join(options)}: give hyperparameters to each of the methods, as instances")

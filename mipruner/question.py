@@ -1,4 +1,4 @@
-"""Which tokens of a rendered prompt are T, the user's latest question, when its ids are all there is.
+"""Finds T, the tokens of the user's latest question, in the token ids of a rendered prompt.
 
 The explicit route knows the user's text before it is rendered (`Adapter.tokenize`). Code that calls ``generate`` hands
 over ids; with the tokenizer, the words around the question are those of its chat template, and without it only special
@@ -32,7 +32,7 @@ def without_blanks(text: str) -> str:
 
 @dataclass
 class Reader:
-    """Finds questions in ids, with the words that a tokenizer's chat template writes around them.
+    """Finds questions in token ids, by the text that a tokenizer's chat template writes around them.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Reader:
 
     @cached_property
     def turn(self) -> tuple[str, str]:
-        """What stands before and after what the user says, in every turn. Empty where the template does not tell."""
+        """Text before and after the user's text in every turn. Empty if the template does not show it."""
         first = self._render([("user", A)], add_generation_prompt=True)
         if first is None or first.count(A) != 1:
             return "", ""
@@ -65,7 +65,7 @@ class Reader:
         return _common(before[::-1], between[::-1])[::-1], after
 
     def _render(self, said: Sequence[tuple[str, str]], **options) -> str | None:
-        """A conversation about one image, without blanks and placeholders."""
+        """Render a conversation about one image, without blanks and placeholders."""
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
         messages[0]["content"].insert(0, {"type": "image"})
         try:
@@ -77,17 +77,17 @@ class Reader:
         return without_blanks(text)
 
     def latest(self, ids: Tensor, is_visual: Tensor) -> Tensor:
-        """The text [S] bool of the last user turn in ``ids`` [S]: what follows its last image, or all of it."""
+        """The text [S] bool of the last user turn in ``ids`` [S]: after its last image, or all of it."""
         prompt = ids[~is_visual].tolist()
         start, end, _ = self._latest(prompt)
         return self._tokens(ids, is_visual, prompt, start, end)
 
     def is_open(self, ids: Tensor, is_visual: Tensor) -> bool:
-        """Whether the last user turn in ``ids`` [S] lacks its end, as where a prompt was cut."""
+        """Whether the end of the last user turn is missing in ``ids`` [S], as in a prompt that was split."""
         return self._latest(ids[~is_visual].tolist())[2]
 
     def _latest(self, prompt: list[int]) -> tuple[int, int, bool]:
-        """Where the last user turn begins and ends in the decoded prompt, and whether its end is missing."""
+        """Begin and end of the last user turn in the decoded prompt, and whether its end is missing."""
         written = without_blanks(self.decode(prompt))
         opening, closing = self.turn
         start = written.rfind(opening) + len(opening) if opening and opening in written else 0
@@ -112,7 +112,7 @@ class Reader:
         return self._tokens(ids, is_visual, prompt, start, start + len(wanted), everywhere=True)
 
     def _tokens(self, ids: Tensor, is_visual: Tensor, prompt: list[int], start: int, end: int, everywhere=False):
-        """The tokens [S] bool that write the characters start..end of the decoded prompt."""
+        """Mask [S] bool of the tokens that write the characters start..end of the decoded prompt."""
         lengths = range(len(prompt) + 1)
         # The token that completes a character ends it, the token of its first byte begins it.
         first = bisect_right(lengths, start, key=lambda k: len(without_blanks(self.decode(prompt[:k])))) - 1
@@ -144,7 +144,9 @@ class Reader:
 
 
 def between_special(ids: Tensor, is_visual: Tensor, ends: Iterable[int], special: Iterable[int]) -> Tensor:
-    """Without a tokenizer: the text [S] bool from the last image to the next end-of-text id, role words included."""
+    """Without a tokenizer: the text [S] bool between the last image and the next end-of-text token, role words
+    included.
+    """
     start = int(is_visual.nonzero()[-1]) + 1
     place = torch.arange(len(ids), device=ids.device)
     end = place[(place >= start) & torch.isin(ids, ids.new_tensor(sorted(ends)))]
@@ -153,6 +155,6 @@ def between_special(ids: Tensor, is_visual: Tensor, ends: Iterable[int], special
 
 
 def _common(one: str, other: str) -> str:
-    """The longest common beginning."""
+    """The longest common prefix."""
     n = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:n]

@@ -1,4 +1,4 @@
-"""How many tokens stay, and which: the budget, top-k, and the greedy search of eq. 22-24."""
+"""Token budgets, top-k selection, and the greedy search of eq. 22-24."""
 
 import math
 from collections.abc import Callable
@@ -36,13 +36,13 @@ class Selection:
 
     @property
     def n_rows(self) -> int:
-        """Visual rows that enter the language model."""
+        """Number of visual rows that enter the language model."""
         return (self.indices if self.embeds is None else self.embeds[..., 0]).shape[-1]
 
 
 @dataclass(frozen=True)
 class Auto:
-    """A budget that each sample sets itself (the paper's future work, C.5).
+    """A budget that is computed for each sample (future work in C.5 of the paper).
 
     Attributes
     ----------
@@ -60,7 +60,9 @@ class Auto:
             raise InputError(f"quality={self.quality} is not in (0, 1]")
 
     def enough(self, relevance: Tensor) -> int:
-        """The fewest tokens that could hold the share ``quality`` of the positive part of relevance [n_visual]."""
+        """The smallest number of tokens that could hold the share ``quality`` of the positive part of relevance
+        [n_visual].
+        """
         positive = relevance.clamp_min(0).sort(descending=True).values
         if not positive[0] > 0:  # no token says anything: one is as good as another
             return math.ceil(self.quality * len(relevance))
@@ -69,7 +71,7 @@ class Auto:
 
 
 def budget(keep: int | float | Auto, n_visual: int) -> int:
-    """Number of tokens to keep: a whole number as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
+    """Number of tokens to keep: an integer is used as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
 
     ``1`` is one token, ``1.0`` is everything. At least one token stays. Of an `Auto`, the most that it can be.
 
@@ -95,7 +97,7 @@ def budget(keep: int | float | Auto, n_visual: int) -> int:
 
 
 def split_budget(n_keep: int, counts: list[int]) -> list[int]:
-    """Share ``n_keep`` among images of ``counts`` tokens in proportion, by largest remainder, at least one each.
+    """Divide ``n_keep`` among images of ``counts`` tokens in proportion, by largest remainder, at least one each.
 
     Raises
     ------
@@ -114,7 +116,7 @@ def split_budget(n_keep: int, counts: list[int]) -> list[int]:
 
 
 def grid_within(n_most: int, height: float, width: float) -> tuple[int, int]:
-    """(rows, columns) of the largest grid of at most ``n_most`` cells with about the shape of height x width.
+    """(rows, columns) of the largest grid of at most ``n_most`` cells with about the aspect ratio of height x width.
 
     One of its sides is the nearest whole number above or below that of cells that are square. Of equal ones the one of
     the nearest shape; never more rows than ``height``, nor more columns than ``width``.
@@ -242,7 +244,9 @@ def lazy_greedy(gains: Callable[[Tensor], Tensor], add: Callable[[Tensor], None]
 
 
 def dense_greedy(gains: Callable[[], Tensor], add: Callable[[Tensor], None], n_keep: int) -> Tensor:
-    """The same search with all gains [.., n] at every pick: any batch dimensions, and no wait for a device."""
+    """The same search with all gains [.., n] computed at every pick: for any batch dimensions, without blocking on a
+    device.
+    """
     taken, picks = None, []
     for _ in range(n_keep):
         now = gains()

@@ -1,4 +1,4 @@
-"""Shortening prompts on their way through a language model, the one place that does it.
+"""Shortens prompts before and inside a language model.
 
     with Shortening(language_model, pruner, choose) as run:
         ...prefill and decode, by `generate` or by hand...
@@ -64,7 +64,7 @@ class Served:
 
 
 class Shortening:
-    """A context in which a language model's prompts are shortened.
+    """A context in which the prompts of a language model are shortened.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class Shortening:
         return (self.masks.model if self.masks else self.model).config.model_type
 
     def check_alone(self) -> None:
-        """Refuse to open where this thread, or for all threads another one, has opened one on the same model."""
+        """Raise if this thread, or another one for all threads, has opened a context on the same model."""
         others = _active.get(self.model, ())
         if any(other in others and other.shared for other in _own.get()) or any(
             not (self.own or other.own) for other in others if other.shared
@@ -153,12 +153,13 @@ class Shortening:
 
     @property
     def columns(self) -> Tensor | None:
-        """Where in the caller's prompt each row [B, n] of this thread's latest output stood, -1 for none; None if the
-        prompt was not shortened."""
+        """Column of each row [B, n] of this thread's latest output in the caller's prompt, -1 for none; None if the
+        prompt was not shortened.
+        """
         return getattr(self._here, "columns", None)
 
     def serves(self, cache) -> bool:
-        """Whether a call on ``cache`` in this thread is one of this context's.
+        """Whether a call on ``cache`` in this thread belongs to this context.
 
         Raises
         ------
@@ -203,7 +204,7 @@ class Shortening:
         return args, kwargs | changes
 
     def _masks(self, kwargs: dict[str, Any], own: dict[str, Any], short: dict[str, Any], call: Served) -> Any:
-        """The masks of the short prompt, or of text behind it."""
+        """Masks of the short prompt, or of text that follows it."""
         if call.entry is None:
             return self.masks.make(short, {}, False)
         if call.old is not None:
@@ -215,7 +216,7 @@ class Shortening:
         return self.masks.make(short, {name: call.cut(name, x) for name, x in self.masks.types().items()}, True)
 
     def _take_in(self, prompts: Prompts, kwargs: dict[str, Any], call: Served) -> dict[str, Any]:
-        """Let prompts in, shortened at the door and on their way."""
+        """Start new prompts: shorten them before the first layer and prepare the later stages."""
         self._here.per_layer, self._here.kept = [], []
         if self.layers is not None:
             self.layers.check(prompts, kwargs)
@@ -279,7 +280,7 @@ class Shortening:
 
 
 def _server(language_model: nn.Module, course: Course | None) -> Shortening | None:
-    """Which of the contexts that are open on a language model serves a call in this thread."""
+    """The open context on a language model that serves a call in this thread."""
     active = _active.get(language_model, ())
     if course is not None and course.owner in active:
         return course.owner
@@ -296,7 +297,7 @@ def _server(language_model: nn.Module, course: Course | None) -> Shortening | No
 
 
 def shorten(language_model, pruner, is_visual, budgets, encoder_attention=None) -> Shortening:
-    """A `Shortening` of prompts that are known beforehand, for one prefill and any number of decoding steps.
+    """A `Shortening` of given prompts, for one prefill and any number of decode steps.
 
     Parameters
     ----------
@@ -314,5 +315,5 @@ def shorten(language_model, pruner, is_visual, budgets, encoder_attention=None) 
 
 
 def of_prefill(prompts: Prompts):
-    """What `Shortening` asks for where the first call brings ``prompts``, and the others go on."""
+    """Callback for `Shortening` if the first call brings ``prompts`` and later calls only continue."""
     return lambda kwargs, course: None if length(kwargs.get("past_key_values")) else prompts

@@ -1,4 +1,4 @@
-"""Between two layers: the rows of a prompt that a `DecoderPruner` drops on its way through the language model.
+"""Drops the rows of a prompt between two decoder layers, as a `DecoderPruner` selects them.
 
 Nothing is masked out: later layers compute and cache less. Attention is recomputed for the rows that a method asks for,
 from outputs of the query and key projections, so any attention implementation does, and no weights are stored.
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 @dataclass
 class Segment:
-    """The sequence between two stages, as the prefill saw it: n rows a prompt, padded on the left.
+    """The sequence between two stages during the prefill: n rows per prompt, left-padded.
 
     columns tells where in the caller's prompt a row stood; padding and merged rows are -1.
     """
@@ -37,7 +37,7 @@ class Segment:
     n_visual: list[int]
 
     def to(self, device: torch.device) -> "Segment":
-        """For a model that is spread over several devices."""
+        """Move to a device, for a model on several devices."""
         if self.valid.device == device:
             return self
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
@@ -45,7 +45,7 @@ class Segment:
 
 @dataclass
 class _Plan:
-    """Which rows of one prompt's old segment make up its new one."""
+    """Which rows of one prompt's old segment form the new one."""
 
     index: Tensor  # [n_new] rows of the old one, merged rows counted on from its end
     place: Tensor  # [n_new] the row whose position each takes
@@ -82,7 +82,7 @@ class Layers:
         return stages
 
     def check(self, prompts: Prompts, kwargs: dict[str, Any]) -> None:
-        """Refuse a prompt that no stage can shorten."""
+        """Refuse a prompt or a cache that cannot be shortened between layers."""
         cache, shape = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[:2]
         if cache is not None and not is_dynamic(cache):
             raise InputError(
@@ -95,7 +95,7 @@ class Layers:
             raise InputError(f"is_visual {tuple(prompts.is_visual.shape)} is not of this prompt {tuple(shape)}")
 
     def begin(self, prompts: Prompts, entry: Entry, kwargs: dict[str, Any]) -> tuple["Prefill | None", dict[str, Any]]:
-        """The prefill of prompts that lose rows on the way, and the arguments that it takes over; None if none do."""
+        """Start the prefill of prompts that lose rows inside the decoder, with changed arguments; None if none do."""
         counts = entry.is_visual.sum(1).tolist()
         stages = self.stages(list(zip(counts, prompts.budgets, strict=True)))
         if not stages:
@@ -106,7 +106,7 @@ class Layers:
         return prefill, prefill.take_deepstack(kwargs)
 
     def mask(self, valid: Tensor, hidden: Tensor, n_past: int) -> Tensor | None:
-        """The mask [B, 1, n_query, n_past + n_query] of a layer, in the form that the implementation takes.
+        """The mask [B, 1, n_query, n_past + n_query] of a layer, in the format of the attention implementation.
 
         valid [B, n_past + n_query] are the columns that are no padding.
         """
@@ -124,7 +124,7 @@ class Layers:
         return torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
 
     def follow(self, k: int, hidden: Tensor, kwargs: dict[str, Any], course: Course, rest: Tensor | None) -> dict:
-        """What layer k gets for text behind prompts of which it holds fewer columns than the first layer."""
+        """Arguments of layer k for text after prompts of which it holds fewer columns than the first layer."""
         valid = course.layers[k]
         if valid is course.layers[0]:
             return {}
@@ -146,7 +146,7 @@ class Layers:
 
 @dataclass
 class Prefill:
-    """Prompts between the door and the last layer."""
+    """The prefill of prompts from the first to the last layer."""
 
     layers: Layers
     prompts: Prompts
@@ -171,7 +171,7 @@ class Prefill:
             self.calls[stage] = stack.enter_context(captured(*(getattr(attn, name) for name in names)))
 
     def take_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Add deepstack here instead of in the model if tokens go before all of it is added."""
+        """Add deepstack rows here instead of in the model if tokens are dropped before all of them are added."""
         deepstack = kwargs.get("deepstack_visual_embeds") or []
         if min(self.stages) >= len(deepstack):
             return {}
@@ -182,7 +182,9 @@ class Prefill:
         return {"visual_pos_masks": None, "deepstack_visual_embeds": None}
 
     def before_layer(self, k: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Hand layer k fewer rows if it is a stage, and from the first stage on positions and mask of what is left."""
+        """Give layer k fewer rows if it is a stage; after the first stage also give it positions and mask of the kept
+        rows.
+        """
         if k == 0:
             self.segments.append(self.first_segment(kwargs))
         elif k in self.stages:
@@ -206,12 +208,12 @@ class Prefill:
 
     @property
     def per_layer(self) -> list[list[int]]:
-        """Visual tokens that entered each layer, one list a prompt."""
+        """Number of visual tokens that entered each layer, one list per prompt."""
         return [list(counts) for counts in zip(*(segment.n_visual for segment in self.segments), strict=True)]
 
     @property
     def kept(self) -> Iterator[Tensor]:
-        """The visual tokens (counted over the prompt as it came) that reached the last layer, merged ones left out."""
+        """The visual tokens (numbered in the prompt as it came) that reached the last layer, without merged ones."""
         segment = self.segments[-1]
         return left(segment.visual, segment.columns, self.prompts.is_visual)
 
@@ -229,7 +231,7 @@ class Prefill:
         )
 
     def reduce(self, k: int, hidden: Tensor) -> tuple[Tensor, Segment]:
-        """Let the method choose for each prompt, and build the next segment and its input."""
+        """Let the method select tokens for each prompt, and build the next segment and its input."""
         old, plans, n_visual = self.segments[-1].to(hidden.device), [], []
         for b, n in enumerate(self.prompts.budgets):
             pruned = n < self.counts[b]
@@ -307,7 +309,7 @@ def _plan(valid: Tensor, visual: Tensor, reduction: Reduction | None) -> _Plan:
 
 
 def _left_pad(rows: Sequence[Tensor]) -> Tensor:
-    """Stack tensors [n_b, ..] of different lengths into [B, max n_b, ..], zeros first."""
+    """Stack tensors [n_b, ..] of different lengths into [B, max n_b, ..], with zeros on the left."""
     length = max(len(x) for x in rows)
     stacked = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
     for b, x in enumerate(rows):

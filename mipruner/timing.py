@@ -1,4 +1,4 @@
-"""Time by stage, with the device synchronised at both ends."""
+"""Time per stage, with the device synchronised at both ends."""
 
 import time
 from collections import defaultdict
@@ -23,7 +23,7 @@ class Stopwatch:
         self.ms: dict[str, float] = defaultdict(float)
 
     def now(self) -> float:
-        """Seconds, with nothing left to do on the device."""
+        """Time in seconds, after all work of the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()

@@ -1,4 +1,4 @@
-"""The model side of a family: from images and token ids to the prompt's embeddings.
+"""Model side of a family: from images and token ids to the embeddings of a prompt.
 
 Only an adapter knows a family. It never depends on the pruner. `mipruner.models.chat` is the text side.
 """
@@ -39,7 +39,7 @@ class VisionOutput:
 
 
 class Adapter(ABC):
-    """A stock transformers model, loaded, with the steps that differ between model families.
+    """A loaded stock transformers model, with the steps that differ between model families.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class Adapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Of the embeddings, where they compute: accelerate may keep their weights elsewhere between two calls."""
+        """Device of the embeddings during a forward pass; accelerate may move their weights between calls."""
         embeddings = self.model.get_input_embeddings()
         where = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
         return embeddings.weight.device if where is None else torch.device(where)
@@ -131,7 +131,7 @@ class Adapter(ABC):
 
     @property
     def around_ids(self) -> set[int]:
-        """Ids that stand for an image or around one."""
+        """Ids that stand for an image, or at its begin or end."""
         names = ("image", "video", "vision_start", "vision_end")
         return {getattr(self.model.config, f"{name}_token_id", None) for name in names} - {None}
 
@@ -140,11 +140,13 @@ class Adapter(ABC):
         """Run the image processor over one image or video; tensors on the CPU, ``times`` [s] if it is a video."""
 
     def n_visual(self, image: Media) -> int:
-        """Visual tokens of an image; for families with ``any_size``, whose `preprocess` also takes a `Smaller`."""
+        """Number of visual tokens of an image; for families with ``any_size``, whose `preprocess` also takes a
+        `Smaller`.
+        """
         raise NotImplementedError
 
     def encode(self, pixels: Sequence[dict[str, Any]], signals: Set[str] = frozenset()) -> list[Visual]:
-        """Vision encoder and projector, one pass over the images and one over the videos.
+        """Run vision encoder and projector, one pass over the images and one over the videos.
 
         ``signals`` names optional fields of `Features`; those that this family has are put into `Visual.signals`.
         """
@@ -161,7 +163,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
-        """Capture the calls inside the vision encoder from which the named fields of `Features` are computed."""
+        """Capture the calls inside the vision encoder that are needed to compute the named fields of `Features`."""
 
     @abstractmethod
     def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
@@ -172,14 +174,14 @@ class Adapter(ABC):
         return VisionOutput(output.pooler_output, getattr(output, "deepstack_features", None) or ())
 
     def is_placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
-        """Whether ``embeds`` at the placeholders ``ids`` are what the model makes of ``rows``."""
+        """Whether ``embeds`` at the placeholders ``ids`` equal what the model makes of ``rows``."""
         return torch.equal(embeds, rows.to(embeds))
 
     @abstractmethod
     def make_visuals(
         self, output: VisionOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
     ) -> list[Visual]:
-        """One `Visual` for each of ``pixels``, from what `read_output` and `capture` give."""
+        """One `Visual` for each of ``pixels``, from the results of `read_output` and `capture`."""
 
     @abstractmethod
     def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
@@ -222,7 +224,7 @@ class Adapter(ABC):
         return torch.isin(ids, torch.tensor(list(self.placeholder_ids.values()), device=ids.device))
 
     def text_signals(self, prompt: Prompt, tokens: Tokens, signals: Set[str]) -> dict[str, Any]:
-        """Those of the named optional fields of `Features` that come from the language model's side."""
+        """The named optional fields of `Features` that come from the language model."""
         known = {
             "words": tokens.words,
             "question": tokens.is_question.to(self.device),
@@ -235,7 +237,7 @@ class Adapter(ABC):
         return found | {"vocabulary_norm": self.vocabulary_norm()} if "vocabulary" in found else found
 
     def vocabulary_norm(self) -> Tensor:
-        """Norms of the rows of the input embeddings [n_vocabulary]; computed again after the weights have changed."""
+        """Norms of the rows of the input embeddings [n_vocabulary]; computed again if the weights have changed."""
         table = self.model.get_input_embeddings().weight
         key = (table.data_ptr(), len(table), 0 if table.is_inference() else table._version)
         if self._vocabulary_norm[0] != key:
@@ -244,7 +246,7 @@ class Adapter(ABC):
         return self._vocabulary_norm[1]
 
     def embed(self, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Input-embedding rows [n, d] of a text by itself."""
+        """Input-embedding rows [n, d] of a text alone."""
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return self.model.get_input_embeddings()(ids.to(self.device))
 

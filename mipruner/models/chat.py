@@ -1,4 +1,4 @@
-"""The text side of a prompt: chat template, token ids, the text of an answer."""
+"""Text side of a prompt: chat template, token ids, text of an answer."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -134,7 +134,7 @@ class Chat:
         )
 
     def _fill(self, parts: Sequence[str], texts: Sequence[str]) -> list[str]:
-        """The parts of a rendered prompt, with these texts for its placeholders, in order."""
+        """The parts of a rendered prompt, with these texts in place of its placeholders, in order."""
         placeholder = _pattern(self.placeholders.values())
         found = sum(len(placeholder.findall(part)) for part in parts)
         if found != len(texts):
@@ -146,7 +146,7 @@ class Chat:
         return [placeholder.sub(lambda match: next(rest), part) for part in parts]
 
     def _tokenize_text(self, rendered: str) -> tuple[Tensor, Tensor]:
-        """Ids [S], and where in ``rendered`` they come from, [S, 2]."""
+        """Ids [S] and their character ranges in ``rendered`` [S, 2]."""
         ids, offsets, start, pieces = [], [], 0, [rendered]
         if self.prompt is not None:
             tokens = _pattern(self.tokenizer.convert_ids_to_tokens(self.placeholder_ids))
@@ -161,7 +161,7 @@ class Chat:
         return torch.tensor(ids), torch.tensor(offsets)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of an answer, stripped here and nowhere else. Thinking that does not end has no answer."""
+        """Text of an answer, stripped of blanks. Thinking that does not end has no answer."""
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         if self.thinking:
             text = text.rpartition(END_OF_THINKING)[2] if END_OF_THINKING in text else ""
@@ -169,5 +169,5 @@ class Chat:
 
 
 def _pattern(texts: Collection[str]) -> re.Pattern[str]:
-    """Matches any of ``texts``."""
+    """Regular expression that matches any of ``texts``."""
     return re.compile("|".join(map(re.escape, texts)))

@@ -1,4 +1,4 @@
-"""CLIP's common space of patches and text, for a model whose vision encoder is CLIP's: CDPruner measures there."""
+"""CLIP's joint space of patches and text, which CDPruner uses if the vision encoder of the model is that of a CLIP."""
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +11,7 @@ from mipruner.models.weights import load_weights
 
 
 class ClipSpace:
-    """The text tower and the two projections of a CLIP; its vision encoder is the one that the model carries anyway.
+    """The text tower and the two projections of a CLIP. The vision encoder is that of the model.
 
     Parameters
     ----------
@@ -24,7 +24,8 @@ class ClipSpace:
 
     @classmethod
     def load(cls, path: str, like: Tensor) -> "ClipSpace":
-        """From a folder or the hub (``id`` or ``id@revision``), to the device of ``like``, in float32 as CDPruner does.
+        """Load from a folder or the hub (``id`` or ``id@revision``) to the device of ``like``, in float32 as CDPruner
+        does.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Any model that puts rows of its vision encoder into its prompt: what no family says of itself is read from the call.
+"""Adapter for any model that puts rows of its vision encoder into its prompt. It reads the layout from the call.
 
 It knows nothing inside the vision encoder, so it serves `mipruner.prune` with the methods that read image rows, text,
 grid and vocabulary, and with the model's own processor `mipruner.processed`.
@@ -124,7 +124,7 @@ def language_model_of(owner: nn.Module) -> nn.Module | None:
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be pruned before its language model, or None."""
+    """The reason why a model cannot be pruned before its language model, or None."""
     config, owner = model.config, owner_of(model)
     language_model = language_model_of(owner)
     if config.is_encoder_decoder:
@@ -141,7 +141,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 class GenericAdapter(Adapter):
-    """A model of a type without an adapter of its own.
+    """Adapter of a model type that has no adapter of its own.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ class GenericAdapter(Adapter):
 
     @property
     def around_ids(self) -> set[int]:
-        """Every id that the config names as standing around or inside an image."""
+        """Every id that the config names at the begin or end of an image or inside it."""
         found = set()
         for name, value in self.model.config.to_dict().items():
             if ("token_id" in name or "token_index" in name) and any(part in name for part in AROUND):
@@ -206,7 +206,7 @@ class GenericAdapter(Adapter):
         return kinds
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What the model's own processor makes of prompts that all have images or all have none, padded on the left.
+        """Output of the model's own processor for prompts that all have images or all have none, left-padded.
 
         Raises
         ------
@@ -249,8 +249,9 @@ class GenericAdapter(Adapter):
     def make_visuals(
         self, output: VisionOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
     ) -> list[Visual]:
-        """One `Visual` for each entry of ``pooler_output``; rows of several images in one tensor part by the runs of
-        placeholders."""
+        """One `Visual` for each entry of ``pooler_output``. If one tensor holds several images, the runs of
+        placeholders separate them.
+        """
         rows, (one,) = output.rows, pixels
         if isinstance(rows, Tensor) and rows.ndim == 2:
             ends = torch.tensor(one["runs"]).cumsum(0)
@@ -268,7 +269,9 @@ class GenericAdapter(Adapter):
 
 
 def grid_of(n: int, thw: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The grid of ``n`` tokens, from that of the patches (frames, rows, columns); without it a square, if n is one."""
+    """The grid of ``n`` tokens, from that of the patches (frames, rows, columns); else a square, if n is a square
+    number.
+    """
     if thw is None:
         side = math.isqrt(n)
         return (side, side) if side * side == n else None
@@ -280,7 +283,7 @@ def grid_of(n: int, thw: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def check(model_type: str, pruner: Method) -> None:
-    """Refuse methods that look inside a model of which only image rows and text are known; warn of untested types."""
+    """Refuse methods that need more than image rows and text; warn about untested model types."""
     missing = sorted(set(pruner.needs) - {"vocabulary", "grid", "words", "question"})
     if not isinstance(pruner, Pruner) or missing:
         what = ", ".join(missing) or "the layers of the language model"

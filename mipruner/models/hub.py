@@ -1,4 +1,4 @@
-"""From a model's name to a folder with its files: the folder itself, the hub's cache, or the hub. It never hangs."""
+"""Finds the folder of a model: the path itself, the hub's cache, or a download. It never hangs."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def locate(path: str, revision: str | None = None) -> Path:
 
 
 def lacking(folder: Path) -> str | None:
-    """A file without which the folder holds no model, if one is missing."""
+    """The name of a required file that is missing in the folder, or None."""
     index = folder / "model.safetensors.index.json"
     names = ["config.json", "tokenizer_config.json"]
     names += (
@@ -59,7 +59,7 @@ def lacking(folder: Path) -> str | None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The processor's chat template, if it has one of its own: the tokenizer's may know nothing of images."""
+    """The processor's own chat template, if it has one; that of the tokenizer may not support images."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
     if (folder / "chat_template.json").exists():
@@ -68,7 +68,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def ask(path: str, revision: str | None) -> None:
-    """Ask the hub once, briefly, whether it has this model."""
+    """Ask the hub once, with a short timeout, whether it has this model."""
     errors: list[Exception] = [TimeoutError()]
 
     def look_up() -> None:

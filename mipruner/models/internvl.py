@@ -1,4 +1,4 @@
-"""InternVL: an image is up to twelve tiles and a thumbnail; four patches make a token, by pixel shuffle."""
+"""InternVL: an image is up to twelve tiles and a thumbnail; pixel shuffle makes one token of four patches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,9 @@ from mipruner.prompt import Media, Video, Visual
 
 
 class InternVLAdapter(LlavaAdapter):
-    """Takes images and videos; the tokens of all tiles share one budget. A frame is one tile and has a number."""
+    """Adapter for images and videos. The tokens of all tiles share one budget. A frame is one tile and is numbered in
+    the prompt.
+    """
 
     model_types = ("internvl",)
     image_processor_class = GotOcr2ImageProcessorPil
@@ -42,7 +44,9 @@ class InternVLAdapter(LlavaAdapter):
         return layer.attention, layer, layer.attention.q_norm, layer.attention.k_norm
 
     def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
-        """A run is an image. So is a frame: nothing in the model's arguments tells that it belongs to a video."""
+        """One image per run of placeholders. A video frame counts as an image, since the arguments do not show that it
+        belongs to a video.
+        """
         n_tokens = int(self.side * self.model.config.downsample_ratio) ** 2
         tiles = inputs["pixel_values"].split([n // n_tokens for n in runs])
         return [{"pixel_values": one} for one in tiles]

@@ -28,7 +28,7 @@ VICUNA_V1 = (
 
 
 class LlavaAdapter(Adapter):
-    """Takes images.
+    """Adapter for images.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class LlavaAdapter(Adapter):
         }
 
     def normalize(self, images: Sequence[Image.Image]) -> Tensor:
-        """One tile [3, height, width] an image; transformers has two names for it."""
+        """One tile [3, height, width] per image; transformers has two layouts for it."""
         (values,) = self.image_processor(images=list(images), return_tensors="pt").values()
         return values
 
@@ -91,19 +91,20 @@ class LlavaAdapter(Adapter):
 
     @property
     def patch(self) -> int:
-        """Pixels along one side of a patch."""
+        """Side of a patch in pixels."""
         return _first(self.model.config.vision_config.patch_size)
 
     @property
     def side(self) -> int:
-        """Patches along one side of a tile."""
+        """Number of patches along one side of a tile."""
         return _first(self.model.config.vision_config.image_size) // self.patch
 
     def tower(self, is_video: bool) -> nn.Module:
         return self.model.model.vision_tower
 
     def attention_modules(self, is_video: bool) -> tuple[nn.Module, ...]:
-        """Attention of the layer that the projector reads, the layer, and its projections to queries and keys.
+        """Modules for encoder attention: the attention of the layer that the projector reads, the layer itself, and its
+        query and key projections.
 
         hidden_states[-2] is the output of layers[-2].
         """
@@ -150,7 +151,7 @@ class LlavaAdapter(Adapter):
         return pooled
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
-        """Values of patches [n_tiles, patches, c] as values of the visual tokens [n_visual, c]."""
+        """Rearrange values of patches [n_tiles, patches, c] to values of the visual tokens [n_visual, c]."""
         return tiles.flatten(0, 1)
 
     def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
@@ -195,7 +196,7 @@ def _first(size: int | Sequence[int]) -> int:
 
 
 def covered(length: int, side: int, n: int, size: int) -> Tensor:
-    """Which of ``n`` patches along an edge of ``size`` pixels are not wholly padding. [n] bool
+    """Which of ``n`` patches along a side of ``size`` pixels are not entirely padding. [n] bool
 
     An image of ``length`` pixels stands in the middle of ``side``, resized to ``size``. As in MMTok's public code its
     length is rounded to whole pixels of the resized square before the padding beside it is counted.

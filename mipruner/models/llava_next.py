@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision: an image is a small version of itself and crops of it at a higher resolution.
+"""LLaVA-NeXT and LLaVA-OneVision: an image is a downscaled copy and crops of it at a higher resolution.
 
 The crops are put together again, without their padding, and each line of patches ends in a newline row. Newline rows
 are no patches: they are never scored and always kept, like text.
@@ -19,7 +19,7 @@ from mipruner.prompt import Media, Video
 
 
 class LlavaNextAdapter(LlavaAdapter):
-    """Takes images; the tokens of all crops share one budget."""
+    """Adapter for images. The tokens of all crops share one budget."""
 
     model_types = ("llava_next",)
     image_processor_class = LlavaNextImageProcessorPil
@@ -65,7 +65,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """Takes one image, or videos: a frame is one tile whose patches are pooled 2 x 2, and a newline ends a video.
+    """Adapter for one image, or videos. A frame is one tile whose patches are pooled 2 x 2; a newline ends a video.
 
     Several images in one prompt, for which the model was trained with another cut, are refused.
     """

@@ -1,4 +1,4 @@
-"""A model's own processor, for the types without an adapter of their own."""
+"""Loads a model's own processor, for model types without an adapter."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PACKAGES = ("torchvision", "timm", "num2words", "mistral_common", "sentencepiece
 
 
 def load_processor(folder: Path, model_type: str) -> ProcessorMixin:
-    """The model's own processor, padding on the left.
+    """The model's own processor, with left padding.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def load_processor(folder: Path, model_type: str) -> ProcessorMixin:
 
 
 def lacked(error: ImportError) -> str:
-    """The packages that an error of transformers asks for."""
+    """The missing packages that an error of transformers names."""
     return ", ".join(name for name in PACKAGES if name in str(error).lower()) or first_line(error)
 
 

@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, four patches a token, positions in time and plane.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, four patches per token, positions in time, height,
+width.
 
 Tokens always keep their positions of the full prompt: renumbering would destroy the grid. The position of a new token
 follows from the last position, never from the length of the cache.
@@ -23,7 +24,7 @@ from mipruner.prompt import Media, Smaller, Video, Visual
 
 
 class QwenVLAdapter(Adapter):
-    """Takes images and videos, several a prompt. Two frames of a video make one step in time.
+    """Adapter for images and videos, several per prompt. Two frames of a video make one time step.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ class QwenVLAdapter(Adapter):
 
     @property
     def merge(self) -> int:
-        """Patches along one side of a token."""
+        """Number of patches along one side of a token."""
         return self.vision.spatial_merge_size
 
     def n_visual(self, image: Media) -> int:
@@ -145,13 +146,13 @@ class QwenVLAdapter(Adapter):
 
     @property
     def attention_block(self) -> int:
-        """The last block in which all patches of an image see each other (Qwen2.5-VL has blocks of windows)."""
+        """The last block with attention over all patches of an image (other blocks of Qwen2.5-VL use windows)."""
         return max(getattr(self.vision, "fullatt_block_indexes", None) or [len(self.vision.blocks) - 1])
 
     def vision_signals(
         self, calls: Sequence[Call], attn: nn.Module, grids: Tensor, names: Set[str]
     ) -> dict[str, Tensor]:
-        """The named fields of `Features` for all images together, the mean over the patches of a token.
+        """The named fields of `Features` for all images together, averaged over the patches of a token.
 
         Attention is within an image, or a step of a video: the segments of ``cu_seqlens``.
         """
@@ -172,7 +173,7 @@ class QwenVLAdapter(Adapter):
         return {name: rows[:, 0] if name.startswith("attention") else rows for name, rows in tokens.items()}
 
     def raster_order(self, grids: Tensor) -> Tensor | slice:
-        """Where each token is inside the blocks; Qwen2.5-VL sorts the tokens there by window."""
+        """Index of each token inside the blocks; Qwen2.5-VL sorts the tokens there by window."""
         if not hasattr(self.vision, "window_size"):
             return slice(None)
         window_index, _ = get_vision_window_index(
@@ -181,7 +182,7 @@ class QwenVLAdapter(Adapter):
         return window_index.argsort()
 
     def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
-        """[4, S]: the number of the token, then time, height, width."""
+        """Positions [4, S]: token number, time, height, width."""
         kinds = torch.zeros_like(ids)
         grids: dict[str, list] = {"image": [], "video": []}
         for number, kind in enumerate(grids, 1):
@@ -201,7 +202,7 @@ class QwenVLAdapter(Adapter):
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Also takes images and videos; each step of a video is preceded by the time in words.
+    """Adapter for images and videos. The prompt gives the time in words before each step of a video.
 
     Those words are text of the prompt, not of the user: they are never pruned and never score a token. Each step has
     its own start and end tokens, so the pair that the chat template puts around a video goes.

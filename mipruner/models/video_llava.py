@@ -1,4 +1,4 @@
-"""Video-LLaVA: LLaVA-1.5 with a second tower for videos, whose frames keep their CLS."""
+"""Video-LLaVA: LLaVA-1.5 with a second vision tower for videos. Frames keep their CLS token."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ LLAVA_V1 = (
 
 
 class VideoLlavaAdapter(LlavaAdapter):
-    """Takes images and videos. A frame is 257 rows: its CLS, never a candidate and always kept, and 256 patches."""
+    """Adapter for images and videos. A frame is 257 rows: 256 patches and CLS, which is always kept."""
 
     model_types = ("video_llava",)
     prompts: ClassVar[dict[str, str]] = {"llava_v1": LLAVA_V1}

@@ -1,4 +1,4 @@
-"""Weights from a folder, all of them: a checkpoint that does not fill the model is refused."""
+"""Loads all weights of a model from a folder. A checkpoint that does not fill the model is refused."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +10,8 @@ from mipruner.errors import ModelError
 
 
 def load_weights(model_class: Any, folder: str | Path, **options: Any) -> PreTrainedModel:
-    """``model_class.from_pretrained`` from safetensors, which by itself fills what is missing with random numbers.
+    """Load ``model_class.from_pretrained`` from safetensors. transformers fills missing weights with random numbers;
+    this raises.
 
     Raises
     ------
@@ -28,6 +29,6 @@ def load_weights(model_class: Any, folder: str | Path, **options: Any) -> PreTra
 
 
 def _few(names: Collection[str]) -> str:
-    """The first names, and how many there are."""
+    """The first names, and their number."""
     first = ", ".join(sorted(names)[:3])
     return first if len(names) <= 3 else f"{first}, ... ({len(names)} in all)"

@@ -35,7 +35,7 @@ def _only_pruner(module: ModuleType) -> type[Method]:
 
 
 def _installed() -> Iterator[tuple[str, type[Method]]]:
-    """Pruners of other packages. One that cannot be used is left out with a warning, so that the others still work."""
+    """Pruners of other packages. One that cannot be loaded is left out with a warning; the others still work."""
     for entry in entry_points(group=__name__):
         try:
             cls = entry.load()

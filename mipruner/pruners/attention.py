@@ -8,7 +8,7 @@ from mipruner.pruners.base import ScorePruner
 
 @dataclass(frozen=True)
 class AttentionPruner(ScorePruner):
-    """Keeps the tokens that the vision encoder attends to most, eq. 5: the paper's "Attention" baseline.
+    """Keeps the tokens with the most encoder attention, eq. 5: the paper's "Attention" baseline.
 
     The attention is the CLS row where the encoder has a CLS token, else the sum that other patches pay to each patch.
     """

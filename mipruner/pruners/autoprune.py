@@ -13,7 +13,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class AutoPruner(DecoderPruner):
-    """AutoPrune: fits the pruning curve over the decoder's layers to how much the words depend on the image.
+    """AutoPrune: fits a pruning curve over the decoder layers, from the mutual information of text and image.
 
     The first layer's output keeps 2.5 T tokens by encoder attention plus a weighted attention from the text. The mutual
     information between text rows and visual columns of the second layer's attention sets the slope of a logistic curve;
@@ -46,7 +46,7 @@ class AutoPruner(DecoderPruner):
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
-        """The curve of a prompt without mutual information, for want of the prompt."""
+        """The curve for a prompt without mutual information, because the prompt is not known here."""
         leaving = _leaving(self.curve(0.0, n_visual, n_keep, n_layers), n_visual)
         return {layer + 1: leaving[layer] for layer in range(n_layers - 1)}
 
@@ -54,7 +54,9 @@ class AutoPruner(DecoderPruner):
         return n_keep  # is a mean over layers as it stands
 
     def curve(self, information: float, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
-        """Visual tokens that each layer keeps; with the recycled ones about n_layers * n_keep leave the layers."""
+        """Number of visual tokens that each layer keeps; with the recycled ones about n_layers * n_keep leave the
+        layers.
+        """
         first = min(int(2.5 * n_keep), n_visual)
         (n_first,) = _leaving([first], n_visual)
         k = max(self.slope - self.sensitivity * information, 0.0)
@@ -101,7 +103,7 @@ def mutual_information(attention: Tensor) -> Tensor:
 
 
 def _leaving(keeps: list[int], n_visual: int) -> list[int]:
-    """Visual tokens that leave each layer, those recycled among them, where the layers keep ``keeps``."""
+    """Number of visual tokens that leave each layer, recycled ones included, if the layers keep ``keeps``."""
     leaving = []
     for keep in keeps:
         if keep < n_visual:

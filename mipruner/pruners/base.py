@@ -1,4 +1,6 @@
-"""The contracts: features of one image and a number in, a selection out; or, inside the decoder, stage by stage."""
+"""Base classes of pruners: `Pruner` selects from the features of an image, `DecoderPruner` reduces tokens between
+decoder layers.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,12 +16,14 @@ from mipruner.selection import Auto, Selection, budget, top_k
 
 
 def _all_finite(x: Tensor) -> bool:
-    """A finite sum has finite terms; it costs a twentieth of looking at each, which is left to sums that overflow."""
+    """Whether all elements are finite. The sum is checked first (a finite sum has finite terms), at a twentieth of the
+    cost.
+    """
     return bool(x.sum(dtype=torch.float32).isfinite() or x.isfinite().all())
 
 
 class Method:
-    """What pruners before and inside the language model share: a dataclass whose fields are its hyperparameters."""
+    """Common base of pruners before and inside the language model: a dataclass whose fields are its hyperparameters."""
 
     title: ClassVar[str]
     """Name in tables and figures."""
@@ -50,7 +54,7 @@ class Method:
         return self.needs | self.wants
 
     def notes(self, features: Features) -> dict[str, str]:
-        """What a record must say about how the method ran on these features, where that depends on the model."""
+        """What a record must say about how the method ran on these features, if that depends on the model."""
         return {}
 
     def budget(self, keep: int | float | Auto, n_visual: int) -> int:
@@ -64,7 +68,7 @@ class Method:
         return budget(keep, n_visual)
 
     def check(self, features: Features, n_keep: int) -> None:
-        """Refuse what no method can prune; everything may be kept of anything.
+        """Refuse features that no method can prune. With all tokens kept, anything is accepted.
 
         Raises
         ------
@@ -83,7 +87,7 @@ class Method:
             raise InputError(f"{type(self).__name__} needs {', '.join(missing)}, and the features carry none")
 
     def order(self, features: Features, n_keep: int) -> Tensor | None:
-        """Indices [.., n_keep] of what is kept in the order of the picks.
+        """Indices [.., n_keep] of the kept tokens, in pick order.
 
         None for a method whose choice of n tokens is not always part of its choice of n + 1, as it has no such order.
         """
@@ -101,14 +105,14 @@ class Method:
 
 
 class ImagePruner(Method):
-    """Makes each image smaller before the vision encoder, so that it gives at most its share of the budget.
+    """Resizes each image before the vision encoder, so that it gives at most its share of the budget.
 
     Everything that the encoder gives enters the language model. `Adapter.smaller` is what makes an image smaller.
     """
 
 
 class Pruner(Method, ABC):
-    """Chooses visual tokens before the language model runs. A method overrides `select`."""
+    """Selects visual tokens before the language model runs. A method overrides `select`."""
 
     at_most: ClassVar[bool] = False
     """Whether fewer rows than the budget may enter, where the budget does not fit."""
@@ -123,7 +127,7 @@ class Pruner(Method, ABC):
 
     @abstractmethod
     def select(self, features: Features, n_keep: int) -> Selection:
-        """Choose ``n_keep`` of the visual tokens, 1 <= n_keep < n_visual."""
+        """Select ``n_keep`` of the visual tokens, 1 <= n_keep < n_visual."""
 
 
 class ScorePruner(Pruner):
@@ -131,7 +135,7 @@ class ScorePruner(Pruner):
 
     @abstractmethod
     def score(self, features: Features) -> Tensor:
-        """Score [.., n_visual] of every visual token, higher is kept first."""
+        """Score [.., n_visual] of every visual token; the highest are kept."""
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         return top_k(self.score(features), n_keep)
@@ -142,7 +146,7 @@ class ScorePruner(Pruner):
 
 @dataclass(frozen=True)
 class DecoderView:
-    """What a method sees of one prompt, without padding, at the input of a decoder layer, n tokens.
+    """Input of a method inside the decoder: one prompt of n tokens, without padding, at the input of a decoder layer.
 
     Attributes
     ----------
@@ -192,13 +196,13 @@ class DecoderView:
 
     @property
     def text_rows(self) -> Tensor:
-        """Indices of the text after the last visual token: question, format sentence and the words around them."""
+        """Indices of the text after the last visual token: question, format sentence and template text."""
         return torch.arange(int(self.visual_rows[-1]) + 1, len(self.visual), device=self.visual.device)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What becomes of the visual tokens of a `DecoderView`.
+    """Which visual tokens of a `DecoderView` are kept or merged.
 
     Attributes
     ----------
@@ -221,7 +225,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class DecoderPruner(Method, ABC):
-    """Drops visual tokens inside the language model: all enter, fewer reach the later layers.
+    """Drops visual tokens inside the language model: all tokens enter, later layers get fewer.
 
     Parameters
     ----------
@@ -243,7 +247,7 @@ class DecoderPruner(Method, ABC):
             raise InputError(f"unknown budget_match {self.budget_match!r}: choose nominal or layer_mean")
 
     def n_entering(self, n_visual: int, n_keep: int) -> int:
-        """How many of ``n_visual`` tokens the `door` lets in for a budget of ``n_keep``."""
+        """How many of ``n_visual`` tokens enter the language model for a budget of ``n_keep``."""
         return n_visual
 
     @abstractmethod
@@ -252,7 +256,9 @@ class DecoderPruner(Method, ABC):
 
     @abstractmethod
     def reduce(self, view: DecoderView, n_keep: int) -> Reduction | None:
-        """Choose at the input of one layer of `stages`, for a nominal budget of ``n_keep``; None changes nothing."""
+        """Select tokens at the input of one layer of `stages`, for a nominal budget of ``n_keep``; None changes
+        nothing.
+        """
 
     def entering(self, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
         """Visual tokens that enter each layer."""
@@ -263,7 +269,7 @@ class DecoderPruner(Method, ABC):
         return entering
 
     def nominal(self, n_visual: int, n_keep: int, n_layers: int) -> int:
-        """The method's own budget that answers a request for ``n_keep``, see ``budget_match``.
+        """The method's own budget for a requested ``n_keep``, see ``budget_match``.
 
         Raises
         ------

@@ -61,14 +61,14 @@ class CDPruner(Pruner):
         return {"relevance": self.source(features)}
 
     def source(self, features: Features) -> str:
-        """Which relevance these features get: "clip" or "projection"."""
+        """Which relevance is used for these features: "clip" or "projection"."""
         has_clip = features.clip_visual is not None and features.clip_text is not None
         if self.relevance == "clip" and not has_clip:
             raise InputError("CDPruner(relevance='clip') needs a model that names its CLIP: use projection or auto")
         return "clip" if has_clip and self.relevance != "projection" else "projection"
 
     def score(self, features: Features) -> Tensor:
-        """Relevance [.., n_visual] of every token to the question, higher is more relevant."""
+        """Relevance [.., n_visual] of every token to the question."""
         if self.source(features) == "clip":
             assert features.clip_visual is not None and features.clip_text is not None
             return -similarity(features.clip_visual, features.clip_text).mean(-1)

@@ -64,7 +64,7 @@ class CoverPruner(Pruner):
 
 
 def cover(says: Tensor, shows: Tensor, n_keep: int, lam: float) -> Tensor:
-    """The greedy search for f, one sample after the other on a CPU, all at once elsewhere.
+    """The greedy search for f: one sample after the other on a CPU, batched elsewhere.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ N_PIVOTS = 4
 
 @dataclass(frozen=True)
 class DARTPruner(DecoderPruner):
-    """DART: keeps a few pivot tokens and, for each, the visual tokens that are least like it.
+    """DART: keeps a few pivot tokens and, for each, the visual tokens that are least similar to it.
 
     Pivots are the four visual tokens and the four later text tokens with the largest L1 norm of their keys. Each in
     turn takes ``T // 8`` of the visual tokens that are left, those of smallest cosine to it, so that ``8 (T // 8) + 4``

@@ -12,7 +12,7 @@ from mipruner.selection import Selection, grid_within
 
 @dataclass(frozen=True)
 class DownsamplePruner(Pruner):
-    """Down-sampling: averages the grid of visual tokens to a smaller grid, which chooses nothing.
+    """Down-sampling: averages the grid of visual tokens to a smaller grid, without any selection.
 
     The new grid is the largest of at most T tokens that is about as wide for its height as the image's own, so it may
     hold fewer than T. Each new token is the mean of an equal share of the old grid, by area, and stands at the place of
@@ -44,7 +44,9 @@ class DownsamplePruner(Pruner):
 
 
 def shares(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Means over n cells in a row that make k of them [k, n], each over n / k of the row; and their centres [k]."""
+    """Averaging matrix [k, n] that makes k cells of n cells in a row, each over n / k of the row; and their centres
+    [k].
+    """
     edges = torch.arange(k + 1, dtype=torch.float64) * n / k
     cells = torch.arange(n, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)

@@ -7,7 +7,7 @@ from mipruner.pruners.mi import MIPruner
 
 @dataclass(frozen=True, kw_only=True)
 class MIFastVPruner(Composed):
-    """MI-Pruner chooses what enters the language model; FastV, which sees it at work, brings that down to the budget.
+    """MI-Pruner selects the tokens that enter the language model; FastV reduces them to the budget inside it.
 
     Parameters
     ----------

@@ -95,7 +95,7 @@ class MMTokPruner(Pruner):
         return facility_location(cover, valid, n_keep)
 
     def covered_text(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Text rows [.., m, d] that are to be covered, and how much each counts [.., m]."""
+        """Text rows [.., m, d] to cover, and their weights [.., m]."""
         if self.prefix:
             if features.prefixed is None:
                 raise InputError("MMTok's prefix is put before the text by its tokenizer, and none is known")
@@ -105,7 +105,9 @@ class MMTokPruner(Pruner):
         return features.text, words / words.sum(-1, keepdim=True)
 
     def content(self, features: Features) -> Tensor:
-        """Which text tokens [.., n_text] are to be covered: the question's, without stop words; all if none is left."""
+        """Which text tokens [.., n_text] are to be covered: those of the question without stop words, or all if none
+        remains.
+        """
         every = torch.ones_like(features.text[..., 0], dtype=torch.bool)
         question = every if features.question is None else features.question
         question = torch.where(question.any(-1, keepdim=True), question, every)
@@ -116,7 +118,9 @@ class MMTokPruner(Pruner):
 
 
 def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
-    """Greedy maximum of sum_u max_{v in S} cover[v, u]; what is not allowed is picked last, by index. [.., n_keep]"""
+    """Greedy maximum of sum_u max_{v in S} cover[v, u]; tokens that are not allowed are picked last, by index. [..,
+    n_keep]
+    """
     if cover.device.type == "cpu" and cover.dim() > 2:
         samples = zip(cover.flatten(0, -3), allowed.flatten(0, -2), strict=True)
         return torch.stack([facility_location(*s, n_keep) for s in samples]).view(*cover.shape[:-2], n_keep)

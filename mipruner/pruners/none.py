@@ -7,7 +7,7 @@ from mipruner.selection import Selection
 
 @dataclass(frozen=True)
 class NoPruner(Pruner):
-    """Keeps every token, whatever the budget: the untouched model."""
+    """Keeps every token for every budget: the unchanged model."""
 
     title = "All tokens"
     reads_text = False

@@ -10,7 +10,7 @@ from mipruner.pruners.base import ScorePruner
 
 @dataclass(frozen=True)
 class RandomPruner(ScorePruner):
-    """Keeps tokens drawn without replacement. The draw depends on the seed and the sample's name, on nothing else.
+    """Keeps tokens drawn without replacement. The draw depends only on the seed and the name of the sample.
 
     The paper averages three draws: run the seeds 0, 1 and 2.
     """

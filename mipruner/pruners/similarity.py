@@ -9,7 +9,7 @@ from mipruner.pruners.base import ScorePruner
 
 @dataclass(frozen=True)
 class SimilarityPruner(ScorePruner):
-    """Keeps the tokens most similar to any word of the text: cosine of eq. 15, maximum over the text tokens.
+    """Keeps the tokens most similar to any token of the text: cosine of eq. 15, maximum over the text tokens.
 
     The paper does not say how its "Similarity" baseline aggregates over the text; the maximum is the analogue of
     eq. 19.

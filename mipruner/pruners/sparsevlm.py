@@ -22,7 +22,8 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class SparseVLMPruner(DecoderPruner):
-    """SparseVLM v1.5: drops visual tokens in three layers by the attention of the words that matter, and recycles some.
+    """SparseVLM v1.5: drops visual tokens in three layers by the attention from selected text tokens, and recycles
+    some.
 
     Raters are the text tokens after the image whose input embeddings the image matches more than the average word.
     A visual token's score is the attention it gets from them. Of the dropped tokens the best 30 % are clustered and
@@ -51,7 +52,7 @@ class SparseVLMPruner(DecoderPruner):
 
     @staticmethod
     def schedule(n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
-        """{layer: visual tokens kept at its input, recycled ones not counted}; of layers that coincide the last."""
+        """{layer: visual tokens kept at its input, without recycled ones}; if layers coincide, the last one counts."""
         budget = 576 * n_keep / n_visual
         low = max(b for b in PUBLISHED if b <= budget)
         high = min(b for b in PUBLISHED if b >= budget)
@@ -69,7 +70,7 @@ class SparseVLMPruner(DecoderPruner):
 
 
 def raters(view: DecoderView) -> Tensor:
-    """The rating words, counted from the end of the prompt (1 = last token): text is never dropped there."""
+    """The rating text tokens, counted from the end of the prompt (1 = last token): text is never dropped there."""
     visual = view.prompt[view.prompt_visual].float()
     text = view.prompt[int(view.prompt_visual.nonzero()[-1]) + 1 :].float()
     relevance = (visual @ text.mT).softmax(-1).mean(0)
@@ -78,13 +79,13 @@ def raters(view: DecoderView) -> Tensor:
 
 
 def n_recycled(n_dropped: int) -> tuple[int, int]:
-    """Of ``n_dropped`` tokens, how many are recycled, and into how many clusters."""
+    """Number of recycled tokens among ``n_dropped``, and number of their clusters."""
     recycled = int(0.3 * n_dropped) + 1
     return recycled, int(recycled / 10) + 1
 
 
 def recycle(hidden: Tensor, score: Tensor, n_keep: int) -> Reduction:
-    """Keep the ``n_keep`` highest scores [n] and merge the best of the others, clustered by their states [n, d]."""
+    """Keep the ``n_keep`` highest scores [n] and merge the best of the others, clustered by their hidden states [n, d]."""
     order = top_k(score, len(score))
     n_best, n_clusters = n_recycled(len(score) - n_keep)
     best = order[n_keep : n_keep + n_best]

@@ -14,7 +14,7 @@ EXACT = "donot_use_mm_for_euclid_dist"
 
 @dataclass(frozen=True)
 class TrimTokenatorPruner(Pruner):
-    """TrimTokenator: first the tokens closest to the text, then among those the subset that is widest apart.
+    """TrimTokenator: keeps the tokens closest to the text, then among them a subset with large pairwise distances.
 
     Stage 1 ranks by minus the distance to the text, which is mutual information up to constants if v given t is
     Gaussian. Stage 2 always adds the candidate with the largest summed distance to what is kept (greedy maximum of the
@@ -72,7 +72,7 @@ class TrimTokenatorPruner(Pruner):
         return aligned, distance, distance.mean(-1)
 
     def _unit(self, features: Features, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same in unit rows; the first pick is candidate 0, the best aligned."""
+        """The same with unit rows; the first pick is candidate 0, the best aligned."""
         visual, text = (normalize(rows.float(), dim=-1) for rows in (features.visual, features.text))
         aligned = top_k(-torch.cdist(visual, text).mean(-1), min(round(self.multiple * n_keep), features.n_visual))
         rows = take_rows(visual, aligned)

@@ -13,7 +13,7 @@ from mipruner.selection import Selection, take_rows, top_k
 
 @dataclass(frozen=True)
 class VisionZipPruner(Pruner):
-    """VisionZip: dominant tokens by encoder attention, and contextual ones into which the others are merged.
+    """VisionZip: dominant tokens by encoder attention, and contextual tokens into which the others are merged.
 
     Every k-th of the tokens that are not dominant becomes a contextual token: itself plus the mean of those whose keys
     are most like its own.
@@ -71,7 +71,7 @@ class VisionZipPruner(Pruner):
 
 
 def _zip(received: Tensor, keys: Tensor, n_dominant: int, n_contextual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Dominant tokens [.., n_dominant], contextual targets [.., n_contextual], and what is merged into each target.
+    """Dominant tokens [.., n_dominant], contextual targets [.., n_contextual], and the tokens merged into each target.
 
     The last is [.., n_contextual, n_visual]: row c averages over the tokens assigned to target c.
     """
@@ -92,5 +92,5 @@ def _zip(received: Tensor, keys: Tensor, n_dominant: int, n_contextual: int) -> 
 
 
 def _merge(rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Each target's row plus the mean of those assigned to it: a sum of the two, not an average."""
+    """Row of each target plus the mean of the tokens assigned to it: a sum of the two, not an average."""
     return (take_rows(rows, targets).float() + weights @ rows.float()).to(rows)

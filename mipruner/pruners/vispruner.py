@@ -49,7 +49,9 @@ class VisPruner(Pruner):
 
 
 def _distinct(hidden: Tensor, rest: Tensor, n_keep: int) -> Tensor:
-    """Thin ``rest`` [.., n] out to n_keep tokens: every other one loses those most like any of the others."""
+    """Reduce ``rest`` [.., n] to n_keep tokens: each round splits them in two halves and drops from one those most
+    similar to a token of the other.
+    """
     if n_keep == 0:
         return rest[..., :0]
     rows = normalize(hidden, dim=-1)
