@@ -11,8 +11,8 @@ from torch import Tensor
 class Features:
     """Features of one image (or one video) before the language model runs.
 
-    Tensors may carry the same leading batch dimensions; a pruner never sees the model they come from. What is optional
-    is there for the methods that name it in `Pruner.needs` or `Pruner.wants`, and computed only for them.
+    Tensors may carry the same leading batch dimensions; a pruner has no access to the model. Optional fields are
+    computed only for methods that name them in `Pruner.needs` or `Pruner.wants`.
 
     Attributes
     ----------
@@ -43,7 +43,8 @@ class Features:
     question : bool Tensor [.., n_text], optional
         False for the text tokens of the answer-format sentence and other instructions around the question.
     prefixed : callable, optional
-        From words that a method puts before the text to the input-embedding rows [n, d] of both, tokenized in one.
+        Takes a prefix that a method puts before the text; returns the input-embedding rows [n, d] of both, tokenized
+        together.
     vocabulary : Tensor [n_vocabulary, d], optional
         The language model's input-embedding table. One for the whole batch.
     vocabulary_norm : Tensor [n_vocabulary], optional
@@ -53,8 +54,8 @@ class Features:
     sample : str
         Name of the sample, so that a random choice is the same in every run and in every batch.
     held : dict, optional
-        What was computed from this image alone, kept with it for the next question about it, see `mipruner.fused.once`.
-        Never there in a batch.
+        Results computed from this image alone, stored for further questions, see `mipruner.fused.once`. None in a
+        batch.
     """
 
     visual: Tensor

@@ -3,14 +3,15 @@
     with mipruner.prune(model, "mi", keep=0.25):
         model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
 
-While the context lasts, steps around this one model object (`mipruner.intercept`) do what `Pipeline` does by hand:
+While the context lasts, steps before and after the calls of this model object (`mipruner.intercept`) do the work of
+`Pipeline`:
 
-    model                        keep labels, and logits asked for by place, until it is known which tokens are left
-    get_image_features, ...      note what the vision encoder put out
-    model.model                  note the prompt's ids
-    model.model.language_model   let in the short prompt, drop rows on the way (`mipruner.shortening`)
+    model                        withhold labels and logits_to_keep until the kept tokens are known
+    get_image_features, ...      record the output of the vision encoder
+    model.model                  record the ids of the prompt
+    model.model.language_model   pass the short prompt on, drop rows between layers (`mipruner.shortening`)
 
-``generate`` goes on to count the tokens of the full prompt; the cache translates (`mipruner.caches`).
+``generate`` counts the tokens of the full prompt; the cache converts these counts (`mipruner.caches`).
 """
 
 import inspect
@@ -68,18 +69,18 @@ def prune(
     """Prune the visual tokens of every prompt that ``model`` reads, inside a ``with`` block.
 
     ``generate`` in all its modes, padded batches, several images, videos, chats, forward passes with labels and
-    transformers' pipelines work as before, and give what `Pipeline` gives. Afterwards the model is as it was.
+    transformers' pipelines work as before. The results equal those of `Pipeline`. After the block the model is restored.
 
-    T, the text that scores, is the latest thing that the user says, found by the chat template of ``tokenizer``. If
-    none is given, the one saved with the model is used. If there is none either, T is the text from the last image
-    to the next end-of-text id, with the role words that the template may have put there; a warning says so.
+    T, the text that scores visual tokens, is the latest text of the user. It is found by the chat template of
+    ``tokenizer``, or of the tokenizer saved with the model. Without any template, T is the text between the last image
+    and the next end-of-text token, role words included; a warning is given.
 
-    A chat may go on with the cache of an earlier turn: its tokens stay as they were pruned, for the question of that
-    turn. A cache that was filled inside a context can only be used inside one. A cached beginning that was not pruned
-    is left alone. With a forward pass by hand, mind that the logits are those of the short prompt.
+    A chat may continue with the cache of an earlier turn. Tokens that were kept in that turn are not selected again.
+    A cache that was filled inside a context can only be used inside one. A cached prefix that was not pruned is not
+    changed. A forward pass by hand returns the logits of the short prompt.
 
-    Threads: a block serves the thread that opens it, and threads that have none of their own as long as no other is
-    open on this model. Two threads may open one each, with another pruner and budget.
+    Threads: a block applies to the thread that opens it. It also applies to threads without their own block, if no other
+    block is open on this model. Two threads may open one block each, with different pruners and budgets.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def prune(
         Budget per prompt, see `mipruner.budget`; of two methods, what enters and what is left in the end.
     tokenizer : tokenizer or processor, optional
     text : str or sequence of str, optional
-        The part of each prompt that is T, where it is not all that the user says.
+        The part of each prompt that is T; by default all of the user's latest text.
     question : str or sequence of str, optional
         The part of T that is the question itself, for methods that read only that; all of T by default.
     positions : "repack" or "keep", optional
@@ -106,8 +107,8 @@ def prune(
     Raises
     ------
     InputError
-        At once if the model is of no known family or an option does not fit; on entering, if this thread prunes the
-        model already; inside, from the call that cannot be served.
+        At once, if the family of the model is not supported or an option is invalid. On entering, if this thread
+        already prunes the model. Inside, from a call that is not supported.
     """
     return Pruning(model, pruner, keep, tokenizer, text, question, positions, options)
 
@@ -115,7 +116,7 @@ def prune(
 def attach(model: PreTrainedModel, *args: Any, **options: Any) -> "Pruning":
     """Prune as `prune` does, in all threads, until ``.detach()`` is called on the result.
 
-    A ``with`` block of `prune` in one thread counts before it.
+    A ``with`` block of `prune` in one thread takes precedence.
     """
     return prune(model, *args, **options).attach()
 

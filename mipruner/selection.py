@@ -49,7 +49,7 @@ class Auto:
     quality : float in (0, 1]
         The share of all positive PMI with the text that the kept tokens must be able to hold.
     keep_max : int or float
-        Never more than this, see `budget`.
+        Largest budget, see `budget`.
     """
 
     quality: float
@@ -73,7 +73,7 @@ class Auto:
 def budget(keep: int | float | Auto, n_visual: int) -> int:
     """Number of tokens to keep: an integer is used as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
 
-    ``1`` is one token, ``1.0`` is everything. At least one token stays. Of an `Auto`, the most that it can be.
+    ``1`` is one token, ``1.0`` is all tokens. At least one token is kept. For an `Auto`, the largest possible budget.
 
     Raises
     ------
@@ -209,12 +209,12 @@ def lazy_greedy(gains: Callable[[Tensor], Tensor], add: Callable[[Tensor], None]
     """Greedy search for the maximum of a monotone submodular objective, for one sample on a CPU.
 
     A gain of such an objective only falls while tokens are added, so the gain of an earlier step bounds today's from
-    above (Minoux 1978). A pick computes a few blocks of gains anew instead of all.
+    above (Minoux 1978). Each pick computes only a few blocks of gains again.
 
     Parameters
     ----------
     gains : callable
-        From candidates [k] to what each of them would add to the set as it is, [k]. A candidate's gain must not depend
+        Takes candidates [k] and returns the gain of each for the current set, [k]. A candidate's gain must not depend
         on the others it is asked with, to the last bit: ties go to the lowest index.
     add : callable
         Adds one candidate [1] to the set.

@@ -1,4 +1,4 @@
-"""Attention inside a vision encoder, recomputed from the queries and keys of one layer. No encoder runs in eager mode."""
+"""Attention inside a vision encoder, recomputed from queries and keys of one layer. No encoder runs in eager mode."""
 
 import torch
 from torch import Tensor

@@ -63,7 +63,7 @@ class Method:
         Raises
         ------
         InputError
-            If ``keep`` is no budget, or asks for more tokens than there are.
+            If ``keep`` is not a valid budget, or larger than the number of tokens.
         """
         return budget(keep, n_visual)
 
@@ -89,7 +89,7 @@ class Method:
     def order(self, features: Features, n_keep: int) -> Tensor | None:
         """Indices [.., n_keep] of the kept tokens, in pick order.
 
-        None for a method whose choice of n tokens is not always part of its choice of n + 1, as it has no such order.
+        None if the tokens kept at n are not always among those kept at n + 1: such a method has no order.
         """
         return None
 
@@ -99,7 +99,7 @@ class Method:
         Raises
         ------
         InputError
-            If the method knows no PMI.
+            If the method does not compute PMI.
         """
         raise InputError(f"keep=auto reads the PMI with the text, which {type(self).__name__} does not know: use mi")
 
@@ -155,7 +155,7 @@ class DecoderView:
     n_start : int
         Visual tokens before anything was dropped.
     hidden : Tensor [n, d]
-        Input of the layer: what the layer before put out.
+        Input of the layer: the output of the layer before.
     visual : Tensor [n] bool
     attention : callable
         Query rows [r] (indices below n) to the softmaxed attention [n_heads, r, n] of the layer before.
@@ -169,7 +169,7 @@ class DecoderView:
     encoder_attention : Tensor [n_start], optional
         `Features.attention` of the prompt's images, one after the other.
     memory : dict
-        A method's own notes; the same object at every layer of one prompt.
+        State of the method; the same object at every layer of one prompt.
     """
 
     layer: int
@@ -207,7 +207,7 @@ class Reduction:
     Attributes
     ----------
     indices : Tensor [n_keep]
-        Those that stay, ascending, of range(n_visual).
+        Kept visual tokens, ascending, in range(n_visual).
     merge : Tensor [n_merged, n_visual], optional
         Weights of new rows that follow the last kept one.
     centres : Tensor [n_merged], optional
@@ -230,7 +230,7 @@ class DecoderPruner(Method, ABC):
     Parameters
     ----------
     budget_match : "nominal" or "layer_mean"
-        What a budget of T means. ``nominal`` is the method's own reading. ``layer_mean`` lets T visual tokens enter a
+        Meaning of a budget of T. ``nominal`` is the method's own definition. ``layer_mean`` lets T visual tokens enter a
         layer on average, which is what T tokens before the language model cost.
     """
 

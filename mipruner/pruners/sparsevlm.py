@@ -85,7 +85,7 @@ def n_recycled(n_dropped: int) -> tuple[int, int]:
 
 
 def recycle(hidden: Tensor, score: Tensor, n_keep: int) -> Reduction:
-    """Keep the ``n_keep`` highest scores [n] and merge the best of the others, clustered by their hidden states [n, d]."""
+    """Keep the ``n_keep`` highest scores [n] and merge the best of the others, clustered by hidden states [n, d]."""
     order = top_k(score, len(score))
     n_best, n_clusters = n_recycled(len(score) - n_keep)
     best = order[n_keep : n_keep + n_best]
