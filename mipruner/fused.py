@@ -110,7 +110,7 @@ def mi_picks(
 
 
 def once(held: dict[Any, Any], key: Hashable, compute: Callable[[], Any]) -> Any:
-    """What ``held`` has under ``key``; computed, and put there, if it has nothing."""
+    """Return ``held[key]``; compute and store it if it is missing."""
     if key not in held:
         held[key] = compute()
     return held[key]

@@ -45,7 +45,7 @@ class Asked:
     def answer(
         self, model: PreTrainedModel, output: ModelOutput | tuple[Any, ...], columns: Tensor | None
     ) -> ModelOutput | tuple[Any, ...]:
-        """The output with the loss and the logits asked for.
+        """The output with the requested loss and logits.
 
         columns [B, S'] tells where in the full prompt each row stood; None if nothing was shortened.
         """

@@ -69,7 +69,7 @@ def prune(
     """Prune the visual tokens of every prompt that ``model`` reads, inside a ``with`` block.
 
     ``generate`` in all its modes, padded batches, several images, videos, chats, forward passes with labels and
-    transformers' pipelines work as before. The results equal those of `Pipeline`. After the block the model is restored.
+    transformers' pipelines work as before. Results equal those of `Pipeline`. After the block the model is restored.
 
     T, the text that scores visual tokens, is the latest text of the user. It is found by the chat template of
     ``tokenizer``, or of the tokenizer saved with the model. Without any template, T is the text between the last image
@@ -79,7 +79,7 @@ def prune(
     A cache that was filled inside a context can only be used inside one. A cached prefix that was not pruned is not
     changed. A forward pass by hand returns the logits of the short prompt.
 
-    Threads: a block applies to the thread that opens it. It also applies to threads without their own block, if no other
+    Threads: a block applies to the thread that opens it. It applies to threads without their own block, if no other
     block is open on this model. Two threads may open one block each, with different pruners and budgets.
 
     Parameters

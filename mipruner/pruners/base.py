@@ -230,7 +230,7 @@ class DecoderPruner(Method, ABC):
     Parameters
     ----------
     budget_match : "nominal" or "layer_mean"
-        Meaning of a budget of T. ``nominal`` is the method's own definition. ``layer_mean`` lets T visual tokens enter a
+        Meaning of a budget T. ``nominal`` is the method's own definition. ``layer_mean`` lets T visual tokens enter a
         layer on average, which is what T tokens before the language model cost.
     """
 
@@ -261,7 +261,7 @@ class DecoderPruner(Method, ABC):
         """
 
     def entering(self, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
-        """Visual tokens that enter each layer."""
+        """Number of visual tokens that enter each layer."""
         entering: list[int] = []
         stages = self.stages(n_visual, n_keep, n_layers)
         for layer in range(n_layers):

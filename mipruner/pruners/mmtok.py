@@ -143,7 +143,7 @@ def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
 
 
 def _content(words: Sequence[Any]) -> list[Any]:
-    """For each token, or for each sample's tokens, whether its word is one with content."""
+    """For each token, or for each sample's tokens, whether it belongs to a content word."""
     if words and not isinstance(words[0], str):
         return [_content(sample) for sample in words]
     starts = [k == 0 or not word[:1].isalnum() or not words[k - 1][-1:].isalnum() for k, word in enumerate(words)]
