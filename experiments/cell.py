@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from experiments import build
 from experiments.accept.published import published
 from experiments.benchmarks.base import Benchmark, digest, read_samples
@@ -15,6 +17,7 @@ from experiments.remote import Server
 from experiments.results import NOT_IDENTITY, WARN_ABOVE, Cell, command
 from experiments.tracking import track
 from mipruner.errors import InputError
+from mipruner.models import Video
 from mipruner.processed import pipeline_of
 
 Draw = Callable[[dict[str, Any], list[dict[str, Any]], Benchmark, Path], None]
@@ -81,6 +84,8 @@ def run_cell(
             cell.finish(record)
         return record
     pipeline = pipeline_of(build.any_model(config), *choices)
+    if benchmark.is_video:
+        pipeline.adapter.chat.check_kinds(pipeline.adapter.kinds([Video([Image.new("RGB", (1, 1))])]))
     if ranks.rank > 0:
         return evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
     with cell.alone(), track(config["logger"], cell) as tracker:

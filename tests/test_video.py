@@ -8,13 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
 from clips import greys, write_set, write_video
+from experiments import build
 from experiments.benchmarks import video
 from experiments.benchmarks.base import BenchmarkError, SampleError, read_samples
 from experiments.build import make_benchmark
+from experiments.cell import run_cell
+from mipruner.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 VIDEOS = {"msvd": "videos", "msrvtt": "videos/all", "tgif": "mp4"}
@@ -50,6 +54,22 @@ def test_samples_are_paired_by_question_id(name, tmp_path):
     assert len(bench.images("v0")) == 8
     with pytest.raises(SampleError, match="no video v1 in "):
         bench.images("v1")
+
+
+def test_a_model_that_cannot_be_shown_a_video_is_refused_before_anything_is_answered(tmp_path):
+    write_set(tmp_path)
+    words = [
+        "model=demo_qwen3vl",
+        "dataset=msvd",
+        f"dataset.path={tmp_path}",
+        f"results={tmp_path / 'results'}",
+        "judge=offline",
+    ]
+    with initialize_config_dir(str(ROOT.resolve() / "conf"), version_base=None):
+        settings = build.resolve(compose("config", [*words, "device=cpu"]))
+    with pytest.raises(InputError, match="the chat template writes 0 placeholders for one video"):
+        run_cell(settings)
+    assert not (tmp_path / "results").exists()
 
 
 def test_first_thousand_of_the_file(tmp_path):

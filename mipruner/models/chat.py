@@ -1,10 +1,13 @@
 """Text side of a prompt: chat template, token ids, text of an answer."""
 
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +22,9 @@ END_OF_THINKING = "</think>"
 
 class Chat:
     """Renders and tokenizes prompts, and decodes answers.
+
+    What the user writes is text: a control token in it, such as ``</s>`` or ``<|im_end|>``, becomes the tokens of its
+    characters. Those that the template writes stay.
 
     Parameters
     ----------
@@ -85,9 +91,13 @@ class Chat:
         for placeholder in (*self.tokenizer.convert_ids_to_tokens(self.placeholder_ids), *self.placeholders.values()):
             if placeholder in prompt.text:
                 raise PromptError(f"the text of sample {prompt.sample!r} contains the placeholder {placeholder!r}")
-        ids = self.tokenizer(query, add_special_tokens=False)["input_ids"]
+        ids, _ = self._encode(query, (0, len(query)), add_special_tokens=False)
         if not set(ids) - set(self.tokenizer.all_special_ids):
             raise PromptError(f"the tokenizer knows none of the characters of {query!r}, sample {prompt.sample!r}")
+
+    def check_kinds(self, kinds: Sequence[str]) -> None:
+        """Raise `InputError` if the template has no place for one "image" or "video" each."""
+        self._fill(self.render(kinds), [""] * len(kinds), " and ".join(f"one {kind}" for kind in kinds))
 
     def tokenize(self, prompt: Prompt, kinds: Sequence[str], layouts: Sequence[tuple[str, list[int]]]) -> Tokens:
         """Render and tokenize one prompt.
@@ -110,7 +120,7 @@ class Chat:
 
         before, after = self._fill(self.render(kinds), [text for text, _ in layouts])
         rendered = before + prompt.text + after
-        ids, offsets = self._tokenize_text(rendered)
+        ids, offsets = self._tokenize_text(rendered, (len(before), len(before) + len(prompt.text)))
 
         def within(part: str) -> Tensor:
             start = len(before) + prompt.text.index(part)
@@ -133,20 +143,20 @@ class Chat:
             self.tokenizer,
         )
 
-    def _fill(self, parts: Sequence[str], texts: Sequence[str]) -> list[str]:
+    def _fill(self, parts: Sequence[str], texts: Sequence[str], what: str = "") -> list[str]:
         """The parts of a rendered prompt, with these texts in place of its placeholders, in order."""
         placeholder = _pattern(self.placeholders.values())
         found = sum(len(placeholder.findall(part)) for part in parts)
         if found != len(texts):
             raise InputError(
-                f"the chat template writes {found} placeholders for {len(texts)} images: give prompt, a template with "
-                "{image} and {text}"
+                f"the chat template writes {found} placeholders for {what or f'{len(texts)} images'}: give prompt, a "
+                "template with {image} and {text}"
             )
         rest = iter(texts)
         return [placeholder.sub(lambda match: next(rest), part) for part in parts]
 
-    def _tokenize_text(self, rendered: str) -> tuple[Tensor, Tensor]:
-        """Ids [S] and their character ranges in ``rendered`` [S, 2]."""
+    def _tokenize_text(self, rendered: str, own: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Ids [S] and their character ranges in ``rendered`` [S, 2]; the user wrote the characters ``own``."""
         ids, offsets, start, pieces = [], [], 0, [rendered]
         if self.prompt is not None:
             tokens = _pattern(self.tokenizer.convert_ids_to_tokens(self.placeholder_ids))
@@ -154,11 +164,52 @@ class Chat:
         bos = self.tokenizer.bos_token
         for k, piece in enumerate(pieces):
             with_bos = k == 0 and not (bos and rendered.startswith(bos))
-            tokens = self.tokenizer(piece, return_offsets_mapping=True, add_special_tokens=with_bos)
-            ids += tokens["input_ids"]
-            offsets += [(start + a, start + b) for a, b in tokens["offset_mapping"]]
+            found, places = self._encode(piece, (own[0] - start, own[1] - start), add_special_tokens=with_bos)
+            ids += found
+            offsets += [(start + a, start + b) for a, b in places]
             start += len(piece)
         return torch.tensor(ids), torch.tensor(offsets)
+
+    def _encode(
+        self, text: str, own: tuple[int, int], add_special_tokens: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their places in ``text``, without control tokens that begin within the characters ``own``."""
+        tokens = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        for k, (a, b) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            begin = b - len(text[a:b].lstrip())
+            if k in self.control_ids and own[0] <= begin < own[1] and text[begin:b].strip():
+                pieces, within = self._spell(text[a:b])
+                ids += pieces
+                places += [(a + start, a + end) for start, end in within]
+            else:
+                ids.append(k)
+                places.append((a, b))
+        return ids, places
+
+    @cached_property
+    def control_ids(self) -> set[int]:
+        """Ids that the tokenizer makes of the text of a control token; a padding token such as ``!`` is text."""
+        return {k for k, token in self.tokenizer.added_tokens_decoder.items() if token.special and len(str(token)) > 1}
+
+    @cached_property
+    def _speller(self) -> Tokenizer:
+        """A copy of the tokenizer that sees no control tokens, since other threads may be using this one."""
+        speller = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        speller.encode_special_tokens = True
+        speller.no_padding()
+        speller.no_truncation()
+        return speller
+
+    def _spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and places of the characters of ``text``; of a control token that is a word, the unknown word."""
+        encoded = self._speller.encode(text, add_special_tokens=False)
+        unknown = self.tokenizer.unk_token_id
+        ids = [unknown if k in self.control_ids else k for k in encoded.ids]
+        return [k for k in ids if k is not None], [
+            p for k, p in zip(ids, encoded.offsets, strict=True) if k is not None
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of an answer, stripped of blanks. Thinking that does not end has no answer."""

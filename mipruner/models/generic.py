@@ -165,7 +165,8 @@ class GenericAdapter(Adapter):
         self.processor = processor
         super().__init__(model, tokenizer, getattr(processor, "image_processor", None), **options)
         if tokenizer is not None:  # none of them may stand in a question
-            self.chat.placeholder_ids = sorted(k for k in self.around_ids if k < len(tokenizer))
+            ids = self.around_ids | self.chat.control_ids  # the processor would read them as control tokens
+            self.chat.placeholder_ids = sorted(k for k in ids if k < len(tokenizer))
 
     def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         token = getattr(self.processor, "image_token", None)
