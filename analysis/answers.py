@@ -1,4 +1,4 @@
-"""What pruning changes in the answers: one page of the questions that a pruned model answers unlike the full one.
+"""Writes one page of the questions that a pruned model answers differently from the full one.
 
     python -m analysis.answers results/llava15_7b/folder/*/*
     python -m analysis.answers CELL ... --every --samples 200 --out answers.html
@@ -104,7 +104,7 @@ def name_of(record: dict[str, Any]) -> str:
 
 
 def is_changed(column: Column, full: Column, sample: str) -> bool:
-    """Whether the cell's answer is not that of ``full``, blanks and case aside."""
+    """Whether the cell's answer differs from that of ``full``, ignoring blanks and case."""
     said = [str(one.rows[sample]["prediction"]).strip().lower() for one in (column, full)]
     return said[0] != said[1]
 
@@ -114,7 +114,7 @@ def shared_samples(columns: Sequence[Column]) -> list[str]:
 
 
 def changed_first(columns: Sequence[Column]) -> list[str]:
-    """The samples that some cell answers unlike the first, those that most cells do at the top."""
+    """The samples whose answer differs from the first cell in some cell, sorted by the number of such cells."""
     counts = {
         sample: sum(is_changed(column, columns[0], sample) for column in columns[1:])
         for sample in shared_samples(columns)
@@ -167,7 +167,7 @@ def unscored_html(cells: pd.DataFrame) -> str:
 
 
 def summary(columns: Sequence[Column]) -> str:
-    """A line a cell: its first metric, and how many of its answers are not those of the first cell."""
+    """One line per cell: its first metric, and how many of its answers differ from those of the first cell."""
     samples, lines = shared_samples(columns), []
     for column in columns:
         metric = next(iter(column.record["metrics"].items()), None)

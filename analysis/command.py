@@ -1,4 +1,4 @@
-"""The command line that the scripts of analysis share."""
+"""The shared command line parser of the scripts of analysis."""
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""What tables and figures want, what was measured of it, and the commands that measure the rest.
+"""Compares measured numbers with those that tables and figures need, and lists the commands for missing ones.
 
 A table is a list of wanted numbers in print order: those of paper.csv, or the product of the values that a file of
 conf/experiment sweeps. `compare` looks each of them up in the result records; a number that nobody has measured stays
@@ -136,7 +136,7 @@ def parse_setting(setting: str) -> dict[str, str]:
 
 
 def same(a, b) -> bool:
-    """Equal as numbers, else as words."""
+    """Whether two values are equal as numbers, or else as strings."""
     try:
         return float(a) == float(b)
     except (TypeError, ValueError):
@@ -144,7 +144,7 @@ def same(a, b) -> bool:
 
 
 def satisfies(cell, setting: dict[str, str]) -> bool:
-    """Whether a cell has these settings and is default in everything else; ``decoding`` names a file of its group."""
+    """Whether a cell has these settings and defaults for all others; ``decoding`` names a file of its group."""
     if "decoding" in setting:
         chosen = yaml.safe_load((conf.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text())
         setting = {key: value for key, value in (setting | chosen).items() if key not in ("decoding", "defaults")}
@@ -152,7 +152,7 @@ def satisfies(cell, setting: dict[str, str]) -> bool:
 
 
 def find(cells: list, method: str, keep: str, setting: str = "") -> list:
-    """Of the cells of one method those that measured this budget, one per seed.
+    """The cells of one method that measured this budget, one per seed.
 
     Of several that did (with a limit, say) those with the most samples count, and of these the newest.
     """
@@ -169,17 +169,17 @@ def find(cells: list, method: str, keep: str, setting: str = "") -> list:
 
 
 def measured_by(table: str, cells: list) -> list:
-    """The costs that the table's own experiment measured, if there are any: another run had other conditions."""
+    """The costs that the table's own experiment measured, if any; other runs have other conditions."""
     return [cell for cell in cells if f"experiment={table}" in cell.command.split()] or cells
 
 
 def is_drawn(method: str, setting: str) -> bool:
-    """Whether a number depends on the seed, so that one seed is not enough."""
+    """Whether a number depends on the seed, so that several seeds are needed."""
     return method == "random" or "decoding" in parse_setting(setting)
 
 
 def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """What was measured beside what is wanted, row by row.
+    """Measured numbers beside the wanted ones, row by row.
 
     Adds to the columns of `wanted`
 
@@ -230,7 +230,7 @@ def plain(metric: str) -> str:
 
 
 def ranks(values: pd.Series, better: str | None) -> pd.Series:
-    """1 for the best values, 2 for the second best, else 0; a number that stands alone is not best."""
+    """1 for the best values, 2 for the second best, else 0; a single number has no rank."""
     if better is None or values.count() < 2:
         return pd.Series(0, values.index)
     rank = values.rank(method="dense", ascending=better == "lower")
@@ -238,7 +238,7 @@ def ranks(values: pd.Series, better: str | None) -> pd.Series:
 
 
 def commands(table: pd.DataFrame) -> list[str]:
-    """The commands that measure what is still empty: one per method and budget, or one for all costs."""
+    """The commands that measure missing numbers: one per method and budget, or one for all costs."""
     empty = table[table.n_seeds == 0]
     lines = [f"python run.py experiment={name}" for name in empty.table[empty.metric.isin(COSTS)].unique()]
     for (model, keep, method, setting), row in empty[~empty.metric.isin(COSTS)].groupby(

@@ -1,4 +1,4 @@
-"""The measured tables of docs/extensions.md: what goes beyond the paper, on the embedded models.
+"""Writes the measured tables of docs/extensions.md: options beyond the paper, on the demo models.
 
     python -m analysis.extensions                      from results/
 
@@ -88,7 +88,7 @@ def support(cells: pd.DataFrame) -> str:
 
 
 def sample(cells: pd.DataFrame) -> str:
-    """What a sum over a part of the vocabulary costs."""
+    """Accuracy with a sum over a part of the vocabulary."""
     found = [
         select(cells, "demo_llava", support="vocabulary", lam=0.8, prior="uniform", vocabulary_rows=rows)
         for rows in (None, 84, 52, 26)

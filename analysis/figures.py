@@ -1,4 +1,4 @@
-"""Figures from the result records, as PDF for print and PNG for the screen.
+"""Draws figures from the result records, as PDF and PNG.
 
     python -m analysis.figures                                      all of them, from results/ into docs/results/
     python -m analysis.figures --figure fig6b --results results --out figures
@@ -109,7 +109,7 @@ def panels(table: pd.DataFrame, by: list[str]) -> tuple[Figure, list[tuple[tuple
 
 
 def legend(figure: Figure) -> None:
-    """One legend below all panels, the paper's hollow markers after ours."""
+    """One legend below all panels; the paper's hollow markers come last."""
     handles = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
@@ -120,7 +120,7 @@ def legend(figure: Figure) -> None:
 
 
 def draw(ax: Axes, x, rows: pd.DataFrame, label: str, colour: str, marker: str, line: str = "-") -> None:
-    """Ours with error bars; the paper's numbers, where there are any, as hollow markers of the same kind."""
+    """Measured numbers with error bars; the paper's numbers, if any, as hollow markers of the same shape."""
     ax.errorbar(x, rows.ours, rows.error.fillna(0), label=label, color=colour, marker=marker, ls=line, elinewidth=0.8)
     if rows.value.notna().any():
         ax.plot(x, rows.value, color=colour, marker=marker, ls="none", markerfacecolor="none", label=label + PAPER)
@@ -291,7 +291,7 @@ FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
 
 
 def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
-    """The figure of this name; None if nothing of it was measured, or one value alone of what it compares.
+    """The figure of this name; None if nothing of it was measured, or only one of the values that it compares.
 
     Raises
     ------
@@ -312,7 +312,7 @@ def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
 
 
 def write(names: list[str], results: Path, out: Path) -> list[Path]:
-    """Draw the figures of which anything was measured, each as NAME.pdf and NAME.png."""
+    """Draw the figures that have measured numbers, each as NAME.pdf and NAME.png."""
     cells = load.cells(results)
     out.mkdir(parents=True, exist_ok=True)
     written = []

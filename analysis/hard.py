@@ -1,4 +1,4 @@
-"""Records of the questions where choosing tokens matters, from stored records, without a new run.
+"""Writes records of the hard questions only, from stored records, without a new run.
 
     python -m analysis.hard                       # results -> results_hard
     python -m analysis.tables --results results_hard --out docs/results/hard

@@ -1,4 +1,4 @@
-"""Everything that was measured, and everything that the paper prints, as pandas frames.
+"""Loads all measured numbers and all numbers printed in the paper as pandas frames.
 
 `cells` has one row per result record, `paper` one row per number. The records are described in experiments/results.py
 and task=efficiency.
@@ -56,7 +56,7 @@ def default_settings(model: str, dataset: str, pruner: str) -> dict[str, Any]:
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a resolved config can change a number, apart from names, budget, seed and number of samples."""
+    """The values of a resolved config that can change a number, without names, budget, seed and number of samples."""
     compared = flat({key: config[key] for key in COMPARED if key in config})
     return {
         key: value

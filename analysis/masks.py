@@ -1,4 +1,4 @@
-"""What a pruner kept, drawn over the image, and which word pulled which patch.
+"""Draws the kept tokens of a pruner over the image, and the word with the largest PMI for each patch.
 
     python -m analysis.masks results/demo_llava/demo/*/keep=16*                 # pruners side by side (Fig. 5)
     python -m analysis.masks RECORD ... --samples 4 --out masks.pdf
@@ -68,7 +68,7 @@ ReadCell = tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
 
 def read_cell(path: Path) -> ReadCell:
-    """The record of a finished cell and its rows by sample id. Raises ValueError, naming the folder, if it is none."""
+    """The record of a finished cell and its rows by sample id. Raises ValueError with the folder if there is none."""
     try:
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -80,12 +80,12 @@ def read_cell(path: Path) -> ReadCell:
 
 
 def in_lines(text: str, width: int) -> str:
-    """At most eight lines: a question with its context and choices can be long."""
+    """Break text into at most eight lines."""
     return "\n".join(textwrap.wrap(text, width, max_lines=8, placeholder=" …"))
 
 
 def is_drawable(row: dict[str, Any]) -> bool:
-    """Whether the sample was answered, and its tokens lie on a grid."""
+    """Whether the sample was answered and its tokens are on a grid."""
     return "error" not in row and None not in row["grids"]
 
 
@@ -172,7 +172,7 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
 
 
 def save(figure, out: Path, **options) -> None:
-    """Write a figure and close it; as .jpg where size matters, as the grain of an image makes a PNG large."""
+    """Write a figure and close it; large figures as .jpg, because noise in images makes a PNG large."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, **options, **({"pil_kwargs": {"quality": 90}} if out.suffix == ".jpg" else {}))
     plt.close(figure)

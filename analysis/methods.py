@@ -1,4 +1,4 @@
-"""The table of methods in README.md: where each acts, what it needs and costs, and how it does on the demo.
+"""Writes the table of methods in README.md: where each acts, its inputs, its cost and its accuracy on the demo.
 
 N visual tokens, T kept, d wide, m words, L decoder layers. `python -m analysis.pages methods` writes it from
 stored records.
@@ -55,7 +55,7 @@ def table(cells: pd.DataFrame) -> str:
 
 
 def ahead(scores: pd.Series, means: pd.Series) -> str:
-    """One sentence a budget that names every method which does better than MI-Pruner there."""
+    """One sentence per budget that names every method with a higher accuracy than MI-Pruner."""
     sentences = []
     for keep in BUDGETS:
         if ("mi", keep) not in scores:

@@ -55,7 +55,7 @@ def replace(text: str, name: str, part: str) -> str:
 
 
 def purpose(path: Path) -> str:
-    """What a file is for, in its own words."""
+    """The purpose of a file, from its first line."""
     if path.suffix == ".py":
         module = ast.parse(path.read_text(encoding="utf-8"))
         first = (ast.get_docstring(module) or "").split("\n\n")[0].splitlines()
@@ -70,7 +70,7 @@ def purpose(path: Path) -> str:
 
 
 def tree(files: list[str]) -> str:
-    """The tree of the repository: a line a file with its purpose; configs and data in one line a folder."""
+    """The tree of the repository: one line per file with its purpose; configs and data in one line per folder."""
     lines, folders = [], set()
     for name in sorted(files, key=lambda f: (SHOWN.index(f.split("/")[0]), f.count("/") > 0, f)):
         path = Path(name)
@@ -93,7 +93,7 @@ def tracked() -> list[str]:
 
 
 def demo_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """Those of the embedded LLaVA on all of the crowded scenes, with default settings."""
+    """Cells of the demo LLaVA on all crowded scenes, with default settings."""
     if cells.empty or cells[(cells.model == "demo_llava") & (cells.dataset == "demo")].empty:
         raise ValueError("there are no records of the demo: python run.py -m experiment=demo")
     found = cells[(cells.model == "demo_llava") & (cells.dataset == "demo") & (cells.differs.map(len) == 0)]

@@ -1,4 +1,4 @@
-"""p(v) by place, estimated from the tokens that a finished run kept: a config for `prior=NAME`.
+"""Estimates p(v) by position from the tokens that a finished run kept, and writes a config for `prior=NAME`.
 
     python run.py dataset.benchmark.seed=100 pruner.lam=1 pruner.support=vocabulary       questions to validate on
     python -m analysis.prior results/demo_llava/demo/mi/keep=16,seed=100* --name demo     writes conf/prior/demo.yaml

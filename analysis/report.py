@@ -1,4 +1,4 @@
-"""One self-contained HTML page of everything that was measured: tables, figures, and samples on which methods disagree.
+"""Writes all measured results as one HTML page: tables, figures, and samples on which methods disagree.
 
     python -m analysis.report                                       from results/ into docs/results/report.html
     python -m analysis.report --results results --out report.html --samples 6
@@ -34,7 +34,7 @@ IMAGE_WIDTH = 448
 
 
 def layout_html(layout: tables.Layout) -> str:
-    """A table with its footnotes and the commands that fill what is empty."""
+    """A table with its footnotes and the commands for missing numbers."""
     lines = [f"<div class=scroll>{layout.table.html()}</div>"]
     lines.append(f"<p class=small>{html.escape(' '.join(layout.remarks))}</p>")
     if layout.footnotes:
@@ -47,7 +47,7 @@ def layout_html(layout: tables.Layout) -> str:
 
 
 def tables_html(cells: pd.DataFrame) -> str:
-    """What was measured first and open; what is only printed in the paper after it and closed."""
+    """All tables: measured ones first and open, printed ones after them and closed."""
     measured, printed = [], []
     for name in compare.table_names():
         compared = compare.compare(compare.wanted(name), cells)
@@ -64,7 +64,7 @@ def tables_html(cells: pd.DataFrame) -> str:
 
 
 def figures_html(cells: pd.DataFrame) -> str:
-    """Every figure of which something was measured."""
+    """Every figure with measured numbers."""
     blocks = []
     for name in figures.FIGURES:
         figure = figures.draw_figure(name, cells)
@@ -92,7 +92,7 @@ def data_url(content: bytes, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One question on which methods disagree, with what each of them kept and said."""
+    """One question on which methods disagree, with the kept tokens and the answer of each."""
 
     model: str
     dataset: str
@@ -103,7 +103,7 @@ class Case:
 
 
 def place(method: str) -> tuple[int, str]:
-    """In the order of the tables; methods that are not installed here come last."""
+    """Position in the order of the tables; methods that are not installed come last."""
     known = list(compare.METHODS)
     return known.index(method) if method in known else len(known), method
 
@@ -137,7 +137,7 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
 
 
 def image_key(image: Image.Image) -> str:
-    """The same for equal images, so that a page holds each once."""
+    """Equal for equal images, so that a page holds each image once."""
     return f"p{hashlib.sha256(image.tobytes()).hexdigest()[:12]}"
 
 

@@ -1,4 +1,4 @@
-"""What choosing tokens costs and what it saves, over the size of the image, from the CSV of task=scaling.
+"""Plots cost and benefit of token selection over image size, from the CSV of task=scaling.
 
     python -m analysis.scaling docs/results/scaling_cpu.csv --out docs/results/scaling_cpu
 

@@ -1,4 +1,4 @@
-"""Draws how much faster an answer can get by pruning, from FLOPs alone, over image tokens and question length.
+"""Draws the possible speed-up by pruning, from FLOPs alone, over image tokens and question length.
 
     python -m analysis.speedup docs/results/speedup.png
 

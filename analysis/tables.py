@@ -1,4 +1,4 @@
-"""Every table of the paper and of the demo: ours beside the printed number, in Markdown, LaTeX and CSV.
+"""Writes every table of the paper and of the demo: measured beside printed numbers, in Markdown, LaTeX and CSV.
 
     python -m analysis.tables                                       all of them, from results/ into docs/results/
     python -m analysis.tables --table table1 --results results --out tables
@@ -29,7 +29,7 @@ AGAINST = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A compared table as text, with what stands below it."""
+    """A compared table as text, with the notes below it."""
 
     name: str
     title: str
@@ -108,7 +108,7 @@ def place_footnotes(table: pd.DataFrame) -> tuple[dict, dict[str, str]]:
 
 
 def entry(number, marks: str) -> Cell:
-    """Ours, and below it the paper's number and the difference."""
+    """The measured number, and below it the paper's number and the difference."""
 
     def text(value: float, sign: str = "") -> str:
         return "" if math.isnan(value) else f"{value:{sign}.{number.digits}f}"

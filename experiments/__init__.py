@@ -1,4 +1,4 @@
-"""Everything that is measured. `python run.py task=...` starts it."""
+"""Benchmarks and measurements. `python run.py task=...` starts them."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From a config to the objects it names: a model on its device, a benchmark, a pruner, a budget."""
+"""Creates the objects that a config names: a model on its device, a benchmark, a pruner, a budget."""
 
 import json
 import sys
@@ -28,7 +28,8 @@ from mipruner.selection import budget as n_tokens
 
 
 def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    """The resolved config, with what cannot change a number set to one value, so that it makes no second cell.
+    """The resolved config. Keys that cannot change a number are set to one value, so that they do not create a second
+    cell.
 
     These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
     or a single image reads.
@@ -56,7 +57,7 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def budget(config: dict[str, Any]) -> int | float | Auto:
-    """The budget of a resolved config. Raises `InputError` if it fits no image."""
+    """The budget of a resolved config. Raises `InputError` if it is valid for no image."""
     keep = Auto(config["quality"], config["keep_max"]) if config["keep"] == "auto" else config["keep"]
     n_tokens(keep, sys.maxsize)
     return keep
@@ -69,7 +70,7 @@ def device(config: dict[str, Any]) -> str:
 
 
 def _name(path: str | None) -> str:
-    """What records call a model that is given by its path."""
+    """The name in records of a model that is given by its path."""
     if not path:
         raise InputError("model=any needs a model: model.path=google/gemma-3-4b-it, or a folder")
     return Path(path).name
@@ -96,7 +97,7 @@ def model(config: dict[str, Any]) -> Adapter:
 
 
 def any_model(config: dict[str, Any]) -> Adapter:
-    """As `model`, also of a type without an adapter of its own."""
+    """Like `model`, also for a type without an adapter."""
     _name(config["model"]["path"])  # says what to do where there is none
     options = config["model"] | {key: config[key] for key in ("positions",) if key in config}
     return _model(json.dumps(options), device(config))
@@ -116,7 +117,7 @@ def weights(path: str) -> str:
 
 
 def benchmark(config: dict[str, Any]) -> Benchmark:
-    """The benchmark of a resolved config or record; the next cell that names it too gets the same one.
+    """The benchmark of a resolved config or record; the next cell with the same benchmark gets the same object.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def method(words: str, config: dict[str, Any]) -> Method:
 
 
 def decoding(config: dict[str, Any]) -> Decoding:
-    """Raises `InputError`."""
+    """The decoding settings of a resolved config. Raises `InputError`."""
     return _construct(Decoding, config["decoding"], InputError)
 
 

@@ -1,4 +1,4 @@
-"""One cell of a sweep: run it, resume it, name its folder, print its record."""
+"""One cell of a sweep: runs it, resumes it, names its folder, prints its record."""
 
 import os
 import sys
@@ -99,7 +99,7 @@ def run_cell(
 
 
 def draw_masks(draw: Draw, record: dict[str, Any], cell: Cell, benchmark: Benchmark) -> None:
-    """Draw what was kept of some samples; a drawing that cannot be made takes no answer with it."""
+    """Draw the kept tokens of some samples; an error while drawing does not lose answers."""
     try:
         draw(record, cell.rows(), benchmark, cell.path / "masks.png")
     except Exception as error:
@@ -107,7 +107,7 @@ def draw_masks(draw: Draw, record: dict[str, Any], cell: Cell, benchmark: Benchm
 
 
 def warnings(record: dict[str, Any]) -> list[str]:
-    """What a reader of the metrics should know: failed samples, rows left out, answers that are none."""
+    """Warnings for a reader of the metrics: failed samples, skipped rows, unusable answers."""
     lines = []
     if failed := record["failed"]:
         lines.append(f"  {len(failed)} samples failed and count as wrong, see failed in record.json")
@@ -122,7 +122,7 @@ def warnings(record: dict[str, Any]) -> list[str]:
 
 
 def show(record: dict[str, Any], path: str) -> str:
-    """The record as a person reads it."""
+    """The record as text for the terminal."""
     cell, tokens, ms = record["cell"], record["tokens"], record["latency_ms"]
     lines = [
         f"{cell['model']}  {cell['dataset']}  {cell['pruner']}  keep={cell['keep']}  ({record['n_samples']} samples)"
@@ -149,7 +149,7 @@ def show(record: dict[str, Any], path: str) -> str:
 
 
 def beside_published(record: dict[str, Any]) -> list[str]:
-    """What is published of the same model and data set with all tokens, for a record of everything kept."""
+    """Published scores of the same model and data set with all tokens, for a record with keep=1.0."""
     cell = record["cell"]
     if cell["keep"] != 1.0 or cell["model"].startswith("demo"):
         return []

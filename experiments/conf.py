@@ -1,4 +1,4 @@
-"""Files of conf as they stand, for what is read without a run: a file over its defaults, titles, shapes."""
+"""Reads files of conf without a run: a file merged over its defaults, titles, shapes."""
 
 import re
 from functools import cache
@@ -37,7 +37,7 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 
 def title(group: str, name: str) -> str:
-    """How a model or data set is called in tables and figures; its name if conf has no such file."""
+    """Title of a model or data set in tables and figures; its name if conf has no such file."""
     return read(group, name).get("title", name) if name in names(group) else name
 
 

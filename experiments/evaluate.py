@@ -1,4 +1,4 @@
-"""The accuracy loop: batches of a benchmark's samples through a pipeline, resumable after any batch.
+"""Evaluates a benchmark in batches. The evaluation can resume after any batch.
 
 Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
 the same batches, and ends in the same record, as one that never was. While the model answers one batch, threads load
@@ -67,7 +67,7 @@ def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed
 
 
 def by_length(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with the long questions of each `WINDOW` first: a batch of prompts of one length pads little."""
+    """Sort samples of each `WINDOW` by question length, longest first: prompts of equal length need little padding."""
     windows = (samples[start : start + WINDOW] for start in range(0, len(samples), WINDOW))
     return [sample for window in windows for sample in sorted(window, key=lambda sample: -len(sample.text))]
 
@@ -179,7 +179,7 @@ def answer_batch(
 def answer_rest(
     cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks
 ) -> float | None:
-    """Write this process's share of what is not answered yet; returns the share of the time it waited for images."""
+    """Answer this process's share of the open samples; returns the share of time spent waiting for images."""
     digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
     if ranks.rank == 0:
         cell.keep_answers(digests)
@@ -209,7 +209,7 @@ def answer_rest(
 def evaluate(
     cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Answer what is not answered yet, score everything and return the record; None for ranks but the first.
+    """Answer the open samples, score all and return the record; None for all ranks but the first.
 
     The record is not written: its presence says that nothing is left to do, so it is written last.
 
@@ -233,7 +233,7 @@ def evaluate(
 def evaluate_server(
     cell: Cell, server: remote.Server, benchmark: Benchmark, samples: Sequence[Sample], command: str
 ) -> dict[str, Any]:
-    """`evaluate` with the answers of a server, which tells neither the kept tokens nor the time of a stage.
+    """Like `evaluate`, with the answers of a server. Kept tokens and stage times are then unknown.
 
     Raises
     ------
@@ -282,7 +282,7 @@ def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dic
 
 
 def unusable(benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[str | None]) -> dict[str, int]:
-    """How many answers are empty, and how many others the benchmark's rule finds no answer in."""
+    """Number of empty answers, and of other answers without the requested form."""
     answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
     said = [(sample, prediction) for sample, prediction in answered if prediction]
     unread = sum(not benchmark.is_readable(sample, prediction) for sample, prediction in said)
@@ -290,7 +290,7 @@ def unusable(benchmark: Benchmark, samples: Sequence[Sample], predictions: Seque
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens and latency of the samples that ran, averaged; None where a server did not tell them."""
+    """Mean tokens and latency of the answered samples; None if a server does not report them."""
     if not rows or rows[0]["per_layer"] is None:
         return {"tokens": None, "latency_ms": None, "notes": {}}
     per_layer = [fmean(counts) for counts in zip(*(row["per_layer"] for row in rows), strict=True)]

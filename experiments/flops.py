@@ -1,4 +1,4 @@
-"""FLOPs and KV cache of a model, from its config alone.
+"""Computes FLOPs and KV cache of a model from its config.
 
 Multiply-adds count as two FLOPs, attention as the full square (kernels that skip the
 causal half do less), in the way of torch's FlopCounterMode, which the tests compare with.

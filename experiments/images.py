@@ -1,4 +1,5 @@
-"""Opens every image of a benchmark or of the command line: upright, in RGB, from 8 bits, nothing lost in silence.
+"""Opens the images of benchmarks and of the command line: upright, RGB, 8 bits. Conversions that lose information are
+reported.
 
 What is done to each kind of file is in docs/own_data.md. Whatever is not plain is said in ``image.info["note"]``.
 """
@@ -61,7 +62,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def scaled(image: Image.Image) -> tuple[Image.Image, str]:
-    """A grey image of more than 8 bits, its smallest value black and its largest white.
+    """A grey image of more than 8 bits, scaled: its smallest value black and its largest white.
 
     What already lies in 0..255 stays as it is; floats in 0..1 are taken for shares of white.
     """

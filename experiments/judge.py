@@ -1,4 +1,4 @@
-"""A judge: a chat model behind an OpenAI-compatible endpoint, every reply of which is kept on disk.
+"""A judge: a chat model behind an OpenAI-compatible endpoint. Every reply is stored on disk.
 
 A reply is found again by what was asked, so that a rerun, or one that goes on after a kill, asks nothing twice. What is
 asked, and how a reply reads, belongs to the benchmark. The key comes from the environment, OPENAI_API_KEY, and is
@@ -28,7 +28,7 @@ ATTEMPTS = 5
 
 
 def prompt_hash(*texts: str) -> str:
-    """Twelve hex digits that stand for a prompt in a record."""
+    """Hash of a prompt for the record, twelve hex digits."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
@@ -109,7 +109,7 @@ class Judge:
         self.unreadable = 0
 
     def provenance(self, prompt: str) -> dict[str, Any]:
-        """What a record says of the judge: its name, the exact models that answered, the hash of the prompt."""
+        """Description of the judge for the record: its name, the exact models that answered, the hash of the prompt."""
         return {
             "judge": self.model,
             "judge_base_url": self.base_url,

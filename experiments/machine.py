@@ -1,4 +1,4 @@
-"""The machine that a cost is measured on: its name, its speed limits, its memory, and its clocks."""
+"""Describes the machine of a measurement: name, speed limits, memory, and clocks."""
 
 import os
 import shutil
@@ -78,7 +78,7 @@ def fastest(watch: Stopwatch, function: Callable[[], Any], repetitions: int = 10
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Properties of the machine and software that the numbers depend on."""
     found = {"device": results.device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         fields = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"

@@ -1,4 +1,5 @@
-"""The rivals' selection rules read from their papers and public code, in plain torch, one sample, nothing of mipruner.
+"""Reference implementations of other methods' selection rules from papers and public code: plain torch, one sample, no
+mipruner.
 
 Each computes what the released code computes, in its order and with its complexity, so that `task=peers` has something
 to measure this repository's choice beside. The tests hold them to the pruners of `mipruner.pruners`.

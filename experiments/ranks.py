@@ -1,4 +1,4 @@
-"""The processes that share a run under torchrun or accelerate launch: who they are, and waiting for each other.
+"""The processes that share a run under torchrun or accelerate launch, and their synchronisation.
 
     torchrun --nproc-per-node 4 run.py model=llava15_7b dataset=gqa keep=64
 
@@ -42,7 +42,7 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has reached this call."""
         if self.n > 1:
             dist.barrier()
 

@@ -1,4 +1,4 @@
-"""Answers a benchmark through an OpenAI-compatible server, resumable after any request.
+"""Answers a benchmark through an OpenAI-compatible server. It can resume after any request.
 
 Each answer is on disk before the next request of its thread starts, so a run that is killed and started again asks
 nothing twice that was answered. The key comes from the environment, OPENAI_API_KEY, and is written nowhere.
@@ -72,7 +72,7 @@ class Server:
         return {"base_url": str(self.client.base_url), "model": wanted, "version": vllm_version(self.client)}
 
     def probe(self, model: str) -> None:
-        """Send a budget that is none, which the plug-in refuses and a server without it takes for nothing.
+        """Send an invalid budget: the plug-in refuses it, a server without the plug-in ignores it.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class Server:
         self.pruning = pruning or ({"keep": 1.0} if prunes else {})
 
     def ask(self, model: str, text: str, urls: Sequence[str]) -> tuple[str, int | None]:
-        """The answer, and how many tokens the prompt was."""
+        """The answer, and the number of prompt tokens."""
         content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
         body = {"top_k": self.decoding["top_k"]} if self.decoding["top_k"] else {}
         if self.pruning:
@@ -146,7 +146,7 @@ def setting_of(config: dict[str, Any], keep: int | float) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise `InputError` for what a request cannot say."""
+    """Raise `InputError` for settings that a request cannot carry."""
     if config["keep"] == "auto":
         raise InputError("keep=auto needs engine=pipeline: a server fixes the prompt's length before it sees the image")
     if config["text_scope"] != "user":
@@ -235,7 +235,7 @@ def in_flight(pool: ThreadPoolExecutor, call, items: Sequence, n: int) -> Iterat
 
 
 def told(description: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the record says of the server: its model and version, prompt tokens and time of a request, on average."""
+    """Server facts for the record: model and version, mean prompt tokens and time of a request."""
     means = {}
     for name in ("prompt_tokens", "request_ms"):
         values = [row[name] for row in rows if row.get(name) is not None]

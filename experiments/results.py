@@ -1,4 +1,4 @@
-"""One result record per cell (model x dataset x pruner x budget), written so that a kill loses nothing.
+"""One result record per cell (model x dataset x pruner x budget), written so that an interrupted run loses nothing.
 
     results/<model>/<dataset>/<pruner>/keep=<keep>[,<what differs>]-<id>/
         config.yaml     the resolved config
@@ -148,7 +148,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file completely or not at all."""
     scratch = path.with_suffix(path.suffix + ".tmp")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
@@ -192,7 +192,7 @@ class Cell:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other runs out of this cell; the system lets them in when the process ends, however it does.
+        """Lock this cell against other runs; the system releases the lock when the process ends.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""A vLLM server: started by this process or running already, asked, and its memory."""
+"""A vLLM server, started by this process or already running: requests and memory."""
 
 import json
 import os
@@ -27,7 +27,7 @@ START_S = 600
 
 @dataclass
 class Reply:
-    """What came of one request; ``refused`` is the status and the message of one that was."""
+    """Result of one request; ``refused`` is status and message of a refused one."""
 
     text: str = ""
     n_prompt: int = 0

@@ -1,4 +1,4 @@
-"""Types and ranges of the command line's keys, checked in one place, and the near ones of a key that is none.
+"""Checks types and ranges of the command line's keys, and suggests similar names for unknown keys.
 
 These are pydantic's models and not Hydra's structured configs: those have no ranges and no union with a word
 (``keep=auto``), round 2.5 to 2 without a word, and would need a class for each file of conf/pruner and conf/dataset,
@@ -101,7 +101,7 @@ class Settings(_Group):
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise `InputError`, naming the key, where a value is of another type or out of its range."""
+    """Raise `InputError`, naming the key, if a value has the wrong type or is out of range."""
     try:
         Settings.model_validate(config)
     except ValidationError as error:
@@ -139,7 +139,7 @@ def keys() -> frozenset[str]:
 
 
 def check_keys(overrides: Sequence[str]) -> None:
-    """Raise `InputError` for a key of the command line that nothing reads, naming the near ones."""
+    """Raise `InputError` for an unknown key of the command line, with similar names."""
     for word in overrides:
         key, is_override, _ = word.partition("=")
         first = key.lstrip("+~").split(".")[0].split("/")[0].split("@")[0]

@@ -1,4 +1,4 @@
-"""Many mixed requests on a server: whether each gets its own answer, and what the server's memory does meanwhile."""
+"""Sends many mixed requests to a server: checks that each gets its own answer, and records the server's memory."""
 
 import itertools
 import random
@@ -24,7 +24,7 @@ PARTS = 10
 
 @dataclass
 class Soak:
-    """What came of many mixed requests.
+    """Counts and memory of many mixed requests.
 
     Attributes
     ----------

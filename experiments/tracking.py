@@ -1,4 +1,6 @@
-"""Weights & Biases, if asked for: config, metrics, timing, mask image, predictions. It never stops an evaluation."""
+"""Weights & Biases logging, if enabled: config, metrics, timing, mask image, predictions. Errors never stop an
+evaluation.
+"""
 
 import os
 import sys
@@ -10,7 +12,7 @@ from experiments.results import Cell
 
 
 class Tracker:
-    """A run of W&B for one cell, or none. What goes wrong with it is one warning, and is said in the record."""
+    """A W&B run for one cell, or none. An error gives one warning and is written to the record."""
 
     def __init__(self, logger: dict[str, Any], cell: Cell):
         self.name, self.cell, self.run, self.problem = logger["name"], cell, None, None

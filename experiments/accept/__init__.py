@@ -1,1 +1,1 @@
-"""Acceptance: does a model on this machine do what this repository says of it? One report, every line checked here."""
+"""Acceptance test: checks a model on this machine against the statements of this repository. Writes one report."""

@@ -1,4 +1,4 @@
-"""What an acceptance will download and how long it takes at least, said before it starts."""
+"""Prints the download size and shortest time of an acceptance before it starts."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def cost_of(config: dict[str, Any]) -> dict[str, Any] | None:
 def announce(
     config: dict[str, Any], level: str, n_images: int, device: torch.device, cost: dict[str, Any] | None
 ) -> str:
-    """One line: download and shortest time of this level."""
+    """One line with the download size and the shortest time of this level."""
     model = config["model"]
     download = "nothing to download"
     if not is_here(str(model["path"]), model["revision"]):
@@ -61,7 +61,7 @@ def announce(
 
 
 def is_here(path: str, revision: str | None) -> bool:
-    """Whether the model is a folder or lies whole in the hub's cache."""
+    """Whether the model is a folder or complete in the hub's cache."""
     try:
         folder = path if Path(path).is_dir() else snapshot_download(path, revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):

@@ -1,4 +1,4 @@
-"""Section 1 and 2: the machine and its packages, the files of the checkpoint and the weights that were loaded."""
+"""Sections 1 and 2: the machine and its packages, the files of the checkpoint and the loaded weights."""
 
 import hashlib
 import importlib.util
@@ -33,7 +33,7 @@ def free_gib(device: torch.device) -> float:
 
 
 def check_environment(config: dict[str, Any], device: torch.device, cost: dict[str, Any] | None) -> Iterator[Line]:
-    """The lines of section 1. ``cost`` is what `estimate` says of the model, None where it has no shape."""
+    """The lines of section 1. ``cost`` is the result of `estimate` for the model, None if its shape is unknown."""
     model = config["model"]
     yield check("device", True, "cuda or cpu", torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     for package, version in {"python": platform.python_version(), **versions()}.items():
@@ -124,7 +124,7 @@ def checksums(folder: Path) -> Iterator[Line]:
 
 
 def tensor_bytes(file: Path) -> int:
-    """Bytes of the tensors in a safetensors file: what follows its header."""
+    """Number of bytes of the tensors in a safetensors file: everything after its header."""
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     return file.stat().st_size - 8 - header
@@ -136,7 +136,7 @@ def sha256(file: Path) -> str:
 
 
 def statistics(model: torch.nn.Module) -> Line:
-    """Trained weights are finite, and no matrix is constant (left at zero, or filled by a failed conversion)."""
+    """Check that weights are finite and no matrix is constant (left at zero, or filled by a failed conversion)."""
     odd, count = [], 0
     for name, weight in model.named_parameters():
         values, count = weight.detach().float(), count + 1

@@ -1,4 +1,4 @@
-"""Section 4: answers of this repository against transformers' own, token for token, on images that it draws itself."""
+"""Section 4: compares answers of this repository with those of transformers, token for token, on rendered images."""
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -26,7 +26,7 @@ SHARE = 1 / 9
 
 
 def draw_prompts(adapter: Adapter, n: int) -> list[Prompt]:
-    """``n`` rendered scenes with a question each; of several sizes where the model takes images of any size."""
+    """``n`` rendered scenes with one question each; of several sizes if the model supports images of any size."""
     takes_any = "image_grid_thw" in image_inputs(adapter, Image.new("RGB", (336, 336)))
     canvases = cycle([(336, 336), (280, 280), (336, 252), (252, 336)] if takes_any else [(336, 336)])
     prompts = []
@@ -38,13 +38,13 @@ def draw_prompts(adapter: Adapter, n: int) -> list[Prompt]:
 
 
 def image_inputs(adapter: Adapter, image: Image.Image) -> dict[str, Tensor]:
-    """What the model's own image processor makes of one image, by the names of the model's arguments."""
+    """Output of the model's own image processor for one image, by the names of the model's arguments."""
     size = {"size": adapter.image_size} if getattr(adapter, "image_size", None) else {}
     return dict(adapter.image_processor(images=[image], return_tensors="pt", **size))
 
 
 class Stock:
-    """The untouched model, called without any of this repository's prompt shortening.
+    """The unchanged model, called without the prompt shortening of this repository.
 
     Parameters
     ----------
@@ -138,7 +138,9 @@ def joined(rows: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def agree(found: Sequence[int], wanted: Sequence[int], leads: Sequence[float], tolerance: float) -> bool:
-    """Equal, or parting at a choice whose two best logits lie within rounding of each other."""
+    """Whether two answers are equal, or differ first at a token whose two best logits are within rounding of each
+    other.
+    """
     if list(found) == list(wanted):
         return True
     parting = next(
@@ -153,7 +155,7 @@ def counted(name: str, equal: Sequence[bool], source: str, tolerance: str = "") 
 
 
 def check_full(adapter: Adapter, n_images: int) -> Iterator[Line]:
-    """keep=1.0 against stock ``generate``."""
+    """Compare keep=1.0 with stock ``generate``."""
     prompts, stock, decoding = draw_prompts(adapter, n_images), Stock(adapter), Decoding(max_new_tokens=NEW_TOKENS)
     pipeline = Pipeline(adapter, PRUNERS["mi"](), 1.0, decoding)
     answers = [pipeline([prompt])[0].tokens for prompt in prompts]
@@ -164,7 +166,7 @@ def check_full(adapter: Adapter, n_images: int) -> Iterator[Line]:
 
 
 def check_pruned(adapter: Adapter, n_images: int) -> Iterator[Line]:
-    """Pruned answers against a short prompt built here, in a batch, through `mipruner.prune` and the engine."""
+    """Compare pruned answers with a short prompt built here, in a batch, through `mipruner.prune` and the engine."""
     prompts, stock, decoding = draw_prompts(adapter, n_images), Stock(adapter), Decoding(max_new_tokens=NEW_TOKENS)
     pruner = PRUNERS["mi"]()
     pipeline = Pipeline(adapter, pruner, SHARE, decoding)

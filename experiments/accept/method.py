@@ -1,4 +1,6 @@
-"""Section 5: MI-Pruner's picks on stored features, and its fast path against the plain one at this model's sizes."""
+"""Section 5: checks MI-Pruner's picks on stored features, and its fast path against the plain one at this model's
+sizes.
+"""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +42,7 @@ def check_method(adapter: Adapter) -> Iterator[Line]:
 
 
 def compare_fast(n_visual: int, n_keep: int, width: int, device: torch.device) -> Line:
-    """The picks of the default path (kernels on a GPU, fused elsewhere) against `pmi` and `selection.greedy`."""
+    """Compare the picks of the default path (kernels on a GPU, fused elsewhere) with `pmi` and `selection.greedy`."""
     generator = torch.Generator().manual_seed(n_visual)
     visual = torch.randn(n_visual, width, generator=generator).to(device)
     text = torch.randn(12, width, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""Section 3: token ids of fixed questions, visual tokens of fixed image sizes, and T, against stored values.
+"""Section 3: compares token ids of fixed questions, visual tokens of fixed image sizes, and T with stored values.
 
 `prompts.json` holds, for each family whose rule is known, the ids before the image and those after it, made by the
 original code's rule and the published tokenizer. For another model the ids are compared with those of its own

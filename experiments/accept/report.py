@@ -1,4 +1,4 @@
-"""The acceptance report: lines with what was expected and found, saved after each section, as JSON and Markdown."""
+"""The acceptance report: lines with expected and found values, saved after each section, as JSON and Markdown."""
 
 import json
 import time
@@ -85,7 +85,7 @@ class Report:
         return [line for line in self.lines if line.status == FAIL]
 
     def run(self, section: str, checks: Callable[[], Iterable[Line]]) -> Iterator[Line]:
-        """Run the checks of a section, unless they are stored; what they raise is a failing line of its own."""
+        """Run the checks of a section, unless they are stored; an exception becomes a failing line."""
         if section in self.sections:
             yield from self.sections[section]
             return

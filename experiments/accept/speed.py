@@ -1,4 +1,4 @@
-"""Section 8: time and memory beside the paper's Table 3, measured as `task=efficiency` measures them.
+"""Section 8: time and memory beside the paper's Table 3, measured like `task=efficiency`.
 
 Another GPU has other times, so a time is compared as its ratio to that of MI-Pruner with lam=1 at the same budget. Peak
 memory depends on the model and on what a method holds, and is compared as it is.

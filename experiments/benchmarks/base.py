@@ -1,4 +1,4 @@
-"""The contract of a benchmark: samples, their images, and a score from the predictions."""
+"""Base class of a benchmark: samples, their images, and a score from the predictions."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from experiments.metrics import mean_percent, standard_error
 
 
 class SampleError(Exception):
-    """One sample cannot be used (a corrupt image, a missing video). It is recorded as failed; the run goes on."""
+    """One sample cannot be used (a broken image, a missing video). It is recorded as failed; the run continues."""
 
 
 class BenchmarkError(Exception):
-    """The benchmark cannot be read at all (no network, wrong columns, a missing split). One line says what to do."""
+    """The benchmark cannot be read (no network, wrong columns, a missing split). The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. Cheap to hold: the image is loaded on demand by `Benchmark.images`.
+    """One question. Images are loaded on demand by `Benchmark.images`.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Sample:
 
 
 class Example(NamedTuple):
-    """A row as it stands in the data, an answer to it that is right, and one that is wrong."""
+    """A row of the data, a right answer to it, and a wrong one."""
 
     row: dict[str, Any]
     right: str
@@ -78,7 +78,7 @@ class Benchmark(ABC):
 
     @classmethod
     def write_examples(cls, folder: Path) -> dict[str, Any]:
-        """Write the examples as the data lies on disk. Returns the options with which the benchmark reads them."""
+        """Write the examples in the layout of the data on disk. Returns the options to read them."""
         raise NotImplementedError
 
     @abstractmethod
@@ -90,7 +90,7 @@ class Benchmark(ABC):
         """The RGB images (or the frames of the video) with this id. Raises `SampleError`."""
 
     def fingerprint(self, image_id: str) -> str | None:
-        """A digest of the image or video with this id; None where code makes it. Raises nothing for one not there."""
+        """A digest of the image or video with this id; None if code generates it. A missing one raises nothing."""
         return None
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Benchmark(ABC):
         """Score of one prediction in [0, 1]."""
 
     def is_readable(self, sample: Sample, prediction: str) -> bool:
-        """Whether the answer is of the form that was asked for (yes or no, a letter), right or wrong."""
+        """Whether the answer has the requested form (yes or no, a letter), right or wrong."""
         return True
 
     def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float]:
@@ -127,12 +127,12 @@ class Benchmark(ABC):
         return {name: 100 * standard_error(group) for name, group in groups.items() if len(group) > 1}
 
     def provenance(self) -> dict[str, Any]:
-        """What else the record must say of how the numbers came about, once they are there: the judge, its prompt."""
+        """Further facts for the record after scoring: the judge, its prompt."""
         return {}
 
 
 def read_samples(benchmark: Benchmark) -> list[Sample]:
-    """All samples, each with an id of its own.
+    """All samples, each with a unique id.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def read_samples(benchmark: Benchmark) -> list[Sample]:
 
 
 def digest(benchmark: Benchmark, samples: Sequence[Sample]) -> str | None:
-    """Twelve hex digits of everything that was read: questions, answers, images. None where code makes the images."""
+    """Twelve hex digits of all data that were read: questions, answers, images. None if code generates the images."""
     contents = {sample.image_id: benchmark.fingerprint(sample.image_id) for sample in samples}
     if None in contents.values():
         return None

@@ -1,4 +1,4 @@
-"""The embedded demo: rendered scenes with questions in the wording of five benchmarks, each scored by that one's rule.
+"""The demo benchmark: rendered scenes with questions in the wording of five benchmarks, each with its own scoring rule.
 
 It needs no download and no GPU, and says nothing about natural images.
 """

@@ -1,4 +1,4 @@
-"""A folder of your own: a table of questions, and images beside it. See docs/own_data.md."""
+"""Reads a folder of your own: a table of questions, and images. See docs/own_data.md."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class FolderRow(Row):
 
     @property
     def accepted(self) -> list[str]:
-        """All right answers."""
+        """All right answers of the row."""
         return self.answers or ([] if self.answer is None else [self.answer])
 
 

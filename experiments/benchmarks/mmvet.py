@@ -38,7 +38,9 @@ AGAIN = "\nAnswer with the number alone, such as 0.3."
 
 
 def grade_request(sample: Sample, prediction: str, attempt: int) -> dict[str, Any]:
-    """What the judge is asked: temperature 0 and three tokens; warmer by .5, and more explicitly, each time again."""
+    """Request to the judge: temperature 0 and three tokens. Each retry raises the temperature by .5 and asks more
+    explicitly.
+    """
     answer = sample.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     row = {"{question}": sample.question, "{answer}": answer, "{prediction}": prediction}
     prompt = re.sub("|".join(row), lambda match: row[match[0]], PROMPT)

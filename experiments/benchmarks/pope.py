@@ -81,7 +81,9 @@ class POPE(ShortAnswers):
         return pope_correct(prediction, sample.answer, self.scoring)
 
     def is_readable(self, sample: Sample, prediction: str) -> bool:
-        """Whether it begins as a yes or a no, as MME reads it: LLaVA's rule for POPE takes everything else for yes."""
+        """Whether the answer begins with yes or no, read as in MME. LLaVA's rule for POPE counts everything else as
+        yes.
+        """
         return mme_answer(prediction, "lmms_eval") != "other"
 
     def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:

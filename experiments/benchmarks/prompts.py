@@ -1,4 +1,4 @@
-"""The sentences that LLaVA-1.5's question files put after a question, on a line of their own."""
+"""The sentences that LLaVA-1.5's question files add after a question, on a separate line."""
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."

@@ -1,4 +1,4 @@
-"""Every row of a benchmark's file, checked when it is read: before a model is loaded, not when it is scored."""
+"""Reads and checks every row of a benchmark's file before a model is loaded."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ YesNo = Annotated[Literal["yes", "no"], BeforeValidator(_lower)]
 
 
 class Row(BaseModel):
-    """The columns of a file, and what each can be. A number is taken for its digits where a text is wanted."""
+    """The columns of a file with their types. A number is converted to its digits if a text is expected."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True, extra="ignore")
 

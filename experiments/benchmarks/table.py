@@ -1,4 +1,4 @@
-"""Tables of questions with an image in each row: found on the hub or on disk, checked, images decoded on demand.
+"""Tables of questions with an image in each row, from the hub or from disk. Rows are checked, images decoded on demand.
 
 Only the parquet files of the wanted split are fetched (TextVQA: 0.9 of 8.1 GB). `datasets` maps them into memory.
 """

@@ -1,4 +1,4 @@
-"""Training examples: a rendered scene, some of its questions as turns of one sequence, and what its patches show.
+"""Training examples: a rendered scene, some of its questions as turns of one sequence, and labels of its patches.
 
 Example i depends on the seed and on i alone, so a run that is resumed sees what it would have seen.
 """

@@ -1,4 +1,4 @@
-"""What training knows of the demo's two architectures: pixels to visual tokens, and visual tokens to answers."""
+"""Training code of the demo's two architectures: pixels to visual tokens, and visual tokens to answers."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -42,7 +42,7 @@ class Llava:
         return Visual(self.model.model.multi_modal_projector(patches), grid, cls=out.pooler_output)
 
     def read(self, visual: Visual, kept: Tensor, ids: Tensor) -> Tensor:
-        """Logits [B, n_ids, vocabulary] after each token of ``ids``; of the image only ``kept`` [B, n_kept] is seen.
+        """Logits [B, n_ids, vocabulary] after each token of ``ids``, with only the visual tokens ``kept`` [B, n_kept].
 
         Positions are counted anew, as in LLaVA-1.5 after pruning.
         """

@@ -1,4 +1,4 @@
-"""The demo's images: flat-coloured glyphs on a patchy background, and often a sign with a number.
+"""Renders the demo's images: flat-coloured glyphs on a patchy background, and often a sign with a number.
 
 A scene is a function of its generator alone (`scene_generators`), so scene 7 is the same whether 8 or 8,000 are made.
 The only font is the DejaVu Sans that matplotlib ships.
@@ -84,7 +84,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """What stands where. ``background`` [height, width, 3] uint8 is the image without objects."""
+    """Objects of a scene and their places. ``background`` [height, width, 3] uint8 is the image without objects."""
 
     density: str
     theme: str

@@ -1,4 +1,4 @@
-"""Start the Qwen3-VL-shaped model from the LLaVA-shaped one, so that two CPU cores can train it.
+"""Initialises the Qwen3-VL-shaped model from the LLaVA-shaped one, so that two CPU cores can train it.
 
 What the two share is copied. Where they differ, the copy is made to start out close to the original:
 

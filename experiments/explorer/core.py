@@ -1,4 +1,4 @@
-"""The explorer without a server: models held ready, and what a visitor asked as plain data."""
+"""The explorer without a server: loaded models, and the results of a request as plain data."""
 
 import sys
 import threading
@@ -29,7 +29,7 @@ N_SCENES = 12
 
 
 class Cancelled(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 # ------------------------------------------------------------------------------------------------------ hyperparameters
@@ -50,7 +50,7 @@ def describe_fields(name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a field's type; numbers without a point are also decimal ones."""
+    """Whether a value has the type of a field; integers are also valid floats."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_args(hint):
@@ -61,7 +61,7 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def read_value(text: str) -> Any:
-    """What was typed into a form, as YAML would read it."""
+    """Parse a value typed into a form, as YAML would."""
     words = {"true": True, "false": False, "null": None, "none": None, "": None}
     if text.strip().lower() in words:
         return words[text.strip().lower()]
@@ -74,7 +74,7 @@ def read_value(text: str) -> Any:
 
 
 def read_keep(text: str) -> int | float:
-    """A budget as it was typed: 1 is one token and 1.0 is everything, which JSON's numbers do not tell apart."""
+    """Parse a budget as typed: 1 is one token and 1.0 is all tokens; JSON numbers do not distinguish them."""
     keep = read_value(text)
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise InputError(f"{text[:40]!r} is not a budget: give a whole number of tokens or a fraction such as 0.25")
@@ -91,7 +91,7 @@ OWN = ("model", "pruner", "keep", "experiment", "ablation", "image", "question",
 
 
 class Explorer:
-    """Models held ready, one forward pass at a time, for any number of threads.
+    """Loaded models, used by any number of threads, with one forward pass at a time.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ class Explorer:
         self._seen: OrderedDict[tuple[str, str], Seen] = OrderedDict()
 
     def compose(self, model: str, pruner: str) -> dict[str, Any]:
-        """The resolved config of a model and a pruner. Raises `InputError` for a word that run.py does not know."""
+        """The resolved config of a model and a pruner. Raises `InputError` for an unknown name."""
         try:
             is_ready = GlobalHydra.instance().is_initialized()  # by run.py
             with nullcontext() if is_ready else initialize_config_dir(str(ROOT / "conf"), version_base=None):
@@ -148,7 +148,7 @@ class Explorer:
         return self._adapters[model]
 
     def describe(self) -> dict[str, Any]:
-        """What the page offers."""
+        """Models, pruners and scenes that the page offers."""
         pruners = {
             name: {"title": PRUNERS[name].title, "fields": describe_fields(name, self.defaults(self.models[0], name))}
             for name in self.pruners

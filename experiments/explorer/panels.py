@@ -1,4 +1,4 @@
-"""One question and one image as data that `panels.js` draws, and a page of it that opens from disk."""
+"""Data of one question and one image for `panels.js`, and a page of it that opens from disk."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ DATA = '"__DATA__"'
 
 
 def script() -> str:
-    """The drawing itself, the only one there is: of the server's page, of saved pages, of the report, of the Space."""
+    """The drawing code, shared by the server's page, saved pages, the report and the Space."""
     return (HERE / "panels.js").read_text()
 
 
@@ -47,7 +47,7 @@ def saved_page(view: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Frame:
-    """A view as the last line of a notebook's cell: the page in a frame, with words, patches and slider alive.
+    """A view in a notebook cell: the page in a frame, with interactive words, patches and slider.
 
     Attributes
     ----------

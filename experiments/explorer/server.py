@@ -1,4 +1,4 @@
-"""The page and its requests, on this machine alone: loopback, no file route, nothing of a visitor on the disk."""
+"""Serves the explorer on this machine only: loopback, no file route, no data of a visitor on disk."""
 
 import asyncio
 import base64
@@ -47,7 +47,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request with the status that answers it."""
+    """An error that is answered with its HTTP status."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -87,7 +87,7 @@ def read_image(source: str) -> tuple[Image.Image, str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request, read and found good."""
+    """One request, parsed and checked."""
 
     model: str
     image: Image.Image
@@ -123,7 +123,7 @@ def read_cells(explorer: Explorer, asked: dict[str, Any]) -> list[Cell]:
 
 
 def read_request(explorer: Explorer, asked: Any) -> Asked:
-    """What a visitor asked. Raises `InputError` with one sentence."""
+    """Parse a request. Raises `InputError` with one sentence."""
     if not isinstance(asked, dict):
         raise InputError("the request is not a table")
     questions = read_list(asked, "questions", 2)
@@ -142,7 +142,7 @@ def read_request(explorer: Explorer, asked: Any) -> Asked:
 
 
 async def read_body(request: Request) -> Any:
-    """The JSON of a request; what is too long is refused before it is all here."""
+    """The JSON of a request; a body that is too long is refused before it has arrived completely."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused(415, "only application/json is read here")
     body = bytearray()
@@ -160,7 +160,7 @@ async def read_body(request: Request) -> Any:
 
 
 class Queue:
-    """One visitor at a time, in the order in which they came."""
+    """Serves one visitor at a time, in order of arrival."""
 
     def __init__(self) -> None:
         self._line: list[object] = []
@@ -198,7 +198,7 @@ class Work:
 
 
 async def follow(explorer: Explorer, queue: Queue, asked: Asked, is_gone: Callable[[], Any]) -> AsyncIterator[dict]:
-    """What happens to a request, as it happens: places in the line, panels done, at last the view or an error."""
+    """Events of a request: place in the queue, finished panels, at last the view or an error."""
     async with queue.ticket() as ticket:
         told = None
         while place := queue.place(ticket):

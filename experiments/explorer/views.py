@@ -1,4 +1,4 @@
-"""One image, question, method and budget: what the model says and what was kept, as data that `panels.js` draws.
+"""Result of one image, question, method and budget: answer and kept tokens, as data that `panels.js` draws.
 
 The vision encoder runs once an image, with every signal that some pruner reads; each cell is a `Pipeline` that is
 handed what it made.
@@ -118,7 +118,7 @@ def say_patches(adapter: Adapter, visual: Tensor, tau: float = 0.1) -> list[list
 
 @torch.inference_mode()
 def see(adapter: Adapter, image: Image.Image) -> Seen:
-    """One vision pass with everything that any pruner may ask for."""
+    """One vision pass with every signal that a pruner may need."""
     start = time.perf_counter()
     (visual,) = adapter.encode([adapter.preprocess(image)], SIGNALS)
     ms = 1e3 * (time.perf_counter() - start)
@@ -130,7 +130,7 @@ def see(adapter: Adapter, image: Image.Image) -> Seen:
 def answer_cell(
     adapter: Adapter, seen: Seen, question: str, cell: Cell, decoding: Decoding
 ) -> tuple[Answer, dict[str, float]]:
-    """What the model says with the tokens of this cell, and the ms of each stage after the vision encoder."""
+    """The model's answer with the tokens of this cell, and the ms of each stage after the vision encoder."""
     pipeline = Pipeline(adapter, cell.method, cell.keep, decoding)
     pipeline.cache.put(seen.image, seen.visual, SIGNALS)
     (told,) = pipeline([Prompt(question, [seen.image])])
@@ -196,7 +196,7 @@ def show(adapter: Adapter, model: str, seen: Seen, questions: Sequence[dict[str,
 
 
 def command(model: str, question: str, cell: Cell, decoding: Decoding, image: str = "IMAGE") -> str:
-    """The same on the command line."""
+    """The same call on the command line."""
     words = [f"image={image}", f"question={question}", f"model={model}", f"pruner={cell.pruner}"]
     words += [] if cell.pruner == "none" else [f"keep={cell.keep}"]
     words += [f"pruner.{key}={'null' if value is None else value}" for key, value in cell.changed.items()]
@@ -205,7 +205,7 @@ def command(model: str, question: str, cell: Cell, decoding: Decoding, image: st
 
 
 def python_lines(path: str, cell: Cell, decoding: Decoding) -> str:
-    """The same around a model of one's own."""
+    """The same call around a model of one's own."""
     method = cell.method
     values = {one.name: (getattr(method, one.name), one.default) for one in fields(method)}
     options = "".join(f", {name}={value!r}" for name, (value, default) in values.items() if value != default)

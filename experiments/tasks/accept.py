@@ -1,4 +1,4 @@
-"""Does a model do on this machine what this repository says of it? One report, every line checked here.
+"""Checks a model on this machine: weights, prompts, exactness, picks, scores. Writes one report.
 
     python run.py task=accept model=llava15_7b                   minutes: weights, prompts, exactness, picks
     python run.py task=accept model=llava15_7b level=scores      an hour: and the published unpruned scores
@@ -71,7 +71,7 @@ def accept(config: dict[str, Any], overrides: Sequence[str] = ()) -> int:
 def all_lines(
     report: Report, config: dict[str, Any], overrides: Sequence[str], device: torch.device, cost: dict[str, Any] | None
 ) -> Iterator[Line]:
-    """The sections in order. What needs the loaded model is left out once it does not load."""
+    """The sections in order. If the model does not load, the sections that need it are left out."""
     yield from report.run("1 Environment", lambda: check_environment(config, device, cost))
     yield from report.run("2 Weights", lambda: check_weights(config))
     name, n_images = config["model"]["name"], config["n_images"]
@@ -127,7 +127,7 @@ def check_float32(config: dict[str, Any], device: torch.device, cost: dict[str, 
 
 
 def head(config: dict[str, Any], device: torch.device, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the report is about. Its identity changes with anything that could change a line."""
+    """Head of the report. Its identity changes with anything that could change a line."""
     facts = {
         "model": config["model"]["name"],
         "command": shlex.join(["python", "run.py", *overrides]),

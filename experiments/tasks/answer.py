@@ -1,4 +1,4 @@
-"""Answer one question about one image of your own, and write a page that shows the tokens that were kept.
+"""Answers one question about one image of your own, and writes a page that shows the kept tokens.
 
 python run.py image=photo.jpg question="What is on the table?" model=llava15_7b keep=64
 """

@@ -1,4 +1,4 @@
-"""Measure what a method costs on this machine: time of each stage, end to end, and memory.
+"""Measures the cost of a method on this machine: time of each stage, end to end, and memory.
 
     python run.py task=efficiency                          the demo, on this machine
     python run.py experiment=table3                        Table 3: LLaVA-1.5-7B
@@ -47,7 +47,7 @@ from mipruner.timing import Stopwatch
 
 @dataclass
 class Subject:
-    """One combination of method, budget and engine, and what was measured of it.
+    """One combination of method, budget and engine, and its measurements.
 
     Attributes
     ----------
@@ -195,7 +195,7 @@ def compare(
 
 
 def show(record: dict[str, Any]) -> str:
-    """The table as a person reads it: medians in ms, fastest first."""
+    """The table as text: medians in ms, fastest first."""
     stages = ("vision", "scoring", "prefill", "decode", "generate", "total")
     lines = []
     for row in sorted(record["rows"], key=lambda row: row["latency_ms"]["total"]["median"]):

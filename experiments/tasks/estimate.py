@@ -1,4 +1,4 @@
-"""Estimate what a model costs and what pruning saves: parameters, KV cache, FLOPs. Needs no weights and no GPU.
+"""Estimates the cost of a model and the savings of pruning: parameters, KV cache, FLOPs. Needs no weights and no GPU.
 
 python run.py task=estimate model=qwen3vl_8b keep=0.25 n_visual=1024
 """

@@ -1,4 +1,4 @@
-"""See in the browser which tokens pruners keep of an image, and what the model then says.
+"""Shows in the browser which tokens of an image pruners keep, and what the model then answers.
 
 python run.py task=explorer                                # the demo, http://127.0.0.1:8765
 python run.py task=explorer model=llava15_7b               # any model, by the words of every other run

@@ -121,7 +121,7 @@ def _table(run: list[str], number: int, words: list[str], folder: Path) -> list[
 
 @dataclass
 class Goal:
-    """What a GPU should reach.
+    """A value that a GPU should reach.
 
     Attributes
     ----------
@@ -194,7 +194,7 @@ def _row(folder: Path, method: str, engine: str) -> dict[str, Any]:
 
 
 def unable(device: torch.device) -> list[str]:
-    """What this machine lacks, in words."""
+    """The missing requirements of this machine, as text."""
     found = [] if device.type == "cuda" else ["no GPU: nothing on this page is a figure of one"]
     for module, use in (("triton", "the kernels"), ("flash_attn", "flash attention"), ("vllm", "serving")):
         if find_spec(module) is None:

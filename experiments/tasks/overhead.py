@@ -1,4 +1,4 @@
-"""Measure what `mipruner.prune` costs around `generate`, against stock and against the ideal.
+"""Measures the cost of `mipruner.prune` around `generate`, against stock generate and against the ideal.
 
     OMP_NUM_THREADS=1 python run.py task=overhead out=docs/results/overhead_demo_llava_cpu.json
     OMP_NUM_THREADS=1 python run.py task=overhead model=demo_qwen3vl +model.max_pixels=451584 'picture=[672,672]'

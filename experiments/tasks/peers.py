@@ -1,4 +1,4 @@
-"""Measure our choice of tokens beside the rivals', by number of tokens, as ratios to one float32 product.
+"""Measures the token selection of MI-Pruner and other methods, by number of tokens, as ratios to one float32 product.
 
     python run.py task=peers
     python run.py task=peers sizes=[[576,64]] out=docs/results/peers_cpu
@@ -141,7 +141,7 @@ def measured(calls: dict[str, Call], repetitions: int) -> dict[str, dict[str, An
 
 
 def expected_ms(rows: list[dict[str, Any]], name: str, n_visual: int) -> float:
-    """What a method would take at a size, by its exponent so far, or by the square of the tokens."""
+    """Expected time of a method at a size, by its exponent so far, or by the square of the tokens."""
     own = [row for row in rows if row["method"] == name]
     if not own:
         return 0.0

@@ -1,4 +1,4 @@
-"""Measure how long the choice of tokens takes, by number of visual tokens and of kept tokens.
+"""Measures the time of token selection, by number of visual tokens and of kept tokens.
 
     python run.py task=scaling
     python run.py task=scaling n_visual=[576,2304] keeps=[64,0.25] out=docs/results/scaling.csv
@@ -48,7 +48,7 @@ def mi_relevance(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
 
 
 def mi_plain(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
-    """What `mi` computes, step by step."""
+    """The computation of `mi`, step by step."""
     return greedy(pmi.relevance(visual, text), pmi.redundancy(visual), n_keep, 0.5)
 
 

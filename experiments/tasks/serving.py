@@ -1,4 +1,4 @@
-"""Measure load on a vLLM server with mi-pruner-vllm: throughput, time to first token and memory.
+"""Measures load on a vLLM server with mi-pruner-vllm: throughput, time to first token and memory.
 
     python run.py task=serving                             the demo
     python run.py task=serving model=llava15_7b requests=400

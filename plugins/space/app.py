@@ -1,4 +1,4 @@
-"""The explorer on Hugging Face Spaces: gradio brings the form, the upload and the queue; the drawing is `panels.js`.
+"""The explorer on Hugging Face Spaces: gradio provides form, upload and queue; `panels.js` draws.
 
 MODELS names the models of conf/model that are offered, as in MODELS=qwen3vl_2b; by default the two of the demo.
 """

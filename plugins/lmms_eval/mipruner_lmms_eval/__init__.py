@@ -1,4 +1,4 @@
-"""Pruned models as one model of lmms-eval, so that its tasks, prompts and scores can be used as they are.
+"""Registers pruned models as one model of lmms-eval, with its own tasks, prompts and scores.
 
     lmms-eval --model mipruner --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=mi,keep=64,lam=1 --tasks pope
 

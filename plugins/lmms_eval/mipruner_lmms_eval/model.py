@@ -1,4 +1,4 @@
-"""lmms-eval's requests through `mipruner.pipeline.Pipeline`."""
+"""Answers lmms-eval's requests through `mipruner.pipeline.Pipeline`."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -99,7 +99,7 @@ def decoding(options: dict[str, Any]) -> Decoding:
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the words that end it."""
+    """The text before the first of the stop strings."""
     for stop in [until] if isinstance(until, str) else until or ():
         text = text.split(stop)[0] if stop else text
     return text.strip()

@@ -1,4 +1,4 @@
-"""From an image's rows to those that are kept, in the worker."""
+"""Selects the kept rows of each image in the vLLM worker."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from mipruner_vllm.processor import OWN
 
 
 class VisionRows:
-    """The rows of images seen lately, by image hash: up to ``max_bytes``, the least recently used goes first.
+    """Cache of image rows by image hash: up to ``max_bytes``, the least recently used are removed first.
 
     They lie in host memory, of which vLLM's memory profile takes nothing.
     """
@@ -128,7 +128,7 @@ class Pruned:
         return wide
 
     def place(self, rows: Tensor, thw: Tensor | None) -> Tensor:
-        """Rows with what says where on the image they were, if the model must know."""
+        """Add position information to rows, if the model needs it."""
         return rows
 
     def embed_words(self, ids: Tensor) -> Tensor:

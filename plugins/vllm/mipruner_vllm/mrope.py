@@ -1,4 +1,4 @@
-"""M-RoPE: kept tokens stay where they were on the image's grid."""
+"""M-RoPE: kept tokens keep their positions on the image's grid."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From a request to its placeholders: the question, the budget, and each image's share, before anything is encoded."""
+"""Prepares a request before encoding: the question, the budget, each image's share, and the placeholders."""
 
 import contextvars
 import dataclasses
@@ -63,7 +63,7 @@ class Questions:
         return Reader(tokenizer, template, self.placeholders)
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any):
-        """Profiling asks no question and must see every row, the most that a request can keep."""
+        """Inputs for profiling: no question, and all rows, the most that a request can keep."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs=PROFILE)
 
@@ -146,7 +146,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Span:
-    """What stands for one image in the full-length prompt.
+    """The placeholders of one image in the full-length prompt.
 
     Words between the rows (the ends of lines, the separators of tiles) stand among kept tokens at places that are
     known only after scoring. So the whole span from the first to the last row becomes image ids, and the worker puts

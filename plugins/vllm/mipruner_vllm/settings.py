@@ -1,4 +1,4 @@
-"""The setting ``mipruner`` of ``--hf-overrides``: read, checked before the model is loaded, refused in one message."""
+"""The setting ``mipruner`` of ``--hf-overrides``: reads it and checks it before the model is loaded."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ GRIDS = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``mipruner`` of the model's config says.
+    """The content of ``mipruner`` in the model's config.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ def check_pruner(running: Pruner, name: Any, options: Any) -> None:
 
 
 def check_keep(keep: Any) -> None:
-    """Raise `InputError` for what is a budget of no image."""
+    """Raise `InputError` for an invalid budget."""
     if keep == "auto":
         raise InputError(
             "keep='auto' cannot run in vLLM: it needs the length of the prompt before the image is encoded. Give a "
