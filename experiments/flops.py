@@ -17,7 +17,7 @@ from experiments.results import ROOT
 from mipruner.errors import InputError
 
 
-def architecture(name: str) -> PreTrainedConfig:
+def architecture(name: str | None) -> PreTrainedConfig:
     """The transformers config of a model by its name on the command line, or of a folder.
 
     Raises
@@ -27,7 +27,7 @@ def architecture(name: str) -> PreTrainedConfig:
     """
     models = {known: read("model", known) for known in names("model")}
     options = models.get(name, {"path": name})
-    path = ROOT / (options["path"] or name)
+    path = ROOT / (options["path"] or name or "")
     if (path / "config.json").exists():
         return AutoConfig.from_pretrained(path)
     if "shape" not in options:

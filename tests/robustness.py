@@ -19,10 +19,10 @@ from mipruner.errors import InputError, ModelError
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (InputError, ModelError, BenchmarkError, SampleError)
 AREAS = {
-    "The command line": ("run", "answer", "launchers", "auto"),
-    "Models": ("models", "engine", "trained"),
+    "The command line": ("run", "answer", "launchers", "auto", "answers", "masks", "efficiency"),
+    "Models": ("models", "chat", "engine", "trained"),
     "`mipruner.prune`": ("attach", "ways"),
-    "Data": ("benchmarks", "benchmarks_run", "video", "demo"),
+    "Data": ("benchmarks", "benchmarks_run", "folder", "images", "video", "demo", "trust", "kills"),
     "Judges": ("judge",),
     "Methods": ("pruners", "pmi", "prior", "selection", "baselines", "decoder", "fused", "kernels", "methods"),
 }

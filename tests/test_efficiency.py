@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments import results
+from experiments import build, conf, flops, results
 from experiments.machine import machine, spread
 from experiments.results import ROOT
 from experiments.tasks import efficiency, estimate
@@ -72,6 +72,44 @@ def test_random_weights_and_longer_prompts(tmp_path, capsys):
     assert record["text_tokens"] == 50
     assert (row["visual_tokens"], row["visual_tokens_layer_mean"]) == (10 * 7, 35)
     assert "the engine runs LLaVA-1.5" in record["left_out"][0]
+
+
+@pytest.mark.parametrize("name", conf.names("model"))
+def test_random_weights_of_every_shape(name, monkeypatch):
+    """Two layers of every model that has a shape: prompt and vision encoder fit, or one sentence says why not."""
+    shape = flops.architecture
+
+    def short(name):
+        config = shape(name)
+        config.text_config.num_hidden_layers = 2
+        vision = config.vision_config
+        vision.update({"depth": 2} if hasattr(vision, "depth") else {"num_hidden_layers": 2})
+        if hasattr(vision, "deepstack_visual_indexes"):
+            vision.deepstack_visual_indexes = [0, 1]
+        return config
+
+    monkeypatch.setattr(flops, "architecture", short)
+    monkeypatch.setattr(build, "device", lambda config: "meta")
+    settings = config(f"model={name}", "weights=random", "dataset=demo_canvases")
+    try:
+        adapter, prompt = efficiency.prepare(settings)
+    except InputError as error:
+        options = conf.read("model", name)
+        assert str(error).startswith(
+            "random weights are for llava, qwen3_vl" if "shape" in options else "there is no shape"
+        )
+        assert options.get("shape", {}).get("model_type") not in flops.STAND_INS
+        return
+    assert adapter.model.config.model_type in flops.STAND_INS
+    pixels = [adapter.preprocess(image) for image in prompt.images]
+    pixels = [{k: v.to("meta") if k == "pixel_values" else v for k, v in one.items()} for one in pixels]
+    vision = adapter.model.config.vision_config
+    if "grid_thw" in pixels[0]:
+        width = 3 * vision.temporal_patch_size * vision.patch_size**2
+        assert pixels[0]["pixel_values"].shape[-1] == width
+    else:
+        assert pixels[0]["pixel_values"].shape[-2:] == (vision.image_size, vision.image_size)
+    assert efficiency.n_text(adapter, prompt) > 5
 
 
 @pytest.mark.parametrize("override", ["clock=sun", "engines=[pipeline,steam]"])

@@ -91,7 +91,10 @@ def random_model(name: str, dtype: str, device: str, attn_implementation: str) -
     """A model with the shape of ``name`` and random weights, which take as long as trained ones."""
     config, folder = stand_in(name)
     family, tokenizer = FAMILIES[config.model_type], AutoTokenizer.from_pretrained(folder)
-    processor = family.image_processor_class.from_pretrained(folder)
+    vision = config.vision_config
+    fields = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+    own = {key.replace("spatial_merge", "merge"): getattr(vision, key) for key in fields if hasattr(vision, key)}
+    processor = family.image_processor_class.from_pretrained(folder, **own if config.model_type == "qwen3_vl" else {})
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
