@@ -112,7 +112,7 @@ class Masks:
 
     def make(self, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
         """Build the masks for the arguments ``call`` of the language model."""
-        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+        make: Callable[..., Any] = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
         own = {name: call.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")}
         return make(config=self.model.config, is_first_iteration=is_first, **own, **types)
 

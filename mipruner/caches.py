@@ -7,6 +7,7 @@ call, and whatever selects, repeats or crops its rows does so with what became o
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -70,11 +71,17 @@ class Course:
         layers = [known[id(valid)] for valid in self.layers]
         return replace(self, last=self.last[:, rows.to(self.last.device)], layers=layers)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Course":
         return replace(self, serving=False)
 
 
-class _Short:
+if TYPE_CHECKING:
+    Mixed = Cache
+else:
+    Mixed = object
+
+
+class _Short(Mixed):
     """Mixin in front of the class of a cache."""
 
     course: Course
@@ -87,7 +94,9 @@ class _Short:
             n += self.course.valid.shape[1] - self.course.layers[layer_idx].shape[1]
         return n + self.course.removed
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.course.serving:
             raise InputError(
                 "this cache holds a prompt that mipruner.prune shortened, and its context is over: go on inside it, or "
@@ -103,7 +112,7 @@ class _Short:
         if tokens:
             super().crop(tokens)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.course = self.course.select(beam_idx)
 
@@ -117,7 +126,7 @@ class _Short:
         self.course = self.course.select(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         del self.course
         self.__class__ = type(self).__bases__[1]
 
@@ -130,8 +139,8 @@ def _short(cls: type) -> type:
 def mark(cache: Cache, course: Course) -> None:
     """Store on a cache which tokens of its prompts were kept."""
     if not isinstance(cache, _Short):
-        cache.__class__ = _short(type(cache))
-    cache.course = course
+        cache.__class__ = _short(type(cache))  # type: ignore[arg-type]
+    cast(_Short, cache).course = course
 
 
 def course_of(cache: Cache | None) -> Course | None:

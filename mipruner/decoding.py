@@ -5,6 +5,7 @@ they can be timed, and Qwen3-VL's deepstack rows are passed as what they are, ar
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def step(adapter: Adapter, state: State, token: Tensor) -> State:
     return State(next_logits(adapter, out), out.past_key_values, position_ids, mask)
 
 
-def next_logits(adapter: Adapter, out) -> Tensor:
+def next_logits(adapter: Adapter, out: Any) -> Tensor:
     """Logits [B, vocabulary] of the last position, on the device of the embeddings if layers are on several devices."""
     return adapter.model.lm_head(out.last_hidden_state[:, -1:])[:, 0].to(adapter.device, torch.float32)
 
@@ -134,9 +135,9 @@ def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> 
             state = step(adapter, state, drawn[:, -1:])
         logits = state.logits
         for row, penalty in enumerate(penalties):
-            seen = torch.cat([batch.ids[row], drawn[row]])[None]
+            seen = cast(torch.LongTensor, torch.cat([batch.ids[row], drawn[row]])[None])
             logits[row] = penalty(seen, logits[row : row + 1])[0]
-        logits = warpers(drawn, logits)
+        logits = warpers(cast(torch.LongTensor, drawn), logits)
         if decoding.temperature:
             uniform = torch.stack([torch.rand(1, generator=generator) for generator in generators])
             token = inverse(logits.softmax(-1), uniform.to(logits.device))

@@ -116,7 +116,7 @@ def left(visual: Tensor, columns: Tensor, is_visual: Tensor) -> Iterator[Tensor]
         yield (at.cumsum(0) - 1)[places[own & (places >= 0)]]
 
 
-def padding(mask: Tensor | dict | None, n_columns: int) -> Tensor | None:
+def padding(mask: Tensor | dict[str, Tensor] | None, n_columns: int) -> Tensor | None:
     """Which columns [B, n_columns] of the caller's mask are not padding; None if all are.
 
     Raises
@@ -183,11 +183,12 @@ def _past(course: Course | None, mask: Tensor | None, n_past: int, n_new: int, l
     return torch.cat([course.valid, since], 1)
 
 
-def _rest(course: Course, mask: Tensor | dict | None, n_past: int, n_new: int) -> Tensor | None:
+def _rest(course: Course, mask: Tensor | dict[str, Tensor] | None, n_past: int, n_new: int) -> Tensor | None:
     """Which columns [B, k] after the prompts are valid, from the caller's mask."""
     if getattr(mask, "ndim", 0) != 2:  # none, or one for a static cache, which is made anew
         return None
     rest = padding(mask, n_past + course.removed + n_new)
+    assert rest is not None
     return rest[:, course.valid.shape[1] + course.removed :]
 
 
@@ -199,10 +200,11 @@ def _ahead(course: Course, rest: Tensor | None, n_past: int, n_new: int) -> Tens
     return course.last[..., None] + rest.cumsum(1)[:, -n_new:].to(course.last)
 
 
-def _columns(real: Tensor, indices: Sequence[Tensor], new: Tensor) -> Tensor:
+def _columns(real: Tensor, indices: Sequence[Tensor | None], new: Tensor) -> Tensor:
     """Column of each row [B, n] in the caller's prompts, given its index among the tokens that are not padding."""
     columns = torch.full(new.shape, -1, device=new.device)
     for row, places, index in zip(columns, real, indices, strict=True):
+        assert index is not None
         row[len(row) - len(index) :] = places.nonzero()[:, 0][index]
     return columns
 

@@ -23,6 +23,7 @@ from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.adapter import Adapter
+from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Media, Prompt, Tokens, Visual
 from mipruner.pruners import Pruner
@@ -39,8 +40,9 @@ class Graph:
     What it returns lies in the graph's own memory and lives until the next call.
     """
 
-    def __init__(self, function: Callable, *inputs: Tensor):
-        self.function, self.graph = function, None
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor):
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
         if inputs[0].is_cuda:
             with torch.cuda.device_of(inputs[0]):
                 self._record([x.clone() for x in inputs])
@@ -172,10 +174,11 @@ class Engine:
             raise InputError("the engine's shapes are fixed, and keep=auto is not: use the pipeline")
         self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
         self.bucket, self.longest, self.compiled = bucket, longest, compiled
-        self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
+        self.watch: Callable[[str], AbstractContextManager[Any]] = lambda stage: nullcontext()
         """Called around each stage. Nothing is timed by default, because a clock makes the host wait."""
         static = adapter.device.type == "cuda" if static is None else static
         self.pipeline = None if static else Pipeline(adapter, pruner, keep, decoding)
+        assert isinstance(adapter, LlavaAdapter)
         self.n_visual = adapter.side**2
         self.visual = Visual(rows=torch.empty(self.n_visual, 0), grid=(adapter.side, adapter.side))
         self.n_keep = self.n_visual if isinstance(pruner, NoPruner) else pruner.budget(keep, self.n_visual)
@@ -183,8 +186,8 @@ class Engine:
         length = self._padded(longest + self.n_keep + decoding.max_new_tokens)
         if static:
             self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
-        self.graphs: dict[tuple, Graph] = {}
-        self.asked: tuple[Media | None, dict] = None, {}
+        self.graphs: dict[tuple[Any, ...], Graph] = {}
+        self.asked: tuple[Media | None, dict[Any, Any]] = None, {}
         """The latest image, and `Features.held` of it."""
 
     @torch.inference_mode()
@@ -199,7 +202,7 @@ class Engine:
         if len(prompt.images) != 1:
             raise InputError(f"the engine answers about one image, not {len(prompt.images)}: use the pipeline")
         if self.pipeline is not None:
-            self.pipeline.watch = self.watch
+            self.pipeline.watch = self.watch  # type: ignore[assignment]
             return self.pipeline([prompt])[0]
         tokens = self.adapter.tokenize(prompt, [self.visual])
         if (n_other := len(tokens.ids) - self.n_visual) > self.longest:
@@ -246,7 +249,7 @@ class Engine:
         """Copy to the device from pinned memory, without blocking the host."""
         return x.pin_memory().to(self.adapter.device, non_blocking=True) if self.adapter.device.type == "cuda" else x
 
-    def run(self, function: Callable, *inputs: Tensor) -> Any:
+    def run(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """Replay the graph of this function for these shapes; record it at the first call."""
         key = (function.__name__, *(x.shape for x in inputs))
         if key not in self.graphs:
@@ -318,7 +321,7 @@ class Engine:
         finite = (visual.sum(dtype=torch.float32) + text.sum(dtype=torch.float32)).isfinite().long()[None]
         if self.n_keep == self.n_visual:
             return torch.arange(self.n_keep, device=visual.device), finite
-        named = dict(zip(sorted(self.pruner.signals), signals, strict=True))
+        named: dict[str, Any] = dict(zip(sorted(self.pruner.signals), signals, strict=True))
         return self.pruner.select(Features(visual, text, **named), self.n_keep).indices, finite
 
     def prefill(

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,12 @@ class Seen:
 
 
 def see(
-    adapter: Adapter, method: Callable, names: Sequence[str], args: tuple, kwargs: dict, calls: list[Call]
+    adapter: Adapter,
+    method: Callable[..., Any],
+    names: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calls: list[Call],
 ) -> tuple[Any, Seen]:
     """Call the model's own vision method, whose arguments have these names, and record the call."""
     out = method(*args, **kwargs)
@@ -54,10 +59,13 @@ def reader_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, adapte
     """Finds questions in token ids; None without a tokenizer."""
     if tokenizer is None:
         return None
-    words = getattr(tokenizer, "tokenizer", tokenizer)
+    words = cast(PreTrainedTokenizerBase, getattr(tokenizer, "tokenizer", tokenizer))
     marks = [getattr(words, f"{name}_image_token", None) for name in ("start", "end")]
     marks += words.convert_ids_to_tokens(sorted(adapter.around_ids))
-    return Reader(words, words.chat_template or getattr(tokenizer, "chat_template", None), [m for m in marks if m])
+    template = words.chat_template or getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    return Reader(words, template, [mark for mark in marks if mark])
 
 
 @dataclass
@@ -132,7 +140,16 @@ class Inputs:
         self.recent.append(visual)
         return visual
 
-    def _encode(self, valid, ids, embeds, position_ids, images, text, question) -> Encoded:
+    def _encode(
+        self,
+        valid: Tensor,
+        ids: Tensor,
+        embeds: Tensor,
+        position_ids: Tensor,
+        images: list[tuple[Visual, Tensor]],
+        text: str | None,
+        question: str | None,
+    ) -> Encoded:
         """One prompt without its padding."""
         rows = valid.nonzero()[:, 0]
         ids, embeds, position_ids = ids[rows], embeds[rows], position_ids[:, rows]
@@ -144,8 +161,9 @@ class Inputs:
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
         is_question = torch.ones(int(is_text.sum()), dtype=torch.bool)
         if question is not None and images:
+            assert self.reader is not None
             is_question = self.reader.occurrence(ids, self.adapter.is_placeholder(ids), question)[is_text]
-        tokens = Tokens(ids, is_text, is_question, words, self.reader and self.reader.tokenizer)
+        tokens = Tokens(ids, is_text, is_question, words, self.reader.tokenizer if self.reader else None)
         prompt = Prompt(self.reader.decode(ids[is_text].tolist()) if self.reader else "", ())
         return Encoded(
             ids=ids,
@@ -176,6 +194,7 @@ class Inputs:
         """T [S] bool of one prompt."""
         is_visual = self.adapter.is_placeholder(ids)
         if text is not None:
+            assert self.reader is not None
             return self.reader.occurrence(ids, is_visual, text)
         if self.reader is not None and self.reader.template is not None:
             return self.reader.latest(ids, is_visual)
@@ -183,7 +202,7 @@ class Inputs:
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) - {None}
         configs = (model.config, model.config.get_text_config(), model.generation_config)
-        special = {getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "pad")}
+        special: set[Any] = {getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "pad")}
         special = (special - {None}) | self.adapter.around_ids
         return between_special(ids, is_visual, ends, ends | special)
 
@@ -196,7 +215,7 @@ def _runs(row: Tensor) -> tuple[list[bool], list[int]]:
 
 def _each(given: Sequence[str] | None, n_prompts: int) -> list[str | None]:
     """The given text for each prompt."""
-    given = given or [None]
-    if n_prompts % len(given):
-        raise InputError(f"{len(given)} texts were given, and there are {n_prompts} prompts")
-    return [text for text in given for _ in range(n_prompts // len(given))]
+    texts: Sequence[str | None] = given or [None]
+    if n_prompts % len(texts):
+        raise InputError(f"{len(texts)} texts were given, and there are {n_prompts} prompts")
+    return [text for text in texts for _ in range(n_prompts // len(texts))]

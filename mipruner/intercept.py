@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,12 @@ from torch import Tensor, nn
 METHODS = ("generate", "get_image_features", "get_video_features")
 """What a step may stand around, beside a call."""
 
-outside_graphs = torch.compiler.disable(reason="mipruner works between two graphs: compile without fullgraph=True")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+F = TypeVar("F", bound=Callable[..., Any])
+outside_graphs: Callable[[F], F] = torch.compiler.disable(
+    reason="mipruner works between two graphs: compile without fullgraph=True"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +42,9 @@ class Step:
         Name to a callable that gets the module's own method and the arguments.
     """
 
-    before: Callable[[tuple, dict], tuple[tuple, dict]] | None = None
+    before: Callable[[tuple[Any, ...], dict[str, Any]], Arguments] | None = None
     after: Callable[[Any], Any] | None = None
-    methods: dict[str, Callable] = field(default_factory=dict)
+    methods: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 _steps: "WeakKeyDictionary[nn.Module, tuple[Step, ...]]" = WeakKeyDictionary()
@@ -51,7 +56,7 @@ def intercept(module: nn.Module, step: Step) -> Iterator[None]:
     """Run ``step`` at every call of ``module`` while the context lasts, in all threads."""
     with _changing:
         if not isinstance(module, Stepped):
-            module.__class__ = _stepped(type(module))
+            module.__class__ = _stepped(type(module))  # type: ignore[arg-type]
         _steps[module] = (*_steps.get(module, ()), step)
     try:
         yield
@@ -65,13 +70,19 @@ def intercept(module: nn.Module, step: Step) -> Iterator[None]:
                 module.__class__ = type(module).__bases__[1]
 
 
-class Stepped:
+if TYPE_CHECKING:
+    Mixed = nn.Module
+else:
+    Mixed = object
+
+
+class Stepped(Mixed):
     """Mixin in front of the class of a module."""
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         """Prevents that transformers wraps ``forward`` in checkpointing a second time for this subclass."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Stepped):  # taken by generate before the context ended
             return type(self).__call__(self, *args, **kwargs)
         call = super().__call__
@@ -83,11 +94,11 @@ class Stepped:
             raise
         return _after(self, output)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new, (type(self).__bases__[1],), self.__dict__
 
 
-def _new(cls: type) -> nn.Module:
+def _new(cls: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
@@ -98,7 +109,7 @@ def _stepped(cls: type) -> type:
 
 
 @outside_graphs
-def _before(module, args, kwargs):
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     for step in _steps.get(module, ()):
         if step.before is not None:
             args, kwargs = step.before(args, kwargs)
@@ -106,17 +117,17 @@ def _before(module, args, kwargs):
 
 
 @outside_graphs
-def _after(module, output):
+def _after(module: nn.Module, output: Any) -> Any:
     for step in reversed(_steps.get(module, ())):
         if step.after is not None:
             output = step.after(output)
     return output
 
 
-def _around(name: str, method):
+def _around(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @outside_graphs
     @wraps(method)
-    def stepped(self, *args, **kwargs):
+    def stepped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = partial(method, self)
         for step in _steps.get(self, ()):
             if name in step.methods:
@@ -126,12 +137,12 @@ def _around(name: str, method):
     return stepped
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One forward pass of a module: its keyword arguments and its (first) output."""
 
-    kwargs: dict[str, Any] | None = None
-    output: Tensor | None = None
+    kwargs: dict[str, Any] = field(init=False, repr=False)
+    output: Tensor = field(init=False, repr=False)
 
 
 @contextmanager
@@ -139,12 +150,12 @@ def captured(*modules: nn.Module) -> Iterator[list[Call]]:
     """Capture the calls of ``modules`` in one forward pass of this thread; outputs have no gradient."""
     calls, thread = [Call() for _ in modules], threading.get_ident()
 
-    def before(call, args, kwargs):
+    def before(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         if threading.get_ident() == thread:
             call.kwargs = kwargs
         return args, kwargs
 
-    def after(call, output):
+    def after(call: Call, output: Any) -> Any:
         if threading.get_ident() == thread and output is not None:
             call.output = (output[0] if isinstance(output, tuple) else output).detach()
         return output

@@ -25,8 +25,8 @@ PROGRAMS = 1024
 """About so many share the work of `log_partition`."""
 
 
-@triton.jit
-def similarity_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def similarity_kernel(  # type: ignore[no-untyped-def]
     rho,  # [B, R, N]
     rows,  # [B, R, D]
     columns,  # [B, N, D]
@@ -72,8 +72,8 @@ def similarity_kernel(
         tl.store(rho + column[:, None] * N + row[None, :], tl.trans(tile), mask=is_column[:, None] & is_row[None, :])
 
 
-@triton.jit
-def log_sums_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def log_sums_kernel(  # type: ignore[no-untyped-def]
     lse,  # [B, N]
     rho,  # [B, N, N]
     n_visual,  # [B]
@@ -99,8 +99,8 @@ def log_sums_kernel(
     tl.store(lse + sample * N + row, top + tl.log(tl.sum(total * tl.exp(highest - top), 0)))
 
 
-@triton.jit
-def partition_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def partition_kernel(  # type: ignore[no-untyped-def]
     lse,  # [n_parts, R]
     rows,  # [R, D]
     columns,  # [N, D]
@@ -141,8 +141,8 @@ def partition_kernel(
     tl.store(lse + tl.program_id(1).to(tl.int64) * R + row, highest + tl.log(total), mask=is_row)
 
 
-@triton.jit
-def relevance_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def relevance_kernel(  # type: ignore[no-untyped-def]
     relevance,  # [B, N]
     rho,  # [B, M, N]
     n_visual,  # [B]
@@ -180,8 +180,8 @@ def relevance_kernel(
     tl.store(relevance + sample * N + i, best, mask=inside)
 
 
-@triton.jit
-def greedy_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def greedy_kernel(  # type: ignore[no-untyped-def]
     picks,  # [B, G + K]
     relevance,  # [B, N]
     rho,  # [B, N, N]

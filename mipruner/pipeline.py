@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mipruner.decoding import Decoding, decode, prefill
@@ -199,6 +200,7 @@ class Pipeline:
             counts = [self.adapter.n_visual(image) for image in prompt.images]
             n_keep = split_budget(self.pruner.budget(self.keep, sum(counts)), counts) if counts else []
             for image, n, count in zip(prompt.images, n_keep, counts, strict=True):
+                assert isinstance(image, Image.Image)  # `n_visual` refuses videos
                 grid = grid_within(n, image.height, image.width)
                 made.setdefault((id(image), n), image if n == count else Smaller(image, grid, count))
             images = [made[id(image), n] for image, n in zip(prompt.images, n_keep, strict=True)]
@@ -211,8 +213,9 @@ class Pipeline:
         Once more where it is held without a signal that the pruner reads; it is then held with the old and the new.
         """
         distinct = {id(image): image for image in images}
-        visuals = {key: self.cache.get(image, self.pruner.signals) for key, image in distinct.items()}
-        new = {key: distinct[key] for key, visual in visuals.items() if visual is None}
+        held = {key: self.cache.get(image, self.pruner.signals) for key, image in distinct.items()}
+        visuals = {key: visual for key, visual in held.items() if visual is not None}
+        new = {key: image for key, image in distinct.items() if key not in visuals}
         if new:
             signals = self.pruner.signals.union(*map(self.cache.signals, new.values()))
             pixels = [self._pixels(image) for image in new.values()]
@@ -224,7 +227,7 @@ class Pipeline:
         return visuals
 
     def _pixels(self, image: Media) -> dict[str, Any]:
-        prepared, pixels = self._prepared.pop(id(image), (None, None))
+        prepared, pixels = self._prepared.pop(id(image), (None, {}))
         if prepared is image:
             return pixels
         self.adapter.kinds([image])  # a video to a family without videos is an error of the user's
@@ -247,6 +250,7 @@ class Pipeline:
             pairs = [(features, self.enough(features, n)) for features, n in pairs]
         if isinstance(self.pruner, Pruner):
             return [self.pruner(features, n) for features, n in pairs]
+        assert isinstance(self.pruner, DecoderPruner)
         for features, n in pairs:
             self.pruner.check(features, n)
         if self.pruner.door is None:
@@ -256,6 +260,7 @@ class Pipeline:
 
     def enough(self, features: Features, n_max: int) -> int:
         """The budget that keep=auto sets for one image."""
+        assert isinstance(self.keep, Auto)
         self.pruner.check(features, n_max)
         return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
@@ -282,6 +287,7 @@ class Pipeline:
 
     def nominal(self, sample: Encoded) -> int:
         """The budget of one prompt as a method inside the decoder counts it."""
+        assert isinstance(self.pruner, DecoderPruner)
         n = sample.n_visual
         return self.pruner.nominal(n, self.pruner.budget(self.keep, n), self.adapter.n_layers) if n else 0
 

@@ -6,7 +6,7 @@ pipeline_of(adapter, mipruner.pruners.make("mi"), keep=0.25)([Prompt("What is th
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Draw(LogitsProcessor):
             self.prefilled = self.now()
         if not self.decoding.temperature:
             return scores
-        p = self.decoding.warpers()(input_ids, scores.float()).softmax(-1)
+        p = self.decoding.warpers()(cast(torch.LongTensor, input_ids), scores.float()).softmax(-1)
         uniform = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])
         token = inverse(p, uniform.to(p.device))
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0)
@@ -132,7 +132,8 @@ class ProcessorPipeline:
         config.pad_token_id = tokenizer.pad_token_id
         draw = Draw(self.decoding, [prompt.sample for prompt in prompts], watch.now)
         before, start = dict(watch.ms), watch.now()
-        out = model.generate(**inputs, generation_config=config, logits_processor=[draw])
+        out = cast(Any, model).generate(**inputs, generation_config=config, logits_processor=[draw])
+        assert draw.prefilled is not None
         inside = sum(watch.ms[stage] - before.get(stage, 0.0) for stage in ("vision", "scoring"))
         watch.ms["prefill"] += 1000 * (draw.prefilled - start) - inside
         watch.ms["decode"] += 1000 * (watch.now() - draw.prefilled)
@@ -162,5 +163,7 @@ def pipeline_of(
     adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float | Auto, decoding: Decoding | None = None
 ) -> Pipeline | ProcessorPipeline:
     """The pipeline for an adapter."""
-    kind = Pipeline if adapter.reads_inside else ProcessorPipeline
-    return kind(adapter, pruner, keep, decoding)
+    if adapter.reads_inside:
+        return Pipeline(adapter, pruner, keep, decoding)
+    assert isinstance(adapter, GenericAdapter)
+    return ProcessorPipeline(adapter, pruner, keep, decoding)

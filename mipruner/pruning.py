@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from mipruner.arguments import Masks
@@ -34,17 +34,19 @@ from mipruner.composed import Composed
 from mipruner.door import Prompts, padding
 from mipruner.errors import InputError
 from mipruner.inputs import Inputs, reader_of, saved_tokenizer, see
-from mipruner.intercept import Step, intercept
+from mipruner.intercept import Arguments, Step, intercept
 from mipruner.loss import Asked
 from mipruner.models import FAMILIES
 from mipruner.models.generic import PAGE, GenericAdapter, check, refusal
 from mipruner.pipeline import Pipeline, per_image
 from mipruner.prompt import Encoded
-from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner, Pruner, make
+from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner, Method, Pruner, make
 from mipruner.selection import Auto, Selection, budget
 from mipruner.shortening import Shortening
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_sizes", "mm_encoder_outputs")
+
+Keep = int | float | Auto
 
 UNSERVED = {
     "prefill_chunk_size": "cuts a prompt before its question is known",
@@ -155,7 +157,17 @@ class Pruning:
         From the name of a stage, "vision" or "scoring", to a context around it.
     """
 
-    def __init__(self, model, pruner, keep, tokenizer, text, question, positions, options):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pruner: str | Method | Sequence[str | Method],
+        keep: Keep | Sequence[int | float],
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+        text: str | Sequence[str] | None,
+        question: str | Sequence[str] | None,
+        positions: str | None,
+        options: dict[str, Any],
+    ):
         self._stack: ExitStack | None = None
         self._used = True  # until the arguments are known to be good
         self.model = _unwrapped(model)
@@ -163,13 +175,13 @@ class Pruning:
         self.keep = keep
         self.name = " then ".join(one if isinstance(one, str) else type(one).__name__ for one in methods)
         for one in keep if isinstance(keep, list | tuple) else [keep]:
-            budget(one, sys.maxsize)
-        pruner, keep = _pruner(pruner, keep, options)
+            budget(cast(Keep, one), sys.maxsize)
+        method, kept = _pruner(pruner, keep, options)
         family = FAMILIES.get(self.model.config.model_type, GenericAdapter)
         self.adapter = family(self.model, None, None, positions=positions)
         if not self.adapter.reads_inside:
-            check(self.model.config.model_type, pruner)
-        self.pipeline = Pipeline(self.adapter, pruner, keep)
+            check(self.model.config.model_type, method)
+        self.pipeline = Pipeline(self.adapter, method, kept)
         reader = reader_of(saved_tokenizer(self.model.name_or_path) if tokenizer is None else tokenizer, self.adapter)
         if reader is None and (text is not None or question is not None):
             raise InputError("text and question are found in the prompt by their tokens: give tokenizer, too")
@@ -180,10 +192,10 @@ class Pruning:
                 stacklevel=3,
             )
         self.reader = reader
-        self._by_question = pruner.reads_text or isinstance(pruner, DecoderPruner)
-        given = [[one] if isinstance(one, str) else one for one in (text, question)]
-        self._inputs = Inputs(self.adapter, reader, *given, pruner.signals)
-        self.watch: Callable[[str], AbstractContextManager] = lambda stage: nullcontext()
+        self._by_question = method.reads_text or isinstance(method, DecoderPruner)
+        texts, questions = ([one] if isinstance(one, str) else one for one in (text, question))
+        self._inputs = Inputs(self.adapter, reader, texts, questions, method.signals)
+        self.watch: Callable[[str], AbstractContextManager[Any]] = lambda stage: nullcontext()
         outer, inner = type(self.model), type(self.adapter.owner)
         self._names = {"call": _names(outer.forward), "model": _names(inner.forward)}
         self._vision = [f"get_{kind}_features" for kind in ("image", "video") if hasattr(inner, f"get_{kind}_features")]
@@ -197,7 +209,7 @@ class Pruning:
     def __enter__(self) -> "Pruning":
         return self._open(own=True)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def attach(self) -> "Pruning":
@@ -224,7 +236,7 @@ class Pruning:
         )
         shortening.check_alone()
         self._used, self.shortening = True, shortening
-        vision = {name: partial(self._look, name) for name in self._vision}
+        vision: dict[str, Callable[..., Any]] = {name: partial(self._look, name) for name in self._vision}
         with ExitStack() as stack:
             stack.enter_context(shortening)
             for module, step in (
@@ -235,17 +247,17 @@ class Pruning:
             self._stack = stack.pop_all()
         return self
 
-    def __del__(self):
+    def __del__(self) -> None:
         if not self._used:
             warnings.warn(
                 "mipruner.prune(...) alone prunes nothing: write `with mipruner.prune(...):`, or mipruner.attach(...)",
                 stacklevel=2,
             )
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise InputError("a mipruner.prune belongs to one model: make another one for the copy")
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise InputError("a mipruner.prune belongs to one model in this process: make another one elsewhere")
 
     # What happened
@@ -290,25 +302,30 @@ class Pruning:
 
     # The steps, from the outermost to the innermost
 
-    def _before_call(self, args, kwargs):
+    @property
+    def _open_shortening(self) -> Shortening:
+        assert self.shortening is not None
+        return self.shortening
+
+    def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         self._here.asked = None
         bound = dict(zip(self._names["call"], args, strict=False)) | kwargs
         asked = Asked.of(bound)
-        if asked is None or not self.shortening.serves(bound.get("past_key_values")):
+        if asked is None or not self._open_shortening.serves(bound.get("past_key_values")):
             return args, kwargs
         self._here.asked = asked
         return (), asked.withhold(bound)
 
-    def _after_call(self, output):
+    def _after_call(self, output: Any) -> Any:
         asked, self._here.asked = getattr(self._here, "asked", None), None
         if asked is None or output is None:
             return output
-        return asked.answer(self.model, output, self.shortening.columns)
+        return asked.answer(self.model, output, self._open_shortening.columns)
 
-    def _generate(self, method: Callable, *args, **kwargs):
+    def _generate(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`generate`. Refuses options that read a prompt in pieces or more than the prompt."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if self.shortening.serves(kwargs.get("past_key_values")) and ids is not None:
+        if self._open_shortening.serves(kwargs.get("past_key_values")) and ids is not None:
             config = kwargs.get("generation_config") or self.model.generation_config
             asked = {name for name in UNSERVED if kwargs.get(name) or getattr(config, name, None)}
             if asked and bool(self.adapter.is_placeholder(ids).any()):
@@ -316,10 +333,10 @@ class Pruning:
                 raise InputError(f"{name} {UNSERVED[name]}: leave it out, the prompt is short")
         return method(*args, **kwargs)
 
-    def _look(self, name: str, method: Callable, *args, **kwargs):
+    def _look(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own vision method; its arguments and output are recorded."""
         here = self._here
-        if getattr(here, "looking", False) or not self.shortening.serves(None):
+        if getattr(here, "looking", False) or not self._open_shortening.serves(None):
             return method(*args, **kwargs)  # Qwen-VL looks at videos through the method for images
         here.looking, is_video = True, name == "get_video_features"
         try:
@@ -330,11 +347,11 @@ class Pruning:
         here.seen = getattr(here, "seen", {}) | {is_video: seen}
         return out
 
-    def _before_model(self, args, kwargs):
+    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         bound = dict(zip(self._names["model"], args, strict=False)) | kwargs
         cache = bound.get("past_key_values")
         self._here.ids = self._here.outer = None
-        if not self.shortening.serves(cache):
+        if not self._open_shortening.serves(cache):
             return args, kwargs
         if bound.get("input_ids") is None and not length(cache):
             raise InputError("pruning reads the prompt's input_ids, and this call has inputs_embeds only")
@@ -344,13 +361,13 @@ class Pruning:
         self._here.outer = bound
         return (), bound
 
-    def _after_model(self, output):
+    def _after_model(self, output: Any) -> Any:
         self._here.ids = self._here.outer = None
         return output
 
     def _choose(self, kwargs: dict[str, Any], course: Course | None) -> Prompts | None:
         """Select the tokens of the prompts with images in a call."""
-        ids = getattr(self._here, "ids", None)
+        ids: Tensor | None = getattr(self._here, "ids", None)
         if not self.adapter.reads_inside and getattr(self._here, "outer", None) is None:
             raise InputError(
                 f"{self.model.config.model_type}: the language model was called around the model's own forward, where "
@@ -358,8 +375,8 @@ class Pruning:
             )
         cache, mask, given = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         n_past = length(cache)
-        answering = ids is None or (n_past > 0 and ids.shape[1] == 1)  # whatever the model says, it is no image
-        if answering or not bool(self.adapter.is_placeholder(ids).any()):
+        answering = n_past > 0 and ids is not None and ids.shape[1] == 1  # whatever the model says, it is no image
+        if ids is None or answering or not bool(self.adapter.is_placeholder(ids).any()):
             return None
         if not self.adapter.reads_inside and getattr(cache, "is_compileable", False):
             raise InputError(
@@ -382,7 +399,7 @@ class Pruning:
         return prompts
 
 
-def _names(method: Callable) -> list[str]:
+def _names(method: Callable[..., Any]) -> list[str]:
     """Names of the arguments, without self."""
     return list(inspect.signature(method).parameters)[1:]
 
@@ -410,7 +427,9 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     return model
 
 
-def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict[str, Any]):
+def _pruner(
+    pruner: str | Method | Sequence[str | Method], keep: Keep | Sequence[int | float], options: dict[str, Any]
+) -> tuple[Pruner | DecoderPruner, Keep]:
     """The pruner, and the budget of tokens that remain at the end."""
     if isinstance(pruner, list | tuple):
         if options:
@@ -420,7 +439,7 @@ def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict
         if len(pruner) != 2:
             raise InputError(f"{len(pruner)} methods: give one, or one before the language model and one inside it")
         door, inside = (_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True))
-        return Composed(door=door, inside=inside, enter=keep[0]), keep[1]
+        return Composed(door=door, inside=inside, enter=keep[0]), keep[1]  # type: ignore[arg-type]
     if isinstance(pruner, str):
         return _pruner(make(pruner, **options), keep, {})
     if isinstance(pruner, ImagePruner):
@@ -432,4 +451,6 @@ def _pruner(pruner: str | Pruner | DecoderPruner | Sequence, keep, options: dict
         raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
     if not isinstance(pruner, Pruner | DecoderPruner):
         raise InputError(f"{pruner!r} is no pruner: give one of {', '.join(PRUNERS)}, or an instance")
+    if not isinstance(keep, int | float | Auto):
+        raise InputError(f"keep={keep!r} are several budgets: one method takes one")
     return pruner, keep

@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -64,12 +65,15 @@ class Reader:
         between = between[max(between.rfind(said) + len(said) for said in (A, B) if said in between) :]
         return _common(before[::-1], between[::-1])[::-1], after
 
-    def _render(self, said: Sequence[tuple[str, str]], **options) -> str | None:
+    def _render(self, said: Sequence[tuple[str, str]], **options: Any) -> str | None:
         """Render a conversation about one image, without blanks and placeholders."""
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in said
+        ]
         messages[0]["content"].insert(0, {"type": "image"})
         try:
-            text = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **options)
+            options |= {"chat_template": self.template, "tokenize": False}
+            text = cast(str, self.tokenizer.apply_chat_template(messages, **options))
         except (TemplateError, TypeError):  # one that takes no such conversation
             return None
         for placeholder in self.placeholders:
@@ -111,13 +115,16 @@ class Reader:
             raise InputError(f"the text {text!r} is not in the prompt")
         return self._tokens(ids, is_visual, prompt, start, start + len(wanted), everywhere=True)
 
-    def _tokens(self, ids: Tensor, is_visual: Tensor, prompt: list[int], start: int, end: int, everywhere=False):
+    def _tokens(
+        self, ids: Tensor, is_visual: Tensor, prompt: list[int], start: int, end: int, everywhere: bool = False
+    ) -> Tensor:
         """Mask [S] bool of the tokens that write the characters start..end of the decoded prompt."""
         lengths = range(len(prompt) + 1)
         # The token that completes a character ends it, the token of its first byte begins it.
         first = bisect_right(lengths, start, key=lambda k: len(without_blanks(self.decode(prompt[:k])))) - 1
         last = bisect_left(lengths, end, key=lambda k: len(without_blanks(self.decode(prompt[:k]).rstrip(INCOMPLETE))))
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.convert_tokens_to_ids(list(self.placeholders))}
+        around = cast(list[int], self.tokenizer.convert_tokens_to_ids(list(self.placeholders)))
+        special = {*self.tokenizer.all_special_ids, *around}
         places = (~is_visual).nonzero()[:, 0].tolist()
         spoken = [k for k in range(max(first, 0), last) if prompt[k] not in special]
         if not everywhere and is_visual.any():
@@ -139,8 +146,9 @@ class Reader:
             words.append(" " * blank + own.strip())
         return words
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def decode(self, ids: list[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return cast(str, self.tokenizer.decode(ids, **options))
 
 
 def between_special(ids: Tensor, is_visual: Tensor, ends: Iterable[int], special: Iterable[int]) -> Tensor:

@@ -13,7 +13,7 @@ is refused.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -22,18 +22,21 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from transformers import Cache
 
 from mipruner.arguments import SERVED, Cut, Masks
 from mipruner.caches import Course, course_of, length, mark
 from mipruner.door import Entry, Prompts, enter, follow, left
 from mipruner.errors import InputError
-from mipruner.intercept import Step, intercept
-from mipruner.pruners.base import DecoderPruner, Pruner
+from mipruner.intercept import Arguments, Step, intercept
+from mipruner.pruners.base import DecoderPruner, Method
 from mipruner.stages import Layers, Prefill
 
 _active: "WeakKeyDictionary[nn.Module, tuple[Shortening, ...]]" = WeakKeyDictionary()
 _own: "ContextVar[tuple[Shortening, ...]]" = ContextVar("mipruner", default=())
 _changing = threading.Lock()
+
+Choose = Callable[[dict[str, Any], Course | None], Prompts | None]
 
 
 @dataclass
@@ -97,8 +100,8 @@ class Shortening:
     def __init__(
         self,
         language_model: nn.Module,
-        pruner: Pruner | DecoderPruner,
-        choose: Callable[[dict[str, Any], Course | None], Prompts | None],
+        pruner: Method,
+        choose: Choose,
         repack: bool = False,
         own: bool = True,
         shared: bool = False,
@@ -123,12 +126,13 @@ class Shortening:
             self._stack.enter_context(intercept(layer, step))
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     @property
     def _model_type(self) -> str:
-        return (self.masks.model if self.masks else self.model).config.model_type
+        model: Any = self.masks.model if self.masks else self.model
+        return model.config.model_type
 
     def check_alone(self) -> None:
         """Raise if this thread, or another one for all threads, has opened a context on the same model."""
@@ -158,7 +162,7 @@ class Shortening:
         """
         return getattr(self._here, "columns", None)
 
-    def serves(self, cache) -> bool:
+    def serves(self, cache: Cache | None) -> bool:
         """Whether a call on ``cache`` in this thread belongs to this context.
 
         Raises
@@ -177,7 +181,7 @@ class Shortening:
 
     # Of the whole model
 
-    def _before_model(self, args, kwargs):
+    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         cache = kwargs.get("past_key_values")
         self._here.call = self._here.columns = None
         if not self.serves(cache):
@@ -205,6 +209,7 @@ class Shortening:
 
     def _masks(self, kwargs: dict[str, Any], own: dict[str, Any], short: dict[str, Any], call: Served) -> Any:
         """Masks of the short prompt, or of text that follows it."""
+        assert self.masks is not None
         if call.entry is None:
             return self.masks.make(short, {}, False)
         if call.old is not None:
@@ -213,7 +218,8 @@ class Shortening:
                 "no such mask: start with an empty cache; see docs/models.md"
             )
         self.masks.check(kwargs, kwargs["attention_mask"], own)
-        return self.masks.make(short, {name: call.cut(name, x) for name, x in self.masks.types().items()}, True)
+        types, cut = self.masks.types(), call.cut
+        return self.masks.make(short, {k: cut(k, x) for k, x in types.items()} if cut else types, True)
 
     def _take_in(self, prompts: Prompts, kwargs: dict[str, Any], call: Served) -> dict[str, Any]:
         """Start new prompts: shorten them before the first layer and prepare the later stages."""
@@ -238,7 +244,7 @@ class Shortening:
             call.new = Course(self, entry.removed, entry.last, [entry.valid], is_open=prompts.is_open)
         return changes
 
-    def _after_model(self, output):
+    def _after_model(self, output: Any) -> Any:
         call, self._here.call = getattr(self._here, "call", None), None
         if call is None:
             return output
@@ -261,7 +267,7 @@ class Shortening:
 
     # Of one layer
 
-    def _before_layer(self, k, args, kwargs):
+    def _before_layer(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         call = getattr(self._here, "call", None)
         if call is None or (call.prefill is None and (call.old is None or not call.old.is_staged)):
             return args, kwargs
@@ -269,10 +275,11 @@ class Shortening:
         if call.prefill is not None:
             hidden, changes = call.prefill.before_layer(k, hidden, kwargs)
         else:
+            assert self.layers is not None
             changes = self.layers.follow(k, hidden, kwargs, call.old, call.rest)
         return (hidden, *args[1:]), kwargs | changes
 
-    def _after_layer(self, k, output):
+    def _after_layer(self, k: int, output: Any) -> Any:
         call = getattr(self._here, "call", None)
         if call is None or call.prefill is None or output is None:
             return output
@@ -282,7 +289,7 @@ class Shortening:
 def _server(language_model: nn.Module, course: Course | None) -> Shortening | None:
     """The open context on a language model that serves a call in this thread."""
     active = _active.get(language_model, ())
-    if course is not None and course.owner in active:
+    if course is not None and isinstance(course.owner, Shortening) and course.owner in active:
         return course.owner
     own = [shortening for shortening in _own.get() if shortening in active]
     if own:
@@ -296,7 +303,13 @@ def _server(language_model: nn.Module, course: Course | None) -> Shortening | No
     return shared[0] if shared else None
 
 
-def shorten(language_model, pruner, is_visual, budgets, encoder_attention=None) -> Shortening:
+def shorten(
+    language_model: nn.Module,
+    pruner: DecoderPruner,
+    is_visual: Tensor,
+    budgets: Sequence[int],
+    encoder_attention: Sequence[Tensor | None] | None = None,
+) -> Shortening:
     """A `Shortening` of given prompts, for one prefill and any number of decode steps.
 
     Parameters
@@ -310,10 +323,11 @@ def shorten(language_model, pruner, is_visual, budgets, encoder_attention=None) 
         Of each prompt, for methods that need it.
     """
     shortening = Shortening(language_model, pruner, of_prefill(Prompts(is_visual, budgets, encoder_attention)))
+    assert shortening.layers is not None
     shortening.layers.stages(list(zip(is_visual.sum(1).tolist(), budgets, strict=True)))
     return shortening
 
 
-def of_prefill(prompts: Prompts):
+def of_prefill(prompts: Prompts) -> Choose:
     """Callback for `Shortening` if the first call brings ``prompts`` and later calls only continue."""
     return lambda kwargs, course: None if length(kwargs.get("past_key_values")) else prompts

@@ -7,7 +7,7 @@ from outputs of the query and key projections, so any attention implementation d
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ class Segment:
         """Move to a device, for a model on several devices."""
         if self.valid.device == device:
             return self
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -62,8 +63,9 @@ class Layers:
     """The decoder layers of one language model, and the method that drops tokens between them."""
 
     def __init__(self, model: nn.Module, pruner: DecoderPruner):
-        self.model, self.pruner, self.layers = model, pruner, list(model.layers)
-        self.implementation = model.config._attn_implementation
+        self.model = cast(Any, model)  # nn.Module declares nothing of what a decoder has
+        self.pruner, self.layers = pruner, list(self.model.layers)
+        self.implementation = self.model.config._attn_implementation
         if self.implementation not in IMPLEMENTATIONS:
             raise InputError(f"pruning inside the decoder runs on {', '.join(IMPLEMENTATIONS)}: use sdpa")
 
@@ -123,7 +125,9 @@ class Layers:
             return allowed
         return torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
 
-    def follow(self, k: int, hidden: Tensor, kwargs: dict[str, Any], course: Course, rest: Tensor | None) -> dict:
+    def follow(
+        self, k: int, hidden: Tensor, kwargs: dict[str, Any], course: Course, rest: Tensor | None
+    ) -> dict[str, Any]:
         """Arguments of layer k for text after prompts of which it holds fewer columns than the first layer."""
         valid = course.layers[k]
         if valid is course.layers[0]:
@@ -132,7 +136,7 @@ class Layers:
             return {"attention_mask": None}
         n_past, n_query = kwargs["past_key_values"].get_seq_length(k), hidden.shape[1]
         if rest is None and n_query == 1 and course.full[k]:
-            changes = {"attention_mask": None}
+            changes: dict[str, Any] = {"attention_mask": None}
         else:
             rest = valid.new_ones(len(valid), n_past - valid.shape[1] + n_query) if rest is None else rest
             changes = {"attention_mask": self.mask(torch.cat([valid, rest.to(valid.device)], 1), hidden, n_past)}
@@ -157,7 +161,7 @@ class Prefill:
     renumbers: bool
     segments: list[Segment] = field(default_factory=list)
     deepstack: list[Tensor] = field(default_factory=list)
-    memory: list[dict] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from families import LLAVA_TEMPLATE
 from mipruner import PRUNERS, fused
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
+from mipruner.inputs import reader_of
 from mipruner.intercept import Stepped
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
@@ -432,6 +433,12 @@ def test_the_users_text_is_found_by_the_template(name, text, expected):
     is_text = Reader(tokenizer(), TEMPLATES[name], ("<image>",)).latest(ids, is_visual)
     assert tokenizer().decode(ids[is_text]).strip() == expected.strip()
     assert not tokenizer().decode(ids[is_text])[:1].isspace()
+
+
+def test_of_several_chat_templates_the_default_one_is_read():
+    words, adapter = deepcopy(tokenizer()), tiny("llava")
+    words.chat_template = {"default": LLAVA_TEMPLATE, "tools": "{{ 1 }}"}
+    assert reader_of(words, adapter).template == LLAVA_TEMPLATE
 
 
 def test_a_given_text_is_found_where_it_stands_last():

@@ -339,6 +339,8 @@ def test_one_method_at_the_door_and_one_inside(family, inside):
         assert set(answer.visual_tokens_per_layer) == {answer.n_keep}, "nothing is left for the second to drop"
     with pytest.raises(InputError, match="2 methods need a budget each"):
         mipruner.prune(adapter.model, methods, 0.3)
+    with pytest.raises(InputError, match="one method takes one"):
+        mipruner.prune(adapter.model, "mi", [0.6, 0.3])
     with pytest.raises(InputError, match="3 methods: give one, or one before the language model and one inside it"):
         mipruner.prune(adapter.model, [*methods, "dart"], [0.6, 0.3, 0.2])
     with pytest.raises(InputError, match="use budget_match=nominal"):

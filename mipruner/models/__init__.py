@@ -46,7 +46,7 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
-    device_map: str | dict | None = None,
+    device_map: str | dict[str, Any] | None = None,
     quantization: str | None = None,
     attn_implementation: str = "sdpa",
     prompt: str | None = None,
@@ -110,7 +110,7 @@ def load(
                 reason = refusal(AutoModelForImageTextToText.from_config(config))
             if reason is not None:
                 raise ModelError(f"{path} is a {config.model_type!r}, which cannot be pruned: {reason}; {PAGE}")
-            processor = load_processor(folder, config.model_type)
+            processor: Any = load_processor(folder, config.model_type)
             tokenizer = processor.tokenizer
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -135,8 +135,10 @@ def check_template(prompt: str | None) -> str | None:
     InputError
         If it is neither a name of `PROMPTS` nor has {image} and {text}, once each, and no other field.
     """
-    if prompt is None or prompt in PROMPTS:
-        return PROMPTS.get(prompt)
+    if prompt is None:
+        return None
+    if prompt in PROMPTS:
+        return PROMPTS[prompt]
     try:
         names = sorted(name for _, name, _, _ in Formatter().parse(prompt) if name is not None)
     except ValueError:

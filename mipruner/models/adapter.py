@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from mipruner.errors import InputError
@@ -65,7 +66,7 @@ class Adapter(ABC):
     """``model_type`` of the configs that this class serves. `mipruner.models.FAMILIES` is made from it."""
     prompts: ClassVar[dict[str, str]] = {}
     """Templates of the family's own evaluation code, by name."""
-    image_processor_class: ClassVar[type]
+    image_processor_class: ClassVar[type[ImageProcessingMixin]]
     """Of transformers, on the PIL backend."""
     default_positions: ClassVar[str] = "repack"
     any_size: ClassVar[bool] = False
@@ -89,7 +90,7 @@ class Adapter(ABC):
         self.model, self.image_processor = model, image_processor
         ids = {"image": model.config.image_token_id, "video": getattr(model.config, "video_token_id", None)}
         self.placeholder_ids: dict[str, int] = {kind: k for kind, k in ids.items() if k is not None}
-        self._vocabulary_norm: tuple[tuple | None, Tensor | None] = (None, None)
+        self._vocabulary_norm: tuple[tuple[Any, ...] | None, Tensor | None] = (None, None)
         self._chat = None
         if tokenizer is not None:
             placeholders = self.write_placeholders(tokenizer)
@@ -107,12 +108,12 @@ class Adapter(ABC):
 
     def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         """Text that the chat template writes for each kind of media that the family takes."""
-        return {kind: tokenizer.convert_ids_to_tokens(k) for kind, k in self.placeholder_ids.items()}
+        return {kind: cast(str, tokenizer.convert_ids_to_tokens(k)) for kind, k in self.placeholder_ids.items()}
 
     @property
     def device(self) -> torch.device:
         """Device of the embeddings during a forward pass; accelerate may move their weights between calls."""
-        embeddings = self.model.get_input_embeddings()
+        embeddings: Any = self.model.get_input_embeddings()
         where = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
         return embeddings.weight.device if where is None else torch.device(where)
 
@@ -127,13 +128,14 @@ class Adapter(ABC):
 
     @property
     def language_model(self) -> nn.Module:
-        return self.owner.language_model
+        return cast(nn.Module, self.owner.language_model)
 
     @property
     def around_ids(self) -> set[int]:
         """Ids that stand for an image, or at its begin or end."""
         names = ("image", "video", "vision_start", "vision_end")
-        return {getattr(self.model.config, f"{name}_token_id", None) for name in names} - {None}
+        ids = {getattr(self.model.config, f"{name}_token_id", None) for name in names}
+        return {k for k in ids if k is not None}
 
     @abstractmethod
     def preprocess(self, image: Media) -> dict[str, Any]:
@@ -169,7 +171,7 @@ class Adapter(ABC):
     def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         """Output of the model's own ``get_image_features`` or ``get_video_features``."""
 
-    def read_output(self, output: ModelOutput) -> VisionOutput:
+    def read_output(self, output: Any) -> VisionOutput:
         """The fields that `make_visuals` reads, from the output of `run_encoder`."""
         return VisionOutput(output.pooler_output, getattr(output, "deepstack_features", None) or ())
 
@@ -238,12 +240,14 @@ class Adapter(ABC):
 
     def vocabulary_norm(self) -> Tensor:
         """Norms of the rows of the input embeddings [n_vocabulary]; computed again if the weights have changed."""
-        table = self.model.get_input_embeddings().weight
+        table = cast(Tensor, self.model.get_input_embeddings().weight)
         key = (table.data_ptr(), len(table), 0 if table.is_inference() else table._version)
-        if self._vocabulary_norm[0] != key:
+        known, norm = self._vocabulary_norm
+        if norm is None or known != key:
             with torch.no_grad():
-                self._vocabulary_norm = key, row_norm(table)
-        return self._vocabulary_norm[1]
+                norm = row_norm(table)
+            self._vocabulary_norm = key, norm
+        return norm
 
     def embed(self, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Input-embedding rows [n, d] of a text alone."""

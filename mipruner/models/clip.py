@@ -1,9 +1,11 @@
 """CLIP's joint space of patches and text, which CDPruner uses if the vision encoder of the model is that of a CLIP."""
 
+from typing import Any, cast
+
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPModel, CLIPTextConfig, PreTrainedTokenizerBase
 
 from mipruner.errors import ModelError
 from mipruner.models.hub import locate
@@ -39,8 +41,8 @@ class ClipSpace:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot load {path} from {folder}: {str(error).strip().splitlines()[0]}") from error
-        del clip.vision_model.encoder
-        return cls(clip.to(like.device).eval(), tokenizer)
+        del cast(Any, clip).vision_model.encoder
+        return cls(clip.to(like.device).eval(), tokenizer)  # type: ignore[arg-type]
 
     def visual(self, hidden: Tensor) -> Tensor:
         """Embeddings [.., d_clip] of patches from the encoder layer [.., d_encoder] that the projector reads."""
@@ -48,7 +50,7 @@ class ClipSpace:
 
     def text(self, question: str) -> Tensor:
         """Embeddings [n_segments, d_clip] of a question, cut into segments of the text tower's length (77 tokens)."""
-        length = self.clip.config.text_config.max_position_embeddings
+        length = cast(CLIPTextConfig, self.clip.config.text_config).max_position_embeddings
         ids = torch.tensor(self.tokenizer(question, verbose=False)["input_ids"], device=self.clip.device)
         segments = ids.new_zeros(-(-len(ids) // length), length)
         segments.view(-1)[: len(ids)] = ids

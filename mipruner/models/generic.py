@@ -7,9 +7,9 @@ grid and vocabulary, and with the model's own processor `mipruner.processed`.
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,14 @@ from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.prompt import Media, Prompt, Video, Visual
 from mipruner.pruners.base import Method, Pruner
 
-ROWS = {
+ROWS: dict[str, Callable[[Any, Any], Any]] = {
     "llama4": lambda owner, out: [owner.multi_modal_projector(image) for image in out.last_hidden_state],
     "fuyu": lambda owner, out: out.last_hidden_state,
     "granite4_vision": lambda owner, out: out.deepstack_features[0][1],
 }
 """Where the image rows are, if not in ``pooler_output``."""
 
-PLACED = {
+PLACED: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "molmo2": lambda embeds, rows, blank: torch.equal(embeds, blank + rows),
     "granite4_vision": lambda embeds, rows, blank: not embeds.any(),
 }
@@ -112,7 +112,7 @@ PAGE = "see docs/models.md"
 
 def owner_of(model: PreTrainedModel) -> nn.Module:
     """The innermost module with ``get_image_features``; its forward puts image rows into the prompt."""
-    owner = model
+    owner: nn.Module = model
     while isinstance(inner := getattr(owner, "model", None), nn.Module) and hasattr(inner, "get_image_features"):
         owner = inner
     return owner
@@ -135,7 +135,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "its config names no placeholder (image_token_id)"
     if "inputs_embeds" not in inspect.signature(language_model.forward).parameters:
         return "its language model takes no inputs_embeds"
-    if type(model).generate is not GenerationMixin.generate and config.model_type not in OWN_GENERATE:
+    own: Any = type(model)
+    if own.generate is not GenerationMixin.generate and config.model_type not in OWN_GENERATE:
         return "its generate is not the one of transformers and may call the language model directly"
     return None
 
@@ -178,7 +179,9 @@ class GenericAdapter(Adapter):
 
     @property
     def language_model(self) -> nn.Module:
-        return language_model_of(self.owner)
+        language_model = language_model_of(self.owner)
+        assert language_model is not None
+        return language_model
 
     @property
     def around_ids(self) -> set[int]:
@@ -189,13 +192,13 @@ class GenericAdapter(Adapter):
                 found |= set(value if isinstance(value, list) else [value])
         return {k for k in found if isinstance(k, int)}
 
-    def preprocess(self, image):
+    def preprocess(self, image: object) -> NoReturn:
         raise InputError(
             f"a {self.model.config.model_type} has no adapter, so it runs by its own processor and generate only: use "
             f"mipruner.processed.ProcessorPipeline (run.py without task=) or mipruner.prune; {PAGE}"
         )
 
-    run_encoder = preprocess
+    run_encoder = preprocess  # type: ignore[assignment]
 
     def kinds(self, images: Iterable[Media]) -> list[str]:
         kinds = ["video" if isinstance(image, Video) else "image" for image in images]
@@ -224,6 +227,7 @@ class GenericAdapter(Adapter):
         images = [list(prompt.images) for prompt in prompts]
         bos = self.tokenizer.bos_token
         options = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        assert self.processor is not None
         try:
             batch = self.processor(
                 text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **options
@@ -237,8 +241,8 @@ class GenericAdapter(Adapter):
         return nullcontext([])
 
     def read_output(self, output: Any) -> VisionOutput:
-        find = ROWS.get(self.model.config.model_type, lambda owner, out: getattr(out, "pooler_output", None))
-        rows = find(self.owner, output)
+        find = ROWS.get(self.model.config.model_type)
+        rows = find(self.owner, output) if find else getattr(output, "pooler_output", None)
         if rows is None:
             raise InputError(f"{self.model.config.model_type}: get_image_features returns no pooler_output; {PAGE}")
         return VisionOutput(rows)

@@ -1,10 +1,11 @@
 """InternVL: an image is up to twelve tiles and a thumbnail; pixel shuffle makes one token of four patches."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
 
 from mipruner.models.llava import LlavaAdapter
 from mipruner.prompt import Media, Video, Visual
@@ -16,7 +17,7 @@ class InternVLAdapter(LlavaAdapter):
     """
 
     model_types = ("internvl",)
-    image_processor_class = GotOcr2ImageProcessorPil
+    image_processor_class: ClassVar[type[ImageProcessingMixin]] = GotOcr2ImageProcessorPil
     signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the projector reads four patches at once
 
     def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -24,9 +25,9 @@ class InternVLAdapter(LlavaAdapter):
 
     def preprocess(self, image: Media) -> dict[str, Any]:
         is_video = isinstance(image, Video)
-        images = list(image.frames) if is_video else [image]
+        images = list(image.frames) if isinstance(image, Video) else [image]
         values = self.image_processor(images=images, crop_to_patches=not is_video, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": values} | ({"times": image.times} if is_video else {})
+        return {"pixel_values": values} | ({"times": image.times} if isinstance(image, Video) else {})
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         return (0, 0, *size)
@@ -51,7 +52,8 @@ class InternVLAdapter(LlavaAdapter):
         tiles = inputs["pixel_values"].split([n // n_tokens for n in runs])
         return [{"pixel_values": one} for one in tiles]
 
-    def split_rows(self, pooled: Tensor, pixels: Sequence[dict[str, Any]]) -> list[Tensor]:
+    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> list[Tensor]:
+        assert isinstance(pooled, Tensor)
         return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:

@@ -6,12 +6,13 @@ Related families override how many tiles an image is cut into and in which order
 from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from mipruner.intercept import Call, captured
@@ -42,18 +43,19 @@ class LlavaAdapter(Adapter):
 
     model_types = ("llava",)
     prompts: ClassVar[dict[str, str]] = {"vicuna_v1": VICUNA_V1}
-    image_processor_class = CLIPImageProcessorPil
+    image_processor_class: ClassVar[type[ImageProcessingMixin]] = CLIPImageProcessorPil
     signals: ClassVar[frozenset[str]] = frozenset(
         {"attention", "attention_to_self", "hidden", "cls_hidden", "keys", "project", "valid", "clip_visual"}
     )
 
-    def __init__(self, *args, square: bool = False, clip: str | None = None, **kwargs):
+    def __init__(self, *args: Any, square: bool = False, clip: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.square, self.clip = square, clip
 
     @cached_property
     def clip_space(self) -> ClipSpace:
-        return ClipSpace.load(self.clip, like=self.model.get_input_embeddings().weight)
+        assert self.clip is not None
+        return ClipSpace.load(self.clip, like=cast(Tensor, self.model.get_input_embeddings().weight))
 
     def text_signals(self, prompt: Prompt, tokens: Tokens, signals: Set[str]) -> dict[str, Any]:
         found = super().text_signals(prompt, tokens, signals)
@@ -62,6 +64,7 @@ class LlavaAdapter(Adapter):
         return found
 
     def preprocess(self, image: Media) -> dict[str, Any]:
+        assert isinstance(image, Image.Image)  # `kinds` refuses videos
         if not self.square:
             return {"pixel_values": self.normalize([image])}
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
@@ -99,8 +102,9 @@ class LlavaAdapter(Adapter):
         """Number of patches along one side of a tile."""
         return _first(self.model.config.vision_config.image_size) // self.patch
 
-    def tower(self, is_video: bool) -> nn.Module:
-        return self.model.model.vision_tower
+    def tower(self, is_video: bool) -> Any:
+        """The vision encoder, a model of transformers."""
+        return self.owner.vision_tower
 
     def attention_modules(self, is_video: bool) -> tuple[nn.Module, ...]:
         """Modules for encoder attention: the attention of the layer that the projector reads, the layer itself, and its
@@ -146,7 +150,9 @@ class LlavaAdapter(Adapter):
             for own, one, signals_of_one in zip(rows, pixels, found, strict=True)
         ]
 
-    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def split_rows(
+        self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]
+    ) -> Sequence[Tensor] | Tensor:
         """Rows [n_rows, d] of each image, from ``pooler_output``."""
         return pooled
 
@@ -163,7 +169,7 @@ class LlavaAdapter(Adapter):
         return (self.side, self.side)
 
     def vision_signals(
-        self, calls: Sequence[Call], attn: nn.Module, pixels: Sequence[dict[str, Any]], names: Set[str]
+        self, calls: Sequence[Call], attn: Any, pixels: Sequence[dict[str, Any]], names: Set[str]
     ) -> list[dict[str, Any]]:
         """The named fields of `Features`, for each image; calls of layer, queries, keys [n_tiles, patches, d]."""
         hidden, q, k = (call.output for call in calls)
@@ -192,7 +198,7 @@ class LlavaAdapter(Adapter):
 
 
 def _first(size: int | Sequence[int]) -> int:
-    return size[0] if isinstance(size, list | tuple) else size
+    return size if isinstance(size, int) else size[0]
 
 
 def covered(length: int, side: int, n: int, size: int) -> Tensor:

@@ -5,11 +5,12 @@ are no patches: they are never scored and always kept, like text.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import LlavaNextImageProcessorPil, LlavaOnevisionImageProcessorPil
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import ModelOutput
 
@@ -22,7 +23,7 @@ class LlavaNextAdapter(LlavaAdapter):
     """Adapter for images. The tokens of all crops share one budget."""
 
     model_types = ("llava_next",)
-    image_processor_class = LlavaNextImageProcessorPil
+    image_processor_class: ClassVar[type[ImageProcessingMixin]] = LlavaNextImageProcessorPil
     signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # what is merged keeps its place among the crops
 
     def preprocess(self, image: Media) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class LlavaNextAdapter(LlavaAdapter):
         patches = torch.ones(len(one["pixel_values"]), self.side**2, 1, device=self.device)
         return self.pack(patches, one, newline=patches.new_zeros(1))[:, 0] > 0
 
-    def grid(self, one: dict[str, Any]) -> None:
+    def grid(self, one: dict[str, Any]) -> tuple[int, ...] | None:
         return None
 
 
@@ -71,7 +72,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     """
 
     model_types = ("llava_onevision",)
-    image_processor_class = LlavaOnevisionImageProcessorPil
+    image_processor_class: ClassVar[type[ImageProcessingMixin]] = LlavaOnevisionImageProcessorPil
 
     def kinds(self, images: Iterable[Media]) -> list[str]:
         kinds = super().kinds(images)
@@ -99,9 +100,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         (videos,) = (value for name, value in inputs.items() if name.startswith("pixel_values"))
         return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in videos]
 
-    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def split_rows(
+        self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]
+    ) -> Sequence[Tensor] | Tensor:
         if "times" not in pixels[0]:
             return pooled
+        assert isinstance(pooled, Tensor)
         counts = [len(one["pixel_values"]) * ((self.side + 1) // 2) ** 2 for one in pixels]
         frames = pooled[:, : sum(counts) // len(pooled)].flatten(0, 1)  # without the newlines, which 5.17 does not add
         newline = self.model.model.image_newline[None].to(frames)

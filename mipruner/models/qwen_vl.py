@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
@@ -34,20 +36,20 @@ class QwenVLAdapter(Adapter):
         The same for a frame of a video.
     """
 
-    model_types = ("qwen2_vl", "qwen2_5_vl")
-    image_processor_class = Qwen2VLImageProcessorPil
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
+    image_processor_class: ClassVar[type[ImageProcessingMixin]] = Qwen2VLImageProcessorPil
     default_positions = "keep"
     any_size = True
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "attention_to_self", "hidden", "keys"})
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         min_frame_pixels: int = 128 * 28 * 28,
         max_frame_pixels: int = 768 * 28 * 28,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         if self.positions == "repack":
@@ -60,8 +62,9 @@ class QwenVLAdapter(Adapter):
         self.frame_size = {"shortest_edge": min_frame_pixels, "longest_edge": max_frame_pixels}
 
     @property
-    def vision(self) -> nn.Module:
-        return self.model.model.visual
+    def vision(self) -> Any:
+        """The vision encoder, a model of transformers."""
+        return self.owner.visual
 
     @property
     def merge(self) -> int:
@@ -71,6 +74,7 @@ class QwenVLAdapter(Adapter):
     def n_visual(self, image: Media) -> int:
         if isinstance(image, Video):
             raise InputError("resize makes images smaller, not videos: use downsample")
+        assert isinstance(image, Image.Image)
         limits = {"min_pixels": self.image_size["shortest_edge"], "max_pixels": self.image_size["longest_edge"]}
         return self.image_processor.get_number_of_image_patches(image.height, image.width, limits) // self.merge**2
 
@@ -131,14 +135,14 @@ class QwenVLAdapter(Adapter):
         attn = self.vision.blocks[self.attention_block].attn
         found = self.vision_signals(calls, attn, grids, names) if names else {}
         found = {name: rows.split(counts) for name, rows in found.items()}
-        deepstack = [torch.cat(list(layer)) if isinstance(layer, list | tuple) else layer for layer in output.deepstack]
-        deepstack = [layer.split(counts) for layer in deepstack]
+        deepstack = [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in output.deepstack]
+        deepstack_of_each = [layer.split(counts) for layer in deepstack]
         return [
             Visual(
                 rows=rows,
                 grid=(t, h // self.merge, w // self.merge)[0 if "times" in one else 1 :],
                 signals={name: of_each[k] for name, of_each in found.items()},
-                deepstack=tuple(layer[k] for layer in deepstack),
+                deepstack=tuple(layer[k] for layer in deepstack_of_each),
                 times=one.get("times", ()),
             )
             for k, (rows, one, (t, h, w)) in enumerate(zip(output.rows, pixels, grids.tolist(), strict=True))
@@ -149,9 +153,7 @@ class QwenVLAdapter(Adapter):
         """The last block with attention over all patches of an image (other blocks of Qwen2.5-VL use windows)."""
         return max(getattr(self.vision, "fullatt_block_indexes", None) or [len(self.vision.blocks) - 1])
 
-    def vision_signals(
-        self, calls: Sequence[Call], attn: nn.Module, grids: Tensor, names: Set[str]
-    ) -> dict[str, Tensor]:
+    def vision_signals(self, calls: Sequence[Call], attn: Any, grids: Tensor, names: Set[str]) -> dict[str, Tensor]:
         """The named fields of `Features` for all images together, averaged over the patches of a token.
 
         Attention is within an image, or a step of a video: the segments of ``cu_seqlens``.
@@ -184,13 +186,16 @@ class QwenVLAdapter(Adapter):
     def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
         """Positions [4, S]: token number, time, height, width."""
         kinds = torch.zeros_like(ids)
-        grids: dict[str, list] = {"image": [], "video": []}
+        grids: dict[str, list[list[int]]] = {"image": [], "video": []}
         for number, kind in enumerate(grids, 1):
             kinds[ids == self.placeholder_ids[kind]] = number
         for visual in visuals:
+            assert visual.grid is not None
             t, h, w = visual.grid if visual.is_video else (1, *visual.grid)
             grids["video" if visual.is_video else "image"].append([t, h * self.merge, w * self.merge])
-        optional = {f"{kind}_grid_thw": torch.tensor(rows, device=ids.device) for kind, rows in grids.items() if rows}
+        optional: dict[str, Any] = {
+            f"{kind}_grid_thw": torch.tensor(rows, device=ids.device) for kind, rows in grids.items() if rows
+        }
         if hasattr(self.model.config.vision_config, "tokens_per_second"):
             optional["second_per_grid_ts"] = self.seconds_per_step(visuals)
         planes, _ = self.model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **optional)

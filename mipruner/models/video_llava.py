@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import VideoLlavaImageProcessor
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from mipruner.models.llava import LlavaAdapter
@@ -23,7 +24,7 @@ class VideoLlavaAdapter(LlavaAdapter):
 
     model_types = ("video_llava",)
     prompts: ClassVar[dict[str, str]] = {"llava_v1": LLAVA_V1}
-    image_processor_class = VideoLlavaImageProcessor
+    image_processor_class: ClassVar[type[ImageProcessingMixin]] = VideoLlavaImageProcessor
     signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the CLS rows stay anyway
 
     def preprocess(self, image: Media) -> dict[str, Any]:
@@ -31,8 +32,8 @@ class VideoLlavaAdapter(LlavaAdapter):
             return super().preprocess(image)
         return {"pixel_values": self.normalize(image.frames), "times": image.times}
 
-    def tower(self, is_video: bool) -> nn.Module:
-        return self.model.model.video_tower if is_video else self.model.model.image_tower
+    def tower(self, is_video: bool) -> Any:
+        return self.owner.video_tower if is_video else self.owner.image_tower
 
     def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         values = self.join_tiles(pixels)
@@ -46,9 +47,12 @@ class VideoLlavaAdapter(LlavaAdapter):
             return [{"pixel_values": frames, "times": tuple(range(len(frames)))} for frames in values]
         return [{"pixel_values": one[None]} for one in values]
 
-    def split_rows(self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]) -> Sequence[Tensor]:
+    def split_rows(
+        self, pooled: Sequence[Tensor] | Tensor, pixels: Sequence[dict[str, Any]]
+    ) -> Sequence[Tensor] | Tensor:
         if "times" not in pixels[0]:
             return pooled
+        assert isinstance(pooled, Tensor)
         return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]
 
     def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
@@ -59,5 +63,5 @@ class VideoLlavaAdapter(LlavaAdapter):
         return rows.flatten()
 
     def grid(self, one: dict[str, Any]) -> tuple[int, ...]:
-        patches = super().grid(one)
+        patches = (self.side, self.side)
         return (len(one["pixel_values"]), *patches) if "times" in one else patches
