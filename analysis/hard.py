@@ -87,7 +87,7 @@ def restrict(results: Path, out: Path, method: str = "downsample") -> dict[Key, 
     if not any(ids for by_budget in hard.values() for ids in by_budget.values()):
         raise ValueError(f"{results} has no question that none answers and {method} does not: run both, with a budget")
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
-        raise ValueError(f"{out} holds something else: give another folder")
+        raise ValueError(f"{out} contains other files: give another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARK).touch()

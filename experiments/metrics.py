@@ -287,7 +287,7 @@ def pope_scores(rows: Sequence[POPERow], scoring: str = "llava") -> dict[str, fl
 def standard_error(scores: Sequence[float]) -> float:
     """Standard error of the mean of independent scores, in their unit. Raises ValueError for fewer than two."""
     if len(scores) < 2:
-        raise ValueError("a standard error takes two scores or more")
+        raise ValueError("a standard error needs two scores or more")
     return float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
 
 
@@ -308,7 +308,7 @@ def bootstrap(
     218 questions (about 2.9), but about that over 33. Raises ValueError for fewer than two scores.
     """
     if len(scores) < 2:
-        raise ValueError("a bootstrap takes two scores or more")
+        raise ValueError("a bootstrap needs two scores or more")
     n_items = len(scores) if n_items is None else min(n_items, len(scores))
 
     def mean(items: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -99,7 +99,7 @@ class _Short(Mixed):
     ) -> tuple[Tensor, Tensor]:
         if not self.course.serving:
             raise InputError(
-                "this cache holds a prompt that mipruner.prune shortened, and its context is over: go on inside it, or "
+                "this cache holds a prompt that mipruner.prune shortened, and its context has ended: use it inside, or "
                 "start with an empty cache"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -633,7 +633,7 @@ def test_footnotes_count_answers_that_are_none_and_rows_left_out(tmp_path):
     record = json.loads((folder / "record.json").read_text())
     record |= {"unusable": {"empty": 2, "unreadable": 40}, "skipped": ["row 3"]}
     (folder / "record.json").write_text(json.dumps(record))
-    layout = tables.grid(tables.compare(tables.wanted("table1"), load.cells(tmp_path)))
+    layout = tables.lay_out(tables.compare(tables.wanted("table1"), load.cells(tmp_path)))
     assert {
         "1 rows of the data could not be used and were left out.",
         "More than 5% of the answers are unreadable.",

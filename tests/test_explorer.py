@@ -444,5 +444,5 @@ def test_words_of_the_command_line(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["run.py", "task=explorer", f"port={port}"])
         with pytest.raises(SystemExit):
             main()
-        assert f"error: port={port} cannot be had" in capsys.readouterr().err
+        assert f"error: port={port} is not available" in capsys.readouterr().err
     taken.close()

@@ -136,7 +136,7 @@ def test_a_cache_that_outlives_its_context_is_refused(family, name):
     adapter, model, inputs, _ = model_and_prompt(family, name)
     with pruned(adapter, model, name):
         out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    with torch.inference_mode(), pytest.raises(InputError, match="its context is over"):
+    with torch.inference_mode(), pytest.raises(InputError, match="its context has ended"):
         model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=2)
 
 

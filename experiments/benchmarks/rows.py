@@ -88,7 +88,7 @@ def check_rows(
         except ValidationError as error:
             bad.append(f"row {number + 1} of {where}: {_words(error)}")
             if on_bad_row == "stop":
-                raise BenchmarkError(f"{bad[0]}. Mend it, or set dataset.on_bad_row=skip") from error
+                raise BenchmarkError(f"{bad[0]}. Correct it, or set dataset.on_bad_row=skip") from error
     if bad and not good:
         raise BenchmarkError(f"{where} has no good row; {bad[0]}")
     return good, bad

@@ -18,7 +18,7 @@ from mipruner.errors import InputError
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on loopback; port 0 is any free one. Raises `InputError` if the port cannot be had."""
+    """A socket on loopback; port 0 is any free one. Raises `InputError` if the port is not available."""
     opened = socket.socket()
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -26,7 +26,7 @@ def listen(port: int) -> socket.socket:
         opened.listen()  # who comes before the server runs waits
     except (OSError, OverflowError, TypeError) as error:
         opened.close()
-        raise InputError(f"port={port} cannot be had ({error}): give another, port=0 for any free one") from error
+        raise InputError(f"port={port} is not available ({error}): give another, port=0 for any free one") from error
     return opened
 
 
