@@ -81,7 +81,7 @@ def wanted(table: str) -> pd.DataFrame:
 
 def from_experiment(name: str) -> pd.DataFrame:
     """The numbers that a file of conf/experiment measures, as in `wanted`; nothing is printed beside them."""
-    experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+    experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
     rows = costs(name, experiment) if "methods" in experiment else product(name, sweep(experiment))
     frame = pd.DataFrame(rows, columns=WANTED)
     return frame.assign(value=math.nan, printed="", spread=math.nan, notes=[[] for _ in range(len(frame))])
@@ -146,7 +146,7 @@ def same(a, b) -> bool:
 def satisfies(cell, setting: dict[str, str]) -> bool:
     """Whether a cell has these settings and defaults for all others; ``decoding`` names a file of its group."""
     if "decoding" in setting:
-        chosen = yaml.safe_load((conf.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text())
+        chosen = yaml.safe_load((conf.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text(encoding="utf-8"))
         setting = {key: value for key, value in (setting | chosen).items() if key not in ("decoding", "defaults")}
     return all(same(cell.settings.get(key), value) for key, value in setting.items()) and cell.differs <= set(setting)
 

@@ -110,7 +110,7 @@ def prior(cells: pd.DataFrame) -> str:
 
 def answers(cell) -> pd.DataFrame:
     """Per sample: id, image_id, correct, kept (number of tokens)."""
-    lines = (json.loads(line) for line in (cell.path / "samples.jsonl").read_text().splitlines())
+    lines = (json.loads(line) for line in (cell.path / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     rows = [(row["id"], row["image_id"], row["correct"], sum(map(len, row["kept"] or []))) for row in lines]
     return pd.DataFrame(rows, columns=["id", "image_id", "correct", "kept"]).set_index("id")
 
@@ -192,21 +192,21 @@ def cover(cells: pd.DataFrame) -> str:
 
 def task_of(folder: Path) -> pd.Series:
     """The type of each question of a cell, by id."""
-    rows = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    rows = map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     return pd.Series({row["id"]: row["task"] for row in rows})
 
 
 def main() -> None:
     parser = arguments(__doc__, reads_results=True)
     cells = load.cells(parser.parse_args().results)
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     parts = {"support": support, "sample": sample, "prior": prior, "auto": automatic, "cover": cover}
     for name, table in parts.items():
         if part := table(cells):
             text = replace(text, name, part)
         else:
             print(f"nothing measured yet for {name}")
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,13 @@ def read(results: Path) -> list[tuple[Path, dict[str, Any], list[dict[str, Any]]
     for path in sorted(results.glob("*/*/*/*/record.json")):
         rows = path.with_name("samples.jsonl")
         if rows.exists():
-            found.append((path.parent, json.loads(path.read_text()), list(map(json.loads, rows.open()))))
+            found.append(
+                (
+                    path.parent,
+                    json.loads(path.read_text(encoding="utf-8")),
+                    list(map(json.loads, rows.open(encoding="utf-8"))),
+                )
+            )
     return found
 
 
@@ -99,8 +105,10 @@ def restrict(results: Path, out: Path, method: str = "downsample") -> dict[Key, 
             continue
         copy = out / folder.relative_to(results)
         copy.mkdir(parents=True)
-        (copy / "record.json").write_text(json.dumps(restricted(record, rows, method), indent=1) + "\n")
-        (copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (copy / "record.json").write_text(
+            json.dumps(restricted(record, rows, method), indent=1) + "\n", encoding="utf-8"
+        )
+        (copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return hard
 
 

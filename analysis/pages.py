@@ -147,7 +147,7 @@ def part(name: str, results: Path) -> str:
             raise ValueError(
                 "there is no docs/results/peers_cpu.md: python run.py task=peers out=docs/results/peers_cpu"
             )
-        return found.read_text()
+        return found.read_text(encoding="utf-8")
     cells = demo_cells(load.cells(results))
     sized = [name for name, cls in PRUNERS.items() if name != "none" and not issubclass(cls, ImagePruner)]
     check_complete(cells, OWN if name == "demo" else sized)  # LLaVA takes images of one size
@@ -163,14 +163,14 @@ def main() -> None:
         parser.error(f"unknown part {unknown.pop()!r}: choose {', '.join(PAGES)}")
     for name in ["tree"] if args.check else args.parts or PAGES:
         page = ROOT / PAGES[name]
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         try:
             new = replace(text, name, part(name, args.results))
         except ValueError as error:
             parser.exit(2, f"{PAGES[name]} keeps its part {name}: {error}\n")
         if args.check:
             sys.exit(None if new == text else f"{PAGES[name]} is out of date: python -m analysis.pages {name}")
-        page.write_text(new)
+        page.write_text(new, encoding="utf-8")
         print(PAGES[name], name)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 def answers(folder: Path) -> pd.DataFrame:
     """Per question of a cell, by id: its image and whether the answer is correct. Empty without ``samples.jsonl``."""
     path = folder / "samples.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [(row["id"], row["image_id"], row["correct"]) for row in map(json.loads, lines)]
     return pd.DataFrame(rows, columns=["id", "image", "correct"]).set_index("id").dropna()
 

@@ -45,14 +45,15 @@ def main() -> None:
     parser.add_argument("cell", type=Path, help="folder of a finished cell")
     parser.add_argument("--name", required=True, help="the prior is written to conf/prior/NAME.yaml")
     args = parser.parse_args()
-    record = json.loads((args.cell / "record.json").read_text())
-    rows = [json.loads(line) for line in (args.cell / "samples.jsonl").read_text().splitlines()]
+    record = json.loads((args.cell / "record.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (args.cell / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     table = "\n".join(f"  - [{', '.join(f'{weight:.2f}' for weight in row)}]" for row in estimate(rows).tolist())
     path = CONF / "prior" / f"{args.name}.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         f"# @package pruner\n# estimated from {len(rows)} samples by\n#\n#   {record['command']}\n"
-        f"#   python -m analysis.prior {args.cell} --name {args.name}\nprior: estimated\nprior_table:\n{table}\n"
+        f"#   python -m analysis.prior {args.cell} --name {args.name}\nprior: estimated\nprior_table:\n{table}\n",
+        encoding="utf-8",
     )
     print(f"{path}: use it as prior={args.name}")
 

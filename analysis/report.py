@@ -233,7 +233,7 @@ def main() -> None:
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
+    args.out.write_text(text, encoding="utf-8")
     print(args.out)
 
 

@@ -222,7 +222,7 @@ def write(names: list[str], results: Path, out: Path) -> list[Path]:
         layout = lay_out(table)
         for suffix, text in ((".md", markdown(layout)), (".tex", latex(layout)), (".csv", csv(table))):
             written.append(out / f"{name}{suffix}")
-            written[-1].write_text(text)
+            written[-1].write_text(text, encoding="utf-8")
     return written
 
 

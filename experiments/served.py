@@ -150,7 +150,7 @@ def _tree(pid: int) -> list[int]:
     found = [pid]
     for one in found:
         for task in Path(f"/proc/{one}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
+            found += map(int, task.read_text(encoding="utf-8").split())
     return found
 
 

@@ -28,9 +28,10 @@ from experiments.results import ROOT
 from mipruner.errors import InputError
 from toy import save_toy_model
 
-TIMED = ("started", "finished", "latency_ms", "peak_memory_gib")
+TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "waited_for_images")
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 FINISHED, FULL, REFUSED = 0, 3, 4
+LIMIT_S = 60
 
 
 def config(results: Path, model: Path) -> dict:
@@ -74,7 +75,16 @@ def _reads(event: str, args: tuple) -> bool:
 
 
 def ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """Exit status of a child; one that has not ended after `LIMIT_S` is killed, and what it was doing is an error."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            waits_in = Path(f"/proc/{pid}/wchan").read_text(encoding="utf-8") if sys.platform == "linux" else "?"
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"the run {pid} had not ended after {LIMIT_S} s: it was in {waits_in}")
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(done[1])
 
 
 def content(settings: dict) -> dict[str, bytes]:

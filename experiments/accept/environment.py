@@ -106,7 +106,7 @@ def checksums(folder: Path) -> Iterator[Line]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        stated = json.loads(index.read_text()).get("metadata", {}).get("total_size")
+        stated = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
         held = sum(tensor_bytes(file) for file in files)
         if stated is None:
             yield not_run("size of the weights", "the index states none")

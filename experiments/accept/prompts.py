@@ -18,7 +18,7 @@ from experiments.accept.report import Line, check, not_run
 from mipruner.models import Adapter, Prompt
 from mipruner.prompt import Visual
 
-STORED = json.loads(Path(__file__).with_name("prompts.json").read_text())
+STORED = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
 QUESTIONS: list[str] = STORED["questions"]
 SIZES: list[tuple[int, int]] = [tuple(size) for size in STORED["sizes"]]
 

@@ -68,7 +68,7 @@ class Report:
         self.seconds: dict[str, float] = {}
         path = folder / "report.json"
         if path.exists():
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["head"]["identity"] == head["identity"]:
                 sections = {name: [Line(**line) for line in lines] for name, lines in stored["sections"].items()}
                 self.sections = {

@@ -22,16 +22,16 @@ DATA = '"__DATA__"'
 
 def script() -> str:
     """The drawing code, shared by the server's page, saved pages, the report and the Space."""
-    return (HERE / "panels.js").read_text()
+    return (HERE / "panels.js").read_text(encoding="utf-8")
 
 
 def style() -> str:
-    return (HERE / "panels.css").read_text()
+    return (HERE / "panels.css").read_text(encoding="utf-8")
 
 
 def template() -> str:
     """A saved page without its data."""
-    page = (HERE / "saved.html").read_text()
+    page = (HERE / "saved.html").read_text(encoding="utf-8")
     return page.replace("/*CSS*/", style()).replace("/*JS*/", script())
 
 

@@ -156,7 +156,7 @@ def goals(small: bool) -> list[Goal]:
 
     def scaled(method: str, n_visual: int, n_keep: int, column: str) -> Callable[[Path], float | None]:
         def find(folder: Path) -> float | None:
-            rows = csv.DictReader((folder / "scaling.csv").open())
+            rows = csv.DictReader((folder / "scaling.csv").open(encoding="utf-8"))
             sizes = {"method": method + graph, "n_visual": str(n_visual), "n_keep": str(n_keep)}
             return next(float(row[column]) for row in rows if sizes.items() <= row.items())
 
@@ -189,7 +189,7 @@ def goals(small: bool) -> list[Goal]:
 
 
 def _row(folder: Path, method: str, engine: str) -> dict[str, Any]:
-    rows = json.loads((folder / "table3.json").read_text())["rows"]
+    rows = json.loads((folder / "table3.json").read_text(encoding="utf-8"))["rows"]
     return next(row for row in rows if row["method"] == method and row["engine"] == engine)
 
 
@@ -246,5 +246,5 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         step.run()
         print(f"{step.name}: {step.status}", flush=True)
         results.write_atomic(out, page(done[: k + 1], folder, small, results.command(overrides)))
-    print(out.read_text())
+    print(out.read_text(encoding="utf-8"))
     print(out)

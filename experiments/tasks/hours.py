@@ -57,7 +57,7 @@ def rows() -> list[Row]:
     """One row for each experiment that sweeps over models with a known shape and public benchmarks."""
     found = []
     for path in sorted((ROOT / "conf/experiment").glob("*.yaml")):
-        sweep = (yaml.safe_load(path.read_text()).get("hydra") or {}).get("sweeper", {}).get("params")
+        sweep = (yaml.safe_load(path.read_text(encoding="utf-8")).get("hydra") or {}).get("sweeper", {}).get("params")
         if not sweep or not set(words(sweep, "dataset")) <= QUESTIONS.keys() or "thinking" in path.stem:
             continue  # how long a model thinks is not known
         try:

@@ -169,7 +169,7 @@ def random_weights(name: str, n_layers: int | None, folder: Path) -> tuple[str, 
     config, demo = stand_in(name)
     if n_layers is not None:
         config.text_config.num_hidden_layers = n_layers
-    config.architectures = json.loads((demo / "config.json").read_text())["architectures"]
+    config.architectures = json.loads((demo / "config.json").read_text(encoding="utf-8"))["architectures"]
     config.save_pretrained(folder)
     for file in demo.glob("*"):
         if file.suffix in (".json", ".jinja") and file.name not in ("config.json", "generation_config.json"):

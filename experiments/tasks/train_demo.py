@@ -75,7 +75,7 @@ class Learner(nn.Module):
         self.presence = nn.Linear(config.vision_config.hidden_size, len(NOUNS) + len(COLORS))
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         words = self.tokenizer.get_vocab()
-        statistics = json.loads(next(folder.glob("*processor_config.json")).read_text())
+        statistics = json.loads(next(folder.glob("*processor_config.json")).read_text(encoding="utf-8"))
         statistics = statistics.get("image_processor", statistics)
         for name in ("image_mean", "image_std"):
             self.register_buffer(name, torch.tensor(statistics[name])[:, None, None], persistent=False)
@@ -348,7 +348,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         raise InputError(str(error)) from error
     device = "cuda" if recipe["device"] == "auto" and torch.cuda.is_available() else "cpu"
     scores = evaluate(folder, recipe["evaluate"], recipe["canvases"], device)
-    (folder.parent / "evaluation.json").write_text(json.dumps(scores, indent=2))
+    (folder.parent / "evaluation.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
     for density, metrics in scores.items():
         print(density, "  ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
     print(folder)

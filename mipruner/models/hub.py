@@ -53,7 +53,9 @@ def lacking(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     names = ["config.json", "tokenizer_config.json"]
     names += (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
     )
     return next((name for name in names if not (folder / name).exists()), None)
 
@@ -61,9 +63,9 @@ def lacking(folder: Path) -> str | None:
 def chat_template(folder: Path) -> str | None:
     """The processor's own chat template, if it has one; that of the tokenizer may not support images."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").exists():
-        return json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        return json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
     return None
 
 
