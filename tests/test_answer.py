@@ -123,7 +123,7 @@ def test_every_question_image_and_setting_has_a_page_of_its_own(tmp_path, photo)
 
 
 def test_an_empty_answer_is_said(tmp_path, photo, monkeypatch):
-    monkeypatch.setattr(build.model(config(tmp_path)), "decode", lambda tokens: " ")
+    monkeypatch.setattr(build.model(config(tmp_path)).chat, "decode", lambda tokens: " ")
     assert next(answer(config(tmp_path), str(photo), "What ?")) == NOTHING
 
 

@@ -42,7 +42,7 @@ def test_all_methods_on_all_engines(tmp_path, capsys):
         ("dart", "pipeline"),
     }
     assert record["left_out"] == [
-        "dart keep=16 engine=generate: DARTPruner prunes inside the decoder: use the pipeline",
+        "dart keep=16 engine=generate: DARTPruner does not prune between encoder and decoder: use the pipeline",
         "dart keep=16 engine=engine: DARTPruner prunes inside the decoder: use the pipeline",
     ]
     for (method, engine), row in rows.items():

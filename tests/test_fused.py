@@ -1,6 +1,7 @@
 """The fused picks against the plain path, against a float64 reading of the equations, and on exact ties."""
 
 import math
+import sys
 import threading
 import time
 from collections import Counter
@@ -141,8 +142,10 @@ def test_the_precision_of_other_products_is_as_it_was(monkeypatch):
         assert settings.fp32_precision == before
         return seen.pop()
 
-    assert multiply(half, half) == "bf16"
-    assert multiply(half, full) == multiply(full, half) == multiply(full, full) == before
+    with monkeypatch.context() as alone:  # the test runner has threads of its own
+        alone.setattr(sys, "_current_frames", lambda: {1: None})
+        assert multiply(half, half) == "bf16"
+        assert multiply(half, full) == multiply(full, half) == multiply(full, full) == before
     done = threading.Event()
     beside = threading.Thread(target=done.wait)
     beside.start()

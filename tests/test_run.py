@@ -25,6 +25,7 @@ from experiments.cell import differs, run_cell, show
 from experiments.evaluate import by_length, subset
 from experiments.results import NOT_IDENTITY, ROOT, Cell, cell_id
 from mipruner.errors import InputError, ModelError
+from mipruner.models.chat import Chat
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
 from toy import N_LAYERS, N_VISUAL, Toy, save_toy_model
@@ -432,7 +433,7 @@ def test_one_run_at_a_time_answers_a_cell(tmp_path, record_property):
 
 
 def test_answers_that_are_none_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(LlavaAdapter, "decode", lambda self, tokens: "")
+    monkeypatch.setattr(Chat, "decode", lambda self, tokens: "")
     record = run_cell(config(tmp_path))
     assert record["unusable"] == {"empty": 12, "unreadable": 0}
     assert "warning: 12 of 12 answers are empty" in show(record, "x")

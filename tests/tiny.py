@@ -58,6 +58,7 @@ def processor_of(family: str):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a test in inference mode may be the first that asks, another wants gradients
 def tiny(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **options) -> Adapter:
     """An adapter around random weights, large enough that every row of the input moves the output."""
     torch.manual_seed(0)
