@@ -43,7 +43,7 @@ def test_all_methods_on_all_engines(tmp_path, capsys):
     }
     assert record["left_out"] == [
         "dart keep=16 engine=generate: DARTPruner does not prune between encoder and decoder: use the pipeline",
-        "dart keep=16 engine=engine: DARTPruner prunes inside the decoder: use the pipeline",
+        "dart keep=16 engine=engine: DARTPruner prunes outside of what the engine records: use the pipeline",
     ]
     for (method, engine), row in rows.items():
         stages = {"vision", "scoring", "total"} | ({"generate"} if engine == "generate" else {"prefill", "decode"})
