@@ -242,11 +242,10 @@ def page(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str]
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("cells", nargs="+", type=Path)
+    parser = arguments(__doc__, out="answers.html")
+    parser.add_argument("cells", nargs="+", type=Path, metavar="CELL", help="folder of a finished cell")
     parser.add_argument("--every", action="store_true", help="also the questions that all cells answer alike")
-    parser.add_argument("--samples", type=int, default=50, help="questions with masks, at most")
-    parser.add_argument("--out", type=Path, default=Path("answers.html"))
+    parser.add_argument("--samples", type=int, default=50, help="questions with masks, at most (default: 50)")
     args = parser.parse_args()
     try:
         columns = read_columns(args.cells)

@@ -1,8 +1,19 @@
 """The shared command line parser of the scripts of analysis."""
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
+
+
+class Moved(Action):
+    """An old option: the program ends and names the command that ``const`` is."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, help=SUPPRESS, **options)
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> None:
+        parser.exit(2, f"{'/'.join(self.option_strings)} is a task of run.py now: {self.const}\n")
 
 
 def arguments(doc: str | None, out: str | None = None, reads_results: bool = False) -> ArgumentParser:

@@ -113,10 +113,10 @@ def restrict(results: Path, out: Path, method: str = "downsample") -> dict[Key, 
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--out", type=Path, default=Path("results_hard"))
-    parser.add_argument("--method", default="downsample", help="downsample or resize")
+    parser = arguments(__doc__, out="results_hard", reads_results=True)
+    parser.add_argument(
+        "--method", default="downsample", choices=["downsample", "resize"], help="(default: downsample)"
+    )
     args = parser.parse_args()
     try:
         hard = restrict(args.results, args.out, args.method)

@@ -22,7 +22,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from analysis.command import arguments
+from analysis.command import Moved, arguments
 from experiments import build
 from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
 from experiments.explorer.panels import NOTHING
@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="how many samples (default: 4)")
     parser.add_argument("--ids", nargs="*", help="these samples instead, by their ids")
     parser.add_argument("--dialogue", action="store_true", help="one sample: a column a pruner, a row a budget")
+    parser.add_argument("--heat", nargs="*", action=Moved, const="python run.py task=heat cell=CELL")
     args = parser.parse_args()
     try:
         read, benchmark, samples = choose_samples(args.cells, args.ids, args.samples)

@@ -1,9 +1,9 @@
 """Plots cost and benefit of token selection over image size, from the CSV of task=scaling.
 
-    python -m analysis.scaling docs/results/scaling_cpu.csv --out docs/results/scaling_cpu
+    python -m analysis.scaling docs/results/scaling_cpu.csv --out docs/results/scaling_cpu.png
 
 Left: time of the choice. Right: time that pruning takes off the prefill of LLaVA-1.5-7B, for each millisecond of the
-choice; above the line at 1 pruning pays.
+choice; above the line at 1 pruning pays. The figure is written as PDF and PNG.
 """
 
 from pathlib import Path
@@ -85,18 +85,15 @@ def _axis(axes: Axes, sizes: list[int], label: str) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("csv", type=Path, help="what task=scaling wrote")
-    parser.add_argument("--out", type=Path, help="without suffix; beside the CSV by default")
+    parser = arguments(__doc__, out="scaling.png")
+    parser.add_argument("csv", type=Path, metavar="CSV", help="what task=scaling wrote")
     args = parser.parse_args()
-    out = args.out or args.csv.with_suffix("")
     figure = draw(read(args.csv))
     for suffix in (".pdf", ".png"):
         with plt.rc_context(STYLE):
-            figure.savefig(
-                out.with_suffix(suffix), dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None
-            )
-        print(out.with_suffix(suffix))
+            out = args.out.with_suffix(suffix)
+            figure.savefig(out, dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+            print(out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Draws the possible speed-up by pruning, from FLOPs alone, over image tokens and question length.
 
-    python -m analysis.speedup docs/results/speedup.png
+    python -m analysis.speedup                     # docs/results/speedup.png
 
 Vision encoder and prefill count, at one speed; decoding, which a short answer hardly has, and the choice do not. With a
 share s of the FLOPs in the prefill's image tokens, no pruner after the encoder gains more than 1 / (1 - s).
 """
-
-from pathlib import Path
 
 import matplotlib
 
@@ -74,9 +72,8 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    out = arguments(__doc__, out="docs/results/speedup.png").parse_args().out
+    out.parent.mkdir(parents=True, exist_ok=True)
     draw().savefig(out, dpi=200)
     print(table())
     print(out)

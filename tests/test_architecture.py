@@ -80,3 +80,12 @@ def test_scripts_of_analysis_share_one_parser():
         if "def main(" in file.read_text():
             assert "analysis.command.arguments" in {*imported(file, {"analysis.command.arguments": file})}, name
         assert name == "analysis.command" or "argparse" not in {*imported(file, {})}, name
+
+
+def test_scripts_of_analysis_share_their_words():
+    """``--results`` and ``--out`` mean one thing, said in one place; the docstring is the help."""
+    for name, file in modules("analysis").items():
+        text = file.read_text()
+        if name != "analysis.command" and '__name__ == "__main__"' in text:
+            assert "arguments(__doc__" in text, name
+            assert not [word for word in ('"--results"', '"--out"', "ArgumentParser(") if word in text], name
