@@ -59,6 +59,6 @@ def test_nothing_is_hard_without_both(tmp_path):
     write(tmp_path / "results", "downsample", 8, [0, 1])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("kept")
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="other files"):
         hard.restrict(tmp_path / "results", tmp_path / "mine")
     assert (tmp_path / "mine/notes.txt").exists()
