@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -75,6 +76,17 @@ def fastest(watch: Stopwatch, function: Callable[[], Any], repetitions: int = 10
         with watch(str(repetition)):
             function()
     return min(watch.ms.values())
+
+
+def provenance(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What every measurement says of itself: command, commit, date, versions and `machine`."""
+    return {
+        "command": results.command(overrides),
+        "git_commit": results.git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": results.versions(),
+        "machine": machine(device),
+    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from any_recipes import OVERRIDES
 from any_tiny import IMAGE, VOCAB, build
+from tiny import byte_tokenizer
 
 BYTES = 10
 IMAGE_TOKENS = {"gemma3": "<image_soft_token>", "idefics3": "<image>", "paddleocr_vl": "<|IMAGE_PLACEHOLDER|>"}
@@ -33,14 +32,10 @@ def tokenizer(kind: str, config) -> PreTrainedTokenizerFast:
     named |= {name: (token, getattr(config, entry)) for name, (token, entry) in NAMED.get(kind, {}).items()}
     special = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<turn>": 3, "</turn>": 4} | dict(named.values())
     special |= {"<fake_token_around_image>": 5, "<end_of_utterance>": 6, "<global-img>": 7}
-    vocabulary = special | {c: BYTES + k for k, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {f"<unused{k}>": k for k in range(VOCAB) if k not in vocabulary.values()}
-    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    return byte_tokenizer(
+        special,
+        BYTES,
+        VOCAB,
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",

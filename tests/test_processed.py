@@ -1,9 +1,7 @@
 """Models without an adapter through their own processor: `mipruner.processed`, `load` and run.py with model=any."""
 
 import json
-import logging
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +9,10 @@ import torch
 from transformers import AutoConfig, LlavaProcessor
 
 import mipruner
-import run
 from any_recipes import OVERRIDES
 from any_saved import save
 from any_tiny import build, config_of
-from experiments.results import ROOT
+from command_line import run_main
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError, ModelError
 from mipruner.models import Prompt, load
@@ -157,15 +154,7 @@ def test_a_processor_that_does_not_load_is_one_clear_message(folders, tmp_path):
 
 
 def cli(monkeypatch, capfd, *overrides):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    monkeypatch.setattr(sys, "argv", ["run.py", "model=any", *overrides])
-    monkeypatch.chdir(ROOT)
-    try:
-        run.main()
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    return status, capfd.readouterr()
+    return run_main(monkeypatch, capfd, "model=any", *overrides)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,8 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-import run
 from analysis.masks import draw_cell
+from command_line import run_main
 from experiments import build
 from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.cell import differs, run_cell, show
@@ -58,15 +57,8 @@ def command(tmp_path, *overrides):
 
 def cli(monkeypatch, capfd, tmp_path, *overrides):
     """Exit status and stderr of run.py, in this process."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    monkeypatch.setattr(sys, "argv", command(tmp_path, *overrides)[1:])
-    monkeypatch.chdir(ROOT)
-    try:
-        run.main()
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    return status, capfd.readouterr().err
+    status, said = run_main(monkeypatch, capfd, *command(tmp_path, *overrides)[2:])
+    return status, said.err
 
 
 def start(tmp_path, *overrides, **env):

@@ -26,16 +26,22 @@ QWEN = [family for family in MODULES if family.startswith("qwen")]
 WITH_VIDEO = [family for family, module in MODULES.items() if hasattr(module, "make_videos") and family != "llava_next"]
 
 
-@cache
-def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A token a byte, so that every text can be written."""
-    vocabulary = SPECIAL | {c: len(SPECIAL) + k for k, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+def byte_tokenizer(special: dict[str, int], first: int, n: int = 0, **options) -> PreTrainedTokenizerFast:
+    """A token a byte from id ``first`` on, so that every text can be written; other ids below ``n`` are unused."""
+    vocabulary = special | {c: first + k for k, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {f"<unused{k}>": k for k in range(n) if k not in vocabulary.values()}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    backend.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+@cache
+def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(
+        SPECIAL,
+        len(SPECIAL),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -34,7 +33,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from experiments import build, results
 from experiments.engines import ENGINES, Budget
 from experiments.flops import Decoder, stand_in, vision_flops
-from experiments.machine import CLOCKS, Memory, machine, measure_limits, spread
+from experiments.machine import CLOCKS, Memory, measure_limits, provenance, spread
 from experiments.tabular import Table
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
@@ -229,11 +228,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     found, left_out = subjects(config, adapter, prompt, limits)
     compare(found, config["repetitions"], config["seed"], device, clock)
     return {
-        "command": results.command(overrides),
-        "git_commit": results.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": results.versions(),
-        "machine": machine(device),
+        **provenance(overrides, device),
         "limits": {name: round(value, 3) for name, value in limits.items()},
         "model": config["model"]["name"],
         "weights": config["weights"],

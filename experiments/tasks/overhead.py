@@ -18,7 +18,6 @@ import inspect
 import json
 import random
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import mipruner
 from experiments import build, results
-from experiments.machine import CLOCKS, machine, spread
+from experiments.machine import CLOCKS, provenance, spread
 from experiments.tabular import Table
 from mipruner.errors import InputError
 from mipruner.models import Adapter, Prompt
@@ -133,11 +132,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         every, n_visual = calls(config, adapter, inputs_of(adapter, prompts[:n]))
         rows.append(row(n, n_visual, budget(config["keep"], n_visual), take_turns(every, config, adapter.device)))
     return {
-        "command": results.command(overrides),
-        "git_commit": results.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": results.versions(),
-        "machine": machine(adapter.device),
+        **provenance(overrides, adapter.device),
         **{group: config[group]["name"] for group in ("model", "pruner")},
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
         "new_tokens": config["max_new_tokens"],

@@ -17,7 +17,6 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from experiments import peers, results
-from experiments.machine import Memory, machine, spread
+from experiments.machine import Memory, provenance, spread
 from experiments.tabular import Table
 from experiments.tasks import scaling
 from mipruner.errors import InputError
@@ -222,12 +221,9 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     torch.set_num_threads(1)
     try:
         rows, left_out = measure(config)
-        record = {
-            "command": results.command(overrides),
-            "git_commit": results.git_commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": results.versions(),
-            "machine": machine(CPU) | {"flags": flags()},
+        record = provenance(overrides, CPU)
+        record["machine"] |= {"flags": flags()}
+        record |= {
             "width": config["width"],
             "n_text": config["n_text"],
             "left_out": left_out,

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from experiments import build, results
 from experiments.benchmarks.demo import Demo
 from experiments.flops import stand_in
-from experiments.machine import machine
+from experiments.machine import provenance
 from experiments.remote import encode, setting_of
 from experiments.served import Served, serve, vllm_version
 from experiments.soak import soak
@@ -202,12 +202,9 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     out = Path(config["out"] or Path(config["results"]) / "serving" / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     log, options = out.with_suffix(".log"), ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
-    record = {
-        "command": results.command(overrides),
-        "git_commit": results.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": results.versions() | {"vllm": version},
-        "machine": machine(torch.device(build.device(config))),
+    record = provenance(overrides, torch.device(build.device(config)))
+    record["versions"] |= {"vllm": version}
+    record |= {
         "model": config["model"]["name"],
         "requests": config["requests"],
     }

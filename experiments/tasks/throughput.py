@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from experiments.benchmarks.base import Benchmark, Sample
 from experiments.cell import run_cell
 from experiments.engines import generate_engine
 from experiments.evaluate import subset
-from experiments.machine import machine
+from experiments.machine import provenance
 from experiments.results import Cell
 from mipruner.decoding import Decoding
 from mipruner.models import Adapter, Prompt, Video
@@ -68,11 +67,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     batched, same = evaluation(config, config["batch_size"])
     is_table1 = config["model"]["name"] == "llava15_7b"
     return {
-        "command": results.command(overrides),
-        "git_commit": results.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": results.versions(),
-        "machine": machine(adapter.device),
+        **provenance(overrides, adapter.device),
         **{group: config[group]["name"] for group in ("model", "dataset", "pruner")},
         "keep": config["keep"],
         "batch_size": config["batch_size"],
