@@ -65,7 +65,7 @@ def test_all_methods_on_all_engines(tmp_path, capsys):
 
 def test_random_weights_and_longer_prompts(tmp_path, capsys):
     record = run(
-        tmp_path, capsys, "model=demo_qwen3vl", "weights=random", "n_text=50", "picture=[280,196]", "warmup=1",
+        tmp_path, capsys, "model=demo_qwen3vl", "weights=random", "n_text=50", "image_size=[280,196]", "warmup=1",
         "repetitions=1", "methods=[mi]", "keeps=[0.5]", "engines=[pipeline,engine]",
     )  # fmt: skip
     (row,) = record["rows"]

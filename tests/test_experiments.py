@@ -18,7 +18,7 @@ COSTS = [path for path in FILES if path not in SWEEPS]
 PAPER = [*(f"table{n}" for n in range(1, 12)), "fig4", "fig6a", "fig6b"]
 
 
-def test_the_paper_is_covered_and_everything_has_a_twin():
+def test_the_paper_is_covered_and_everything_has_a_demo_version():
     names = {path.stem for path in FILES}
     assert set(PAPER) <= names
     assert {f"demo_{name}" for name in PAPER} <= names

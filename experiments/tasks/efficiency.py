@@ -118,8 +118,8 @@ def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
     benchmark = build.benchmark(config)
     sample = benchmark.samples()[0]
     images = benchmark.images(sample.image_id)
-    if config["picture"] is not None:
-        images = [image.resize(tuple(config["picture"])) for image in images]
+    if config["image_size"] is not None:
+        images = [image.resize(tuple(config["image_size"])) for image in images]
     prompt = Prompt(sample.text, images, sample=sample.id)
     while n_text(adapter, prompt) < (config["n_text"] or 0):
         prompt = replace(prompt, text=f"the {prompt.text}")

@@ -1,7 +1,7 @@
 """Measures the cost of `mipruner.prune` around `generate`, against stock generate and against the ideal.
 
     OMP_NUM_THREADS=1 python run.py task=overhead out=docs/results/overhead_demo_llava_cpu.json
-    OMP_NUM_THREADS=1 python run.py task=overhead model=demo_qwen3vl +model.max_pixels=451584 'picture=[672,672]'
+    OMP_NUM_THREADS=1 python run.py task=overhead model=demo_qwen3vl +model.max_pixels=451584 'image_size=[672,672]'
 
 Four calls take turns in random order, each with the same number of new tokens:
 
@@ -126,7 +126,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     prompts = []
     for sample in list(first.values())[: max(config["batches"])]:
         image = benchmark.images(sample.image_id)[0]
-        prompts.append(Prompt(sample.text, [image.resize(config["picture"]) if config["picture"] else image]))
+        prompts.append(Prompt(sample.text, [image.resize(config["image_size"]) if config["image_size"] else image]))
     rows = []
     for n in config["batches"]:
         every, n_visual = calls(config, adapter, inputs_of(adapter, prompts[:n]))
