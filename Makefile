@@ -22,7 +22,7 @@ test-models: setup
 models-page: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests MODELS=all $(BIN)/python tests/any_page.py
 
-# Every way of calling inside mipruner.prune, by method on both demo models: the table of docs/anywhere.md.
+# Every kind of call inside mipruner.prune, for each method on both demo models: the table of docs/anywhere.md.
 ways: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.ways tests/test_table_of_ways.py
 
@@ -45,8 +45,8 @@ demo: setup
 	$(BIN)/python -m analysis.masks $(foreach p,attention similarity mi_attention mi,results/demo_llava/demo/$(p)/keep=16-*) --samples 6 --out docs/results/demo_masks.jpg
 	@cat docs/results/demo.md
 
-# Every table, figure and the report on the embedded models, in under 25 minutes on two cores. Started again it goes on
-# where it stopped. The two lists share no cell that `demo` has not made, so they run side by side.
+# Every table, figure and the report on the demo models, in under 25 minutes on two cores. Finished cells are skipped.
+# The two lists run in parallel: they share only cells that `demo` has made.
 DEMO_METHODS = demo_table1 demo_table10 demo_table11
 DEMO_ABLATIONS = demo_fig6b demo_table5 demo_table6 demo_fig6a demo_table2 demo_fig4 demo_table4 demo_table7 demo_table8
 
@@ -65,8 +65,8 @@ demo-methods: setup
 demo-ablations: setup
 	for e in $(DEMO_ABLATIONS); do $(BIN)/python run.py -m experiment=$$e n_masks=0 || exit 1; done
 
-# Every table and figure of the paper. The heads of conf/experiment say what is known of the cost. What is finished is
-# skipped, so it can be stopped and started at will; a table whose data or judge is missing does not hold up the next.
+# Every table and figure of the paper; costs: heads of conf/experiment. Finished cells are skipped. If the data or the
+# judge of one table is missing, the others still run.
 PAPER = table1 table5 table6 fig6a fig6b table10 table2 table11 fig4 table7 table7_qwen3vl table4 table8 table8_thinking
 
 reproduce: setup
