@@ -22,11 +22,11 @@ class Cut:
     Attributes
     ----------
     columns : Tensor [B, n]
-        Place in the full prompt of each column that is left; -1 is padding.
+        Index in the full prompt of each remaining column; -1 is padding.
     is_visual : Tensor [B, S] bool
         Visual tokens of the full prompt.
     model_type : str
-        For messages.
+        Named in error messages.
     """
 
     columns: Tensor
@@ -34,14 +34,14 @@ class Cut:
     model_type: str = "this model"
 
     def __call__(self, name: str, x: Any) -> Any:
-        """Return argument ``x`` for the short prompt, given that of the full prompt.
+        """Return the argument ``x`` of the full prompt, cut to the short prompt.
 
-        A tensor [B, S, ..] loses columns, one [n_visual, ..] loses rows; dicts, lists and tuples are gone through.
+        Tensors [B, S, ..] lose columns and tensors [n_visual, ..] lose rows, also inside dicts, lists and tuples.
 
         Raises
         ------
         InputError
-            If a tensor is as long as the prompt, or as its visual tokens, along another dimension.
+            If another dimension of a tensor is as long as the prompt or as its visual tokens.
         """
         if isinstance(x, dict):
             return type(x)((k, self(name, v)) for k, v in x.items())
@@ -75,13 +75,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Masks:
-    """The masks that a model builds from a prompt before it calls its language model (Gemma 3, PaliGemma).
+    """Masks that a model builds from a prompt before it calls its language model (Gemma 3, PaliGemma).
 
     Attributes
     ----------
     model : PreTrainedModel
     outer : callable
-        The keyword arguments of the running call of the module that holds the language model, or None.
+        Returns the keyword arguments of the current call of the module around the language model, or None.
     """
 
     model: PreTrainedModel

@@ -1,8 +1,8 @@
 """KV caches that store which tokens of their prompts were kept.
 
-Its caller, ``generate`` above all, counts the tokens of the full prompt; the language model counts those that are
-there. So the cache tells each of them the length that it knows. It can only be filled while a `Shortening` serves the
-call, and whatever selects, repeats or crops its rows does so with what became of their prompts.
+The caller (usually ``generate``) counts the tokens of the full prompt, and the language model counts the remaining
+tokens. So the cache reports a different length to each of them. It can only be filled in a call that a `Shortening`
+serves. Methods that select, repeat or crop rows of the cache do the same with the stored state.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,25 +18,24 @@ from mipruner.errors import InputError
 
 @dataclass
 class Course:
-    """State of the shortened prompts of a cache: which columns they have, and their positions.
+    """State of a cache with shortened prompts: remaining columns and positions.
 
     Attributes
     ----------
     owner : Shortening
-        What pruned them, and serves the calls that follow.
+        The context that shortened the prompts and serves the following calls.
     removed : int
-        How many columns the full prompts have more than the first layer's cache.
+        Number of columns of the full prompts that the first layer's cache does not have.
     last : Tensor [P, B]
         Position of the last token of each prompt.
     layers : list of Tensor [B, n] bool
-        For each layer, which of the columns that its cache had after the prompt are no padding; one entry if they are
-        the same for all.
+        For each layer, which columns of its cache after the prompt are not padding; one entry if all layers are equal.
     renumbered : bool
-        Whether layers behind the first stage count positions anew.
+        Whether layers after the first stage renumber positions.
     is_open : bool
-        Whether the prompts were pruned by a question whose end is missing.
+        Whether the question that pruned the prompts had no end yet.
     serving : bool
-        True while the language model is at work on the cache.
+        True during a call of the language model on the cache.
     """
 
     owner: object
@@ -66,7 +65,7 @@ class Course:
         return len(self.layers) > 1
 
     def select(self, rows: Tensor) -> "Course":
-        """The same for a selection of batch rows."""
+        """State of a selection of batch rows."""
         known: dict[int, Tensor] = {id(valid): valid[rows.to(valid.device)] for valid in self.layers}
         layers = [known[id(valid)] for valid in self.layers]
         return replace(self, last=self.last[:, rows.to(self.last.device)], layers=layers)
@@ -82,7 +81,7 @@ else:
 
 
 class _Short(Mixed):
-    """Mixin in front of the class of a cache."""
+    """Mixin of a cache that converts lengths between full and short prompts."""
 
     course: Course
 
@@ -106,7 +105,7 @@ class _Short(Mixed):
 
     def crop(self, tokens: int) -> None:
         full = self.get_seq_length()
-        tokens = tokens if tokens <= 0 else min(tokens - full, 0)  # before 5.20, the length that is to be left
+        tokens = tokens if tokens <= 0 else min(tokens - full, 0)  # before 5.20: the remaining length
         if full + tokens < self.course.valid.shape[1] + self.course.removed:
             raise InputError("a shortened prompt cannot be cropped: only what came after it")
         if tokens:

@@ -13,14 +13,14 @@ from mipruner.selection import Auto
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(DecoderPruner):
-    """``door`` selects the tokens that enter the language model, ``inside`` reduces them to the budget of the prompt.
+    """Two methods in a row: ``door`` selects tokens before the language model, ``inside`` drops more inside it.
 
     Parameters
     ----------
     door : Pruner
     inside : DecoderPruner
     enter : int or float
-        How many of a prompt's tokens enter the language model, see `budget`.
+        Budget of ``door`` per prompt, see `budget`. The budget of the prompt is that of ``inside``.
     """
 
     budget_match: ClassVar[Literal["nominal"]] = "nominal"  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """Generates tokens from a short prompt: one prefill, then a decode loop that calls the language model directly.
 
-The loop is `generate` without its set-up, and gives the same tokens and logits; prefill and decode are separate so that
-they can be timed, and Qwen3-VL's deepstack rows are passed as what they are, arguments of the prefill.
+It gives the same tokens and logits as ``generate``. Prefill and decode are separate functions, so that each can be
+timed. Qwen3-VL's deepstack rows are arguments of the prefill.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class Decoding:
     top_k : int
         0 is off.
     seed : int
-        With the sample's name, of its draws: they depend on neither batch nor device. A sample without a name counts
-        as its place in the batch.
+        Seed of the draws, together with the sample's name. Draws do not depend on batch or device. A sample without a
+        name is named by its index in the batch.
     """
 
     max_new_tokens: int = 128

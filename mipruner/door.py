@@ -1,4 +1,4 @@
-"""Stage 0: replaces prompts by the short prompts that a `Pruner` selected, and places the text that follows them."""
+"""Replaces prompts by short prompts before the first layer, and computes positions and mask of the following text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class Prompts:
     Attributes
     ----------
     is_visual : Tensor [B, S] bool
-        The visual tokens of the prompts as they come.
+        Visual tokens of the full prompts.
     budgets : sequence of int
         Nominal number of visual tokens that a `DecoderPruner` keeps of each prompt.
     attention : sequence of Tensor [n_visual] or None, optional
-        The vision encoder's, of each prompt as it enters, for methods that need it.
+        Attention in the vision encoder for each prompt, for methods that need it.
     encoded, selections
-        What is kept at the door of each prompt, and of each image in it. Empty if all of it enters.
+        Each prompt, and the `Selection` for each of its images. Empty if no token is dropped before the first layer.
     is_open : bool
-        Whether the choice was made by a question whose end is missing.
+        Whether the question that selected the tokens had no end yet.
     """
 
     is_visual: Tensor
@@ -41,19 +41,19 @@ class Prompts:
 
 @dataclass
 class Entry:
-    """The prompts as they enter the first layer.
+    """Short prompts at the input of the first layer.
 
     Attributes
     ----------
     changes : dict
         Arguments of the language model that replace the caller's.
     valid : Tensor [B, n_past + n] bool
-        Columns of the cache that are no padding, once the prompt is in.
+        Columns of the cache after the prompt that are not padding.
     columns : Tensor [B, n]
-        Where in the caller's prompt each row stood; -1 is padding.
+        Index of each row in the caller's prompt; -1 is padding.
     is_visual : Tensor [B, n] bool
     removed : int
-        How many columns the caller counts more.
+        Number of columns of the caller's prompt that were removed.
     last : Tensor [P, B]
         Position of the last token.
     """
@@ -67,7 +67,7 @@ class Entry:
 
 
 def enter(prompts: Prompts, kwargs: dict[str, Any], course: Course | None, repack: bool) -> Entry:
-    """Build the arguments of the short prompts, which follow the columns that the cache already holds."""
+    """Build the language model's arguments for the short prompts, after the columns that the cache already holds."""
     shape, n_past = prompts.is_visual.shape, length(kwargs.get("past_key_values"))
     mask = padding(kwargs.get("attention_mask"), n_past + (course.removed if course else 0) + shape[1])
     shorts = [cut(*pair, repack=repack) for pair in zip(prompts.encoded, prompts.selections, strict=True)]
@@ -79,7 +79,7 @@ def enter(prompts: Prompts, kwargs: dict[str, Any], course: Course | None, repac
     new = torch.ones_like(batch.is_visual) if batch.attention_mask is None else batch.attention_mask.bool()
     past = _past(course, mask, n_past, shape[1], new)
     valid = new if past is None else torch.cat([past, new], 1)
-    # Without a cache, a mask is what tells gaps between positions from several prompts in one row.
+    # Without a cache, only a mask distinguishes gaps between positions from several prompts in one row.
     plain = kwargs.get("past_key_values") is not None and bool(valid.all()) and not _is_given(kwargs)
     return Entry(
         changes=batch.language_model_inputs()
@@ -108,9 +108,9 @@ def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tens
 
 
 def left(visual: Tensor, columns: Tensor, is_visual: Tensor) -> Iterator[Tensor]:
-    """Numbers [n_kept] of the kept visual tokens among all visual tokens of each prompt; merged rows are left out.
+    """Indices [n_kept] of the kept visual tokens among all visual tokens of each prompt, without merged rows.
 
-    is_visual [B, S] is of the prompts as they came, visual [B, n] and columns [B, n] of the rows.
+    is_visual [B, S] describes the full prompts; visual [B, n] and columns [B, n] describe the remaining rows.
     """
     for at, own, places in zip(is_visual, visual, columns, strict=True):
         yield (at.cumsum(0) - 1)[places[own & (places >= 0)]]
@@ -122,13 +122,13 @@ def padding(mask: Tensor | dict[str, Tensor] | None, n_columns: int) -> Tensor |
     Raises
     ------
     InputError
-        If the mask is of another length, or one of [.., query, key] that nobody made for a static cache.
+        If the mask has another length, or has the shape [.., query, key] but is not the mask of a static cache.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return None
-    if mask.ndim == 4:  # generate makes it for a static cache: what the last token sees
+    if mask.ndim == 4:  # made by generate for a static cache: columns that the last token sees
         mask = mask[:, 0, -1, :n_columns]
         mask = mask if mask.dtype == torch.bool else mask == 0
     elif mask.shape[1] != n_columns:
@@ -147,7 +147,7 @@ def _is_given(kwargs: dict[str, Any]) -> bool:
 
 
 def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past: int) -> Entry:
-    """Prompts of which all tokens are kept."""
+    """Short prompts with all tokens."""
     batch, n = prompts.is_visual.shape
     valid = prompts.is_visual.new_ones(batch, n_past + n) if mask is None else mask.expand(batch, -1)
     new, place = valid[:, n_past:], torch.arange(n, device=valid.device).expand(batch, n)
@@ -185,7 +185,7 @@ def _past(course: Course | None, mask: Tensor | None, n_past: int, n_new: int, l
 
 def _rest(course: Course, mask: Tensor | dict[str, Tensor] | None, n_past: int, n_new: int) -> Tensor | None:
     """Which columns [B, k] after the prompts are valid, from the caller's mask."""
-    if getattr(mask, "ndim", 0) != 2:  # none, or one for a static cache, which is made anew
+    if getattr(mask, "ndim", 0) != 2:  # none, or one for a static cache, which is computed again
         return None
     rest = padding(mask, n_past + course.removed + n_new)
     assert rest is not None

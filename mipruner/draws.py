@@ -1,4 +1,4 @@
-"""Per-sample random generators, seeded by run seed and sample name, independent of batch and device."""
+"""Random generators per sample, seeded by run seed and sample name, independent of batch and device."""
 
 import zlib
 
@@ -6,5 +6,5 @@ import torch
 
 
 def generator(seed: int, sample: str) -> torch.Generator:
-    """A CPU generator that gives a sample the same random numbers in every run."""
+    """CPU generator with the same random numbers for a sample in every run."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{sample}".encode()))

@@ -3,10 +3,10 @@
     image ── see ──> visual tokens ─┐
     question ─ score ─────────────────┴─> kept tokens ─ prefill ─> token ─ step ─> token ─ step ─> ...
 
-Each of these four is a function of tensors that is recorded as a CUDA graph and then replayed: `see` and `step` once,
+Each of these four is a function of tensors. It is recorded as a CUDA graph and then replayed: `see` and `step` once,
 `score` for each number of question tokens, `prefill` for each bucket of prompt lengths. The host uploads token ids
-before and reads the answer after; in between it waits for nothing, except that every `LOOK` tokens it asks whether the
-answer has ended. On a CPU there is nothing to record, and static shapes only cost: the pipeline answers.
+before and reads the answer afterwards. In between it waits only once every `LOOK` tokens, to check whether the answer
+has ended. On a CPU nothing can be recorded and static shapes are slower, so the pipeline answers.
 """
 
 from collections.abc import Callable
@@ -31,13 +31,13 @@ from mipruner.pruners.none import NoPruner
 from mipruner.selection import Auto, Selection
 
 LOOK = 16
-"""Tokens between two looks at whether the answer has ended."""
+"""Number of tokens between two checks whether the answer has ended."""
 
 
 class Graph:
     """A function of tensors. On a GPU it is recorded as one CUDA graph.
 
-    What it returns lies in the graph's own memory and lives until the next call.
+    Its result is in the memory of the graph and is valid until the next call.
     """
 
     def __init__(self, function: Callable[..., Any], *inputs: Tensor):
@@ -51,7 +51,7 @@ class Graph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # compiles kernels and fills caches, which a recording must not do
+            for _ in range(2):  # compiles kernels and fills caches, which is not allowed during recording
                 self.function(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
@@ -73,12 +73,12 @@ class KeyValues:
     def __init__(self, config: PreTrainedConfig, length: int, like: Tensor):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (1, config.num_key_value_heads, length, width)
-        # A tensor each: compiled code writes to these in place, but copies all of one whose parts it writes to.
+        # Separate tensors: compiled code writes to them in place, but would copy one large tensor.
         self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
         self.length = length
 
     def at(self, slots: Tensor, n_read: int) -> "KeyValues":
-        """The same buffers, for a call that writes its tokens to ``slots`` and reads the first ``n_read`` ones."""
+        """The same buffers for a call that writes its tokens to ``slots`` and reads the first ``n_read`` slots."""
         self.slots, self.n_read = slots, n_read
         return self
 
@@ -89,8 +89,9 @@ class KeyValues:
         return held_keys[:, :, : self.n_read], held_values[:, :, : self.n_read]
 
     def clear(self) -> None:
-        """Zero the buffers. A masked slot has attention weight 0, but 0 x NaN is NaN, so one NaN would reach every
-        later answer.
+        """Zero the buffers.
+
+        A masked slot has attention weight 0, but 0 x NaN is NaN, so one NaN would reach every later answer.
         """
         for buffer in chain.from_iterable(self.layers):
             buffer.zero_()
@@ -98,18 +99,18 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Layout:
-    """A short prompt of n tokens, padded to L after its last token, and the T tokens that may follow it.
+    """A short prompt of n tokens, padded to L after its last token, with room for T new tokens.
 
     Attributes
     ----------
     n : int
     ids : Tensor [L]
     places : Tensor [n_keep]
-        Where the visual tokens stand.
+        Indices of the visual tokens.
     slots : Tensor [L + T]
-        0, 1, 2, ...: of token k in the cache.
+        Slot of token k in the cache: 0, 1, 2, ...
     position_ids : Tensor [L + T]
-        Of token k; where positions are kept, those of the visual tokens are filled in once it is known which they are.
+        Position of token k. With positions="keep", those of the visual tokens are filled in after the selection.
     """
 
     n: int
@@ -120,35 +121,35 @@ class Layout:
 
 
 class Engine:
-    """``engine(prompt)`` answers as `mipruner.pipeline.Pipeline` does.
+    """Engine for one prompt at a time: ``engine(prompt)`` gives the answer of `mipruner.pipeline.Pipeline`.
 
     Parameters
     ----------
     adapter : Adapter
         LLaVA-1.5 with attn_implementation=sdpa: plain positions, images of one size.
     pruner, keep
-        As for the pipeline.
+        See `Pipeline`.
     decoding : Decoding
         Greedy.
     bucket : int
-        Prompts are padded to a multiple of it, behind their last token, where none of their tokens looks.
+        Prompts are padded after their last token to a multiple of it. No token attends to the padding.
     longest : int
-        Tokens beside the image that a prompt may have.
+        Largest number of text tokens of a prompt.
     compiled : bool
-        Whether torch.compile fuses prefill and step before they are recorded.
+        Whether prefill and step are compiled by torch.compile before recording.
     static : bool, optional
-        Whether shapes are static; by default on a GPU only, and the pipeline answers elsewhere. On a CPU the recorded
-        functions are then called as they are, which is for tests.
+        Whether shapes are static; by default only on a GPU. On a CPU with ``static=True`` the functions are called
+        without recording (for tests).
 
     Attributes
     ----------
     pipeline : Pipeline or None
-        What answers instead where shapes are not static.
+        Answers if shapes are not static.
 
     Raises
     ------
     InputError
-        If the model or the decoding is of another kind.
+        If the model or the decoding is not supported.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Engine:
         self.adapter, self.pruner, self.keep, self.decoding = adapter, pruner, keep, decoding
         self.bucket, self.longest, self.compiled = bucket, longest, compiled
         self.watch: Callable[[str], AbstractContextManager[Any]] = lambda stage: nullcontext()
-        """Called around each stage. Nothing is timed by default, because a clock makes the host wait."""
+        """Context around each stage. By default nothing is timed, because a clock makes the host wait."""
         static = adapter.device.type == "cuda" if static is None else static
         self.pipeline = None if static else Pipeline(adapter, pruner, keep, decoding)
         assert isinstance(adapter, LlavaAdapter)
@@ -188,11 +189,11 @@ class Engine:
             self.cache = KeyValues(text_config, length, like=adapter.model.lm_head.weight)
         self.graphs: dict[tuple[Any, ...], Graph] = {}
         self.asked: tuple[Media | None, dict[Any, Any]] = None, {}
-        """The latest image, and `Features.held` of it."""
+        """The latest image and its `Features.held`."""
 
     @torch.inference_mode()
     def __call__(self, prompt: Prompt, pixels: dict[str, Any] | None = None) -> Answer:
-        """Answer one prompt; ``pixels`` is the output of ``adapter.preprocess`` for its image, if already computed.
+        """Answer one prompt. ``pixels`` is the output of ``adapter.preprocess`` for its image, if already computed.
 
         Raises
         ------
@@ -309,14 +310,14 @@ class Engine:
                 break
         return drawn
 
-    # What is recorded: functions of their arguments, the weights and the cache.
+    # Recorded functions: they depend only on their arguments, the weights and the cache.
 
     def see(self, values: Tensor) -> Visual:
-        """pixel_values [1, 3, height, width] -> visual tokens [n_visual, d]."""
+        """Encode the image: pixel_values [1, 3, height, width] -> visual tokens [n_visual, d]."""
         return self.adapter.encode([{"pixel_values": values}], self.pruner.signals)[0]
 
     def score(self, text_ids: Tensor, visual: Tensor, *signals: Tensor) -> tuple[Tensor, Tensor]:
-        """ids [n_text], visual tokens [n_visual, d] and signals by name -> kept [n_keep], all features finite [1]."""
+        """Select: ids [n_text], visual tokens [n_visual, d], signals by name -> kept [n_keep], all are finite [1]."""
         text = self.adapter.model.get_input_embeddings()(text_ids)
         finite = (visual.sum(dtype=torch.float32) + text.sum(dtype=torch.float32)).isfinite().long()[None]
         if self.n_keep == self.n_visual:
@@ -334,7 +335,7 @@ class Engine:
         kept: Tensor,
         visual: Tensor,
     ) -> Tensor:
-        """ids, slots, position_ids [L], last [1], places, kept [n_keep], visual [n_visual, d] -> first token [1]."""
+        """Prefill: ids, slots, position_ids [L], last [1], places, kept [n_keep], visual [n_visual, d] -> token [1]."""
         embeds = self.adapter.model.get_input_embeddings()(ids).index_copy(0, places, visual[kept])
         if self.adapter.positions == "keep":
             position_ids = position_ids.index_copy(0, places, places[0] + kept)
@@ -342,7 +343,7 @@ class Engine:
         return self._most_likely(hidden[last])
 
     def step(self, token: Tensor, slot: Tensor, position_id: Tensor) -> Tensor:
-        """One token [1] at its slot [1] and position [1] -> the next token [1]."""
+        """Decode step: one token [1] at its slot [1] and position [1] -> the next token [1]."""
         embeds = self.adapter.model.get_input_embeddings()(token)
         return self._most_likely(self._language_model(embeds, slot, position_id, n_read=self.cache.length))
 

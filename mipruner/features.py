@@ -1,4 +1,4 @@
-"""Input of a pruner: one image after the projector, and the tokens of its question."""
+"""Input of a pruner: the projected tokens of one image, and the tokens of its question."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor
 class Features:
     """Features of one image (or one video) before the language model runs.
 
-    Tensors may carry the same leading batch dimensions; a pruner has no access to the model. Optional fields are
+    All tensors may have the same leading batch dimensions. A pruner has no access to the model. Optional fields are
     computed only for methods that name them in `Pruner.needs` or `Pruner.wants`.
 
     Attributes
@@ -25,34 +25,33 @@ class Features:
     attention : Tensor [.., n_visual], optional
         Attention that each visual token receives in the vision encoder, mean over heads (eq. 5).
     attention_to_self : Tensor [.., n_visual], optional
-        The terms j = i that eq. 5 leaves out, on the scale of `attention`. Only encoders without CLS have them.
+        The terms j = i, which eq. 5 excludes, on the scale of `attention`. Only for encoders without CLS.
     hidden : Tensor [.., n_visual, d_encoder], optional
-        Encoder features that the projector reads, a merging projector's mean over the patches of a token.
+        Input of the projector; if the projector merges patches, their mean.
     cls_hidden : Tensor [.., n_cls, d_encoder], optional
-        The CLS rows of the same layer, one an image. Absent where the encoder has no CLS.
+        CLS rows of the same layer, one per image. None if the encoder has no CLS.
     keys : Tensor [.., n_visual, d_head], optional
         Keys of the layer that `attention` comes from, mean over heads, patches of a token averaged.
     project : callable, optional
-        The projector, [.., d_encoder] to [.., d], for methods that merge rows of `hidden`.
+        The projector, [.., d_encoder] -> [.., d], for methods that merge rows of `hidden`.
     clip_visual, clip_text : Tensor [.., n_visual, d_clip] and [.., n_segments, d_clip], optional
-        CLIP's image and text embeddings of the patches and of the question in segments of 77 tokens. Absent where the
-        model does not name its CLIP.
+        CLIP embeddings of the patches, and of the question in segments of 77 tokens. None if the model does not name
+        its CLIP.
     words : sequence of str, optional
-        The text tokens as strings, n_text of them, a blank before the first token of a word. In a batch, one such
-        sequence for each sample.
+        The n_text text tokens as strings, with a blank before the first token of a word. In a batch, one sequence per
+        sample.
     question : bool Tensor [.., n_text], optional
         False for the text tokens of the answer-format sentence and other instructions around the question.
     prefixed : callable, optional
-        Takes a prefix that a method puts before the text; returns the input-embedding rows [n, d] of both, tokenized
-        together.
+        Function of a prefix. Returns the input-embedding rows [n, d] of prefix and text, tokenized together.
     vocabulary : Tensor [n_vocabulary, d], optional
-        The language model's input-embedding table. One for the whole batch.
+        Input-embedding table of the language model, without batch dimensions.
     vocabulary_norm : Tensor [n_vocabulary], optional
-        The norms of its rows in float32, `mipruner.fused.row_norm`.
+        Norms of its rows in float32, see `mipruner.fused.row_norm`.
     valid : bool Tensor [.., n_visual], optional
-        False for patches that lie wholly in the padding of a squared image.
+        False for patches that are entirely padding of a square image.
     sample : str
-        Name of the sample, so that a random choice is the same in every run and in every batch.
+        Name of the sample. It seeds random choices, so they do not depend on run or batch.
     held : dict, optional
         Results computed from this image alone, stored for further questions, see `mipruner.fused.once`. None in a
         batch.

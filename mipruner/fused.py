@@ -1,12 +1,11 @@
-"""MI-Pruner's greedy search at about the cost of one similarity product; `pmi` and `selection.greedy` are the
-reference.
+"""Greedy search of MI-Pruner in the time of about one similarity product. Reference: `pmi`, `selection.greedy`.
 
-With p(v_j) = 1 / n_visual, eq. 18 reads PMI(v_i; v_j) = rho_ij - lse_i + log n_visual, where lse_i is the log-sum-exp
-of row i of rho. So one number a token is enough beside rho; rho is symmetric, so that half of the product gives all of
-it, and its contiguous row j serves as the column that picking j adds to the running maximum of eq. 20.
+With p(v_j) = 1 / n_visual, eq. 18 is PMI(v_i; v_j) = rho_ij - lse_i + log n_visual, where lse_i is the log-sum-exp of
+row i of rho. So rho and one number per token are enough. rho is symmetric: half of the product gives all of it, and
+after a pick j the running maximum of eq. 20 needs column j, which is read as the contiguous row j.
 
-Same picks as the reference as long as the best two gains of every step differ by more than float32 rounding. Equal
-tokens have equal gains here, bit for bit, and the lowest index wins.
+The picks equal those of the reference if the best two gains of every step differ by more than float32 rounding. Equal
+tokens have bit-equal gains here, and the lowest index is picked.
 """
 
 import importlib.util
@@ -28,22 +27,22 @@ from mipruner.selection import greedy
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_TILES = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
-"""Whether oneDNN multiplies bfloat16 into float32 faster than float32: without AMX, it ignores that it may."""
+"""Whether oneDNN multiplies bfloat16 into float32 faster than float32. Without AMX it ignores the setting."""
 
 LEAF = 64
-"""Tokens whose products are all computed; of more, the halves and what lies between them."""
+"""Number of tokens up to which all products are computed. More tokens are split into halves, recursively."""
 
 TILE = 2048
-"""Tokens that come in 16 bits and are in float32 at a time."""
+"""Number of 16-bit tokens that are converted to float32 at a time."""
 
 FEW = 128
-"""Tokens that are in float32 at a time where each is read once: in memory that was there before."""
+"""Number of tokens converted to float32 at a time if each is read once, into a reused buffer."""
 
 WORDS = 1024
-"""Rows of a vocabulary that are compared at a time."""
+"""Number of vocabulary rows per block."""
 
 ROWS = 512
-"""Rows of rho that are scaled, and whose log-sum-exp is taken, at a time: for all rows either holds a second rho."""
+"""Number of rows of rho per block for scaling and log-sum-exp. All rows at once would need memory for a second rho."""
 
 
 def mi_picks(
@@ -57,21 +56,21 @@ def mi_picks(
     relevance: Tensor | None = None,
     held: dict[Any, Any] | None = None,
 ) -> Tensor:
-    """The greedy search of eq. 22-24 with max aggregation and softmax.
+    """Picks of the greedy search of eq. 22-24 with max aggregation and softmax.
 
-    On a GPU the Triton kernels run, on a CPU the code below; elsewhere, beyond `kernels.MAX_VISUAL` tokens, and on a
-    CPU with ``lam`` 1, where there is no redundancy to save, the plain path.
+    A GPU runs the Triton kernels, a CPU the code below. The plain path runs on other devices, for more than
+    `kernels.MAX_VISUAL` tokens, and for ``lam`` 1 on a CPU, where no redundancy is computed.
 
     Parameters
     ----------
     visual : Tensor [.., n_visual, d]
     text : Tensor [.., n_text, d]
     n_keep : int
-        Tokens to pick, those of ``given`` not counted.
+        Number of tokens to pick in addition to ``given``.
     given : Tensor [.., n_given], optional
-        Tokens that are in the set already; they are not picked again.
+        Tokens that are already selected.
     relevance : Tensor [.., n_visual], optional
-        S_cross, if it is to be another than `pmi.relevance` of visual and text: the text is then not read.
+        S_cross to use instead of `pmi.relevance` of visual and text. The text is then not read.
     held : dict, optional
         `Features.held` of one sample.
 
@@ -101,7 +100,7 @@ def mi_picks(
         options = ([None] * len(visual) if x is None else x for x in (given, relevance))
         samples = zip(visual, text, *options, strict=True)
         return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
-    # No larger than the tokens in float32, or it is made anew for each question.
+    # Stored only if it is no larger than the tokens in float32.
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
     rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau))
     relevance = _relevance(with_text(visual, text, tau).log_softmax(-1)) if relevance is None else relevance
@@ -130,10 +129,10 @@ def log_partition_of(features: Features, tau: float = 0.1, n_rows: int | None = 
 def log_partition(
     visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None, *, norm: Tensor | None = None
 ) -> Tensor:
-    """`pmi.log_partition`. On a GPU a Triton kernel computes it on the tensor cores in 16 bit, without storing rho.
+    """`pmi.log_partition`, faster. A Triton kernel computes it on tensor cores in 16 bit, without storing rho.
 
-    On a CPU the norms are applied to the products, and a float32 table is never copied; ``norm`` [n_vocabulary] is that
-    of its rows, if it is known.
+    On a CPU the norms are applied to the products, and a float32 table is not copied. ``norm`` [n_vocabulary] is the
+    norm of its rows, if known.
     """
     on_gpu = visual.is_cuda and HAS_TRITON and visual.dtype == vocabulary.dtype
     if not on_gpu and (visual.device.type != "cpu" or visual.dim() > 2):
@@ -149,14 +148,14 @@ def log_partition(
     own, tokens, parts = 1 / (tau * row_norm(visual)), visual.float(), []
     blocks = pieces(len(vocabulary), WORDS)
     size = max(stop - start for start, stop in blocks)
-    # New memory costs as much as its use.
+    # Allocating memory takes as long as using it.
     room, rho = torch.empty(size, visual.shape[1]), torch.empty(len(visual), size)
     for start, stop in blocks:
         rows, products = vocabulary[start:stop], rho[:, : stop - start]
         wide = rows if rows.dtype == torch.float32 else room[: len(rows)].copy_(rows)
         with _fastest(visual.dtype, vocabulary.dtype):
             torch.mm(tokens, wide.T, out=products)
-        # By rows, here and below: what is taken elsewhere may round equal tokens by their place.
+        # By rows, here and below: other reductions may round equal tokens differently.
         parts.append(products.div_(norm[start:stop]).mul_(own[:, None]).logsumexp(-1))
     return torch.stack(parts, 1).logsumexp(-1, keepdim=True) + scale
 
@@ -170,7 +169,7 @@ def row_norm(rows: Tensor) -> Tensor:
 def pieces(n: int, size: int) -> list[tuple[int, int]]:
     """Start and stop of pieces of ``size`` of n tokens.
 
-    The last takes the remainder, too: a product of a row or two would round differently and split ties.
+    The last piece includes the remainder: a product of only one or two rows may round differently and break ties.
     """
     return list(pairwise([*range(0, max(0, n - size) + 1, size), n]))
 
@@ -178,7 +177,7 @@ def pieces(n: int, size: int) -> list[tuple[int, int]]:
 def similarities(visual: Tensor, tau: float) -> Tensor:
     """rho of eq. 15, [n_visual, n_visual], for one sample on a CPU.
 
-    The norms are applied to the products, so that the tokens need no second copy.
+    The norms are applied to the products, so the tokens are not copied.
     """
     n_visual = len(visual)
     rho = torch.empty(n_visual, n_visual)
@@ -204,7 +203,7 @@ def _among_themselves(visual: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 
 def with_text(visual: Tensor, text: Tensor, tau: float) -> Tensor:
     """rho of eq. 15, [n_visual, n_text], for one sample on a CPU."""
-    # Products of a few rows take another way, which rounds equal tokens by their place and splits ties.
+    # Products of a few rows use another kernel, which may round equal tokens differently and break ties.
     words = pad(text.float(), (0, 0, 0, max(0, 16 - len(text))))
     rho = torch.empty(len(words), len(visual))
     with _fastest(visual.dtype, text.dtype):
@@ -215,11 +214,11 @@ def with_text(visual: Tensor, text: Tensor, tau: float) -> Tensor:
 
 @contextmanager
 def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
-    """Multiply tensors that came in ``dtypes`` in the fastest way that rounds only sums.
+    """Let oneDNN multiply tensors of ``dtypes`` in the fastest way that rounds only sums.
 
-    The product of two bfloat16 numbers is exact in float32, so where tiles (AMX) multiply bfloat16 into float32, oneDNN
-    may take float32 tokens that were bfloat16 for bfloat16. The setting is the whole process's. So it is only used
-    while no other thread of Python's is there whose products it would round.
+    The product of two bfloat16 numbers is exact in float32. So on a CPU with AMX, oneDNN may multiply float32 tokens
+    that were bfloat16 as bfloat16. The setting is process-wide, so it is used only if Python has no other thread, whose
+    products it would round.
     """
     if set(dtypes) != {torch.bfloat16} or not HAS_TILES or len(sys._current_frames()) > 1:
         yield
@@ -234,7 +233,7 @@ def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
 
 
 def _products(tokens: Tensor, out: Tensor) -> None:
-    """Products of the tokens [n, d] with each other, written to out [n, n]; half of them is mirrored."""
+    """Products of the tokens [n, d] with each other, written to out [n, n]; one half is mirrored."""
     n = len(tokens)
     if n < 2 * LEAF:
         torch.mm(tokens, tokens.T, out=out)

@@ -1,4 +1,4 @@
-"""Reads prompts from the arguments of a model call: the places of each image, and the tokens of the question."""
+"""Reads prompts from the arguments of a model call: the tokens of each image and of the question."""
 
 import zlib
 from collections import deque
@@ -19,7 +19,7 @@ from mipruner.prompt import Encoded, Prompt, Tokens, Visual
 from mipruner.question import Reader, between_special
 
 RECENT = 8
-"""Images whose sums over the vocabulary are remembered while a context is open."""
+"""Number of images whose sums over the vocabulary are stored while a context is open."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ def see(
     kwargs: dict[str, Any],
     calls: list[Call],
 ) -> tuple[Any, Seen]:
-    """Call the model's own vision method, whose arguments have these names, and record the call."""
+    """Call the model's own vision method, whose arguments have ``names``, and record the call."""
     out = method(*args, **kwargs)
     inputs = dict(zip(names, args, strict=False)) | kwargs
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -56,7 +56,7 @@ def saved_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 
 
 def reader_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, adapter: Adapter) -> Reader | None:
-    """Finds questions in token ids; None without a tokenizer."""
+    """A `Reader` that finds questions in token ids; None without a tokenizer."""
     if tokenizer is None:
         return None
     words = cast(PreTrainedTokenizerBase, getattr(tokenizer, "tokenizer", tokenizer))
@@ -94,13 +94,13 @@ class Inputs:
     def __call__(
         self, ids: Tensor, embeds: Tensor, valid: Tensor, position_ids: Tensor, seen: dict[bool, Seen]
     ) -> list[Encoded]:
-        """The prompts of one call: ids [B, S], embeds [B, S, d], valid [B, S], position_ids [P, B, S]."""
+        """Prompts of one call, from ids [B, S], embeds [B, S, d], valid [B, S], position_ids [P, B, S]."""
         given = [_each(texts, len(ids)) for texts in (self.texts, self.questions)]
         rows = (valid, ids, embeds, position_ids.unbind(1), self._images(ids, seen), *given)
         return [self._encode(*row) for row in zip(*rows, strict=True)]
 
     def _images(self, ids: Tensor, seen: dict[bool, Seen]) -> list[list[tuple[Visual, Tensor]]]:
-        """The images of each prompt with their places in it [n_rows], from the images that the vision encoder saw."""
+        """Images of each prompt and indices [n_rows] of their rows, from the images that the vision encoder saw."""
         placeholders = self.adapter.is_placeholder(ids)
         n_placeholders = int(placeholders.sum())
         runs = [n for row in placeholders for is_run, n in zip(*_runs(row), strict=True) if is_run]
@@ -112,7 +112,7 @@ class Inputs:
                 visuals = self.adapter.make_visuals(one.output, one.calls, pixels, self.signals)
                 queues[k] = [self._known(visual) for visual in visuals] if "vocabulary" in self.signals else visuals
         n_rows = sum(len(visual.rows) for queue in queues.values() for visual in queue)
-        copies = n_placeholders // max(n_rows, 1)  # beams: each prompt stands there several times
+        copies = n_placeholders // max(n_rows, 1)  # beams: each prompt is repeated
         if n_rows * copies != n_placeholders or len(ids) % copies:
             raise self._refusal(
                 f"the prompts have {n_placeholders} visual tokens, and the images encoded for them in this context "
@@ -131,9 +131,7 @@ class Inputs:
         return found
 
     def _known(self, visual: Visual) -> Visual:
-        """The image with its stored results, if the same rows came before; sums over the vocabulary are then not
-        computed again.
-        """
+        """The image with its stored results if the same rows were seen before."""
         for other in list(self.recent):
             if other.tokens.shape == visual.tokens.shape and torch.equal(other.tokens, visual.tokens):
                 return replace(visual, held=other.held)
@@ -180,7 +178,7 @@ class Inputs:
         )
 
     def _refusal(self, found: str) -> InputError:
-        """The error message, which names a type that has no adapter and the page to read."""
+        """The error message for a model type without an adapter, with the page to read."""
         model_type = self.adapter.model.config.model_type
         return InputError(found if self.adapter.reads_inside else f"{model_type}: {found}; {PAGE}")
 

@@ -1,9 +1,10 @@
-"""Runs code before and after each call of one module, while a context lasts.
+"""Runs code before and after each call of one module inside a context.
 
-Hooks will not do: a graph that torch.compile made before never looks for them, and a copy or a pickle of the model
-takes them along. So the class of this one object becomes a subclass of the same name (what torch's parametrizations
-do), which looks up the steps at each call. Compiled graphs check the class: what was compiled before is traced anew,
-with a break at the step, and the old graph is used again afterwards. A copy of such a module is one of its own class.
+Hooks do not work here: a graph compiled earlier by torch.compile ignores them, and a copy or a pickle of the model
+contains them. So the class of this one object is replaced by a subclass of the same name, as torch's parametrizations
+do. The subclass looks up the steps at each call. Compiled graphs check the class: inside the context the module is
+traced again, with a graph break at the step, and afterwards the old graph is used again. A copy of the module has the
+original class.
 """
 
 import threading
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 METHODS = ("generate", "get_image_features", "get_video_features")
-"""What a step may stand around, beside a call."""
+"""Names of methods, besides the call, that a step may wrap."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,16 +31,16 @@ outside_graphs: Callable[[F], F] = torch.compiler.disable(
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What to run at each call of a module.
+    """Functions to run at each call of a module.
 
     Attributes
     ----------
     before : callable, optional
-        Arguments and keyword arguments to those that the module gets.
+        (args, kwargs) of the caller -> (args, kwargs) of the module.
     after : callable, optional
-        The module's output to what its caller gets; None comes in if the module raised.
+        Output of the module -> output for the caller. Its argument is None if the module raised.
     methods : dict
-        Name to a callable that gets the module's own method and the arguments.
+        Method name -> function of the module's own method and the arguments.
     """
 
     before: Callable[[tuple[Any, ...], dict[str, Any]], Arguments] | None = None
@@ -53,7 +54,7 @@ _changing = threading.Lock()
 
 @contextmanager
 def intercept(module: nn.Module, step: Step) -> Iterator[None]:
-    """Run ``step`` at every call of ``module`` while the context lasts, in all threads."""
+    """Run ``step`` at every call of ``module`` inside the context, in all threads."""
     with _changing:
         if not isinstance(module, Stepped):
             module.__class__ = _stepped(type(module))  # type: ignore[arg-type]
@@ -77,10 +78,10 @@ else:
 
 
 class Stepped(Mixed):
-    """Mixin in front of the class of a module."""
+    """Mixin of a module that runs its steps at each call."""
 
     def __init_subclass__(cls) -> None:
-        """Prevents that transformers wraps ``forward`` in checkpointing a second time for this subclass."""
+        """Prevent transformers from wrapping ``forward`` in checkpointing again for this subclass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Stepped):  # taken by generate before the context ended
@@ -147,7 +148,7 @@ class Call:
 
 @contextmanager
 def captured(*modules: nn.Module) -> Iterator[list[Call]]:
-    """Capture the calls of ``modules`` in one forward pass of this thread; outputs have no gradient."""
+    """Capture the calls of ``modules`` in one forward pass of this thread. Outputs have no gradient."""
     calls, thread = [Call() for _ in modules], threading.get_ident()
 
     def before(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -1,4 +1,4 @@
-"""Triton kernels of `mipruner.fused`: from tokens to selected indices in four steps, for batches of unequal lengths.
+"""Triton kernels of `mipruner.fused`: from tokens to selected indices, for batches of unequal lengths.
 
     similarity   rho of eq. 15, for T = V and for T = the text
     log_sums     log-sum-exp of every row of rho over the image: the denominators of eq. 16 for T = V
@@ -6,8 +6,8 @@
     greedy       all picks of eq. 22-24 in one launch
     partition    log-sum-exp of rho over a vocabulary that is never stored, for `pmi.log_partition`
 
-Only rho is as large as n_visual^2 (1 GiB at 16,384 tokens); p, PMI and redundancy are never stored. In a ragged batch a
-sample's tokens beyond ``n_visual`` and ``n_text`` are padding.
+Only rho has n_visual^2 elements (1 GiB at 16,384 tokens). p, PMI and redundancy are never stored. In a batch of unequal
+lengths, tokens of a sample beyond its ``n_visual`` and ``n_text`` are padding.
 """
 
 import torch
@@ -19,10 +19,10 @@ from mipruner.errors import InputError
 from mipruner.selection import greedy
 
 MAX_VISUAL = 16384
-"""Visual tokens that one program of the greedy kernel holds in its registers."""
+"""Largest number of visual tokens: one program of the greedy kernel holds them in registers."""
 
 PROGRAMS = 1024
-"""About so many share the work of `log_partition`."""
+"""Target number of programs for `log_partition`."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -42,8 +42,9 @@ def similarity_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of eq. 15. If rows and columns are the same tokens, a tile below the diagonal also fills its mirror
-    image.
+    """One tile of rho, eq. 15.
+
+    If rows and columns are the same tokens, a tile below the diagonal also fills its mirror image.
     """
     sample = tl.program_id(2).to(tl.int64)
     first_row, first_column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
@@ -80,7 +81,7 @@ def log_sums_kernel(  # type: ignore[no-untyped-def]
     N,
     BLOCK: tl.constexpr,
 ):
-    """log sum_j exp(rho_ij), with a running maximum and a running sum. One program per row."""
+    """log sum_j exp(rho_ij) with a running maximum and a running sum, one program per row."""
     sample, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
     n = tl.load(n_visual + sample).to(tl.int32)
     if row >= n:
@@ -113,7 +114,7 @@ def partition_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """log sum_j exp(rho_ij) of BLOCK rows over ``part`` columns; a column's norm comes from the product's own loads."""
+    """log sum_j exp(rho_ij) of BLOCK rows over ``part`` columns. Column norms are computed from the same loads."""
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     is_row = row < R
     first = tl.program_id(1) * part
@@ -152,7 +153,7 @@ def relevance_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """S_cross of eq. 19. One program per sample: all visual tokens at once, a few text tokens at a time."""
+    """S_cross of eq. 19, one program per sample: all visual tokens at once, a few text tokens at a time."""
     sample = tl.program_id(0).to(tl.int64)
     n, m = tl.load(n_visual + sample).to(tl.int32), tl.load(n_text + sample).to(tl.int32)
     i = tl.arange(0, BLOCK)[None, :]
@@ -195,7 +196,7 @@ def greedy_kernel(  # type: ignore[no-untyped-def]
     lam,
     BLOCK: tl.constexpr,
 ):
-    """One program per sample. Row j of rho is the column that picking j adds to the running maximum of eq. 20."""
+    """Greedy search, one program per sample. After a pick j, row j of rho updates the running maximum of eq. 20."""
     sample = tl.program_id(0).to(tl.int64)
     n = tl.load(n_visual + sample).to(tl.int32)
     i = tl.arange(0, BLOCK)
@@ -226,7 +227,7 @@ def _norm(tokens: Tensor) -> Tensor:
 
 
 def _operands(*tokens: Tensor) -> list[Tensor]:
-    """Operands as `tl.dot` takes them: of one dtype, of at most 32 bits."""
+    """Operands for `tl.dot`: of one dtype, with at most 32 bits."""
     dtypes = {x.dtype for x in tokens}
     as_is = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float16, torch.bfloat16}
     return [(x if as_is else x.float()).contiguous() for x in tokens]
@@ -267,7 +268,7 @@ def _similarity(
 
 
 def log_partition(visual: Tensor, vocabulary: Tensor, tau: float) -> Tensor:
-    """`pmi.log_partition` of visual tokens [R, d] over a vocabulary [N, d]. Shape [R]."""
+    """`pmi.log_partition` [R] of visual tokens [R, d] over a vocabulary [N, d]."""
     (R, D), N = visual.shape, len(vocabulary)
     visual, vocabulary = _operands(visual, vocabulary)
     block = 64 if visual.dtype == torch.float32 else 128
@@ -303,7 +304,7 @@ def mi_picks(
     n_visual: Tensor | None = None,
     n_text: Tensor | None = None,
 ) -> Tensor:
-    """Greedy picks of a batch, see `mipruner.fused.mi_picks`. The host blocks only if ``n_keep`` is a tensor.
+    """Greedy picks of a batch, see `mipruner.fused.mi_picks`. The host waits only if ``n_keep`` is a tensor.
 
     Parameters
     ----------
@@ -312,14 +313,14 @@ def mi_picks(
     n_keep : int, or Tensor [B]
     given : Tensor [B, n_given] of int64, optional
     relevance : Tensor [B, N] of float32, optional
-        S_cross, if it is to be another than eq. 19: the text is then not read.
+        S_cross to use instead of eq. 19. The text is then not read.
     n_visual, n_text : Tensor [B], optional
-        How many tokens of each sample are not padding.
+        Number of tokens of each sample without padding.
 
     Returns
     -------
     Tensor [B, max n_keep]
-        Indices in the order of the picks, then -1 where a sample has fewer.
+        Indices in the order of the picks, then -1 if a sample has fewer picks.
 
     Raises
     ------

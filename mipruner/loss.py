@@ -1,4 +1,4 @@
-"""Loss and logits of a forward pass that the caller asked for by position in the full prompt."""
+"""Computes loss and logits that the caller requested by positions in the full prompt."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ class Asked:
     ----------
     labels : Tensor [B, S], optional
     places : int or Tensor [k]
-        ``logits_to_keep``: how many of the last logits, or places in the full prompt.
+        ``logits_to_keep``: number of last logits, or positions in the full prompt.
     n_items : optional
-        ``num_items_in_batch``, by which the loss is divided.
+        ``num_items_in_batch``, the divisor of the loss.
     """
 
     labels: Tensor | None
@@ -45,9 +45,9 @@ class Asked:
     def answer(
         self, model: PreTrainedModel, output: ModelOutput | tuple[Any, ...], columns: Tensor | None
     ) -> ModelOutput | tuple[Any, ...]:
-        """The output with the requested loss and logits.
+        """Output of the model with the requested loss and logits.
 
-        columns [B, S'] tells where in the full prompt each row stood; None if nothing was shortened.
+        columns [B, S'] is the index of each row in the full prompt; None if nothing was shortened.
         """
         logits = output[0]
         found = {"logits": self.pick(logits, columns)}
@@ -58,7 +58,7 @@ class Asked:
         return type(output)(**({**output} | found))
 
     def loss(self, model: PreTrainedModel, logits: Tensor, columns: Tensor | None) -> Tensor:
-        """The model's own loss on the labels of the kept tokens."""
+        """Loss of the model on the labels of the kept tokens."""
         labels = self.labels
         assert labels is not None
         if columns is not None:
@@ -69,7 +69,7 @@ class Asked:
         return model.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
 
     def pick(self, logits: Tensor, columns: Tensor | None) -> Tensor:
-        """The logits at the requested positions."""
+        """Logits at the requested positions."""
         if not isinstance(self.places, Tensor):
             return logits[:, -self.places :] if self.places else logits
         if columns is None:

@@ -1,4 +1,4 @@
-"""Adapters, one file per model family. `FAMILIES` finds every class of this folder that names its ``model_types``."""
+"""Adapters, one file per model family. `FAMILIES` contains every class of this folder with ``model_types``."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -32,7 +32,7 @@ def _adapters() -> Iterator[type[Adapter]]:
 FAMILIES: dict[str, type[Adapter]] = {
     name: adapter for adapter in _adapters() for name in vars(adapter).get("model_types", ())
 }
-"""Adapter by the ``model_type`` of the model's config."""
+"""Adapter class by ``model_type`` of the model's config."""
 
 PROMPTS: dict[str, str] = {
     name: template for adapter in FAMILIES.values() for name, template in adapter.prompts.items()
@@ -54,7 +54,7 @@ def load(
 ) -> Adapter:
     """Load a stock transformers model from a folder or the hub and wrap it in the adapter of its family.
 
-    A type without a family gets a `GenericAdapter` with its own processor, for `mipruner.processed`.
+    A model type without a family gets a `GenericAdapter` with the model's own processor, for `mipruner.processed`.
 
     Parameters
     ----------
@@ -63,25 +63,25 @@ def load(
     revision : str, optional
         Commit, tag or branch on the hub.
     dtype : "bfloat16", "float16", "float32" or "auto"
-        ``auto`` is that of the checkpoint.
+        ``auto``: the dtype of the checkpoint.
     device : str
-        Where the model goes; not read if there is a ``device_map``.
+        Device of the model; ignored if ``device_map`` is given.
     device_map : str or dict, optional
-        Spread a model that is larger than a card, ``auto`` for all cards.
+        Spread the model over several GPUs; ``auto`` uses all.
     quantization : "4bit" or "8bit", optional
         Load the weights quantized by bitsandbytes (NF4, or LLM.int8).
     prompt : str, optional
         A name of `PROMPTS` or a template, see `Adapter`.
     options
-        Of the family's adapter.
+        Options of the family's adapter.
 
     Raises
     ------
     ModelError
-        If the folder or the hub has no such model, its weights do not fit it, it cannot be pruned, or its processor
-        needs a package that is not there.
+        If the model does not exist, its weights do not fit, it cannot be pruned, or its processor needs a missing
+        package.
     InputError
-        If an option is not one, or the prompt no template.
+        If an option is unknown, or ``prompt`` is not a template.
     """
     template = check_template(prompt)
     folder = locate(str(path), revision)
@@ -128,12 +128,12 @@ def load(
 
 
 def check_template(prompt: str | None) -> str | None:
-    """The template that ``prompt`` names, or is.
+    """Return the template that ``prompt`` names or is.
 
     Raises
     ------
     InputError
-        If it is neither a name of `PROMPTS` nor has {image} and {text}, once each, and no other field.
+        If it is not a name of `PROMPTS`, and does not have exactly the fields {image} and {text}, once each.
     """
     if prompt is None:
         return None

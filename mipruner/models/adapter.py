@@ -1,6 +1,7 @@
 """Model side of a family: from images and token ids to the embeddings of a prompt.
 
-Only an adapter knows a family. It never depends on the pruner. `mipruner.models.chat` is the text side.
+Everything specific to a family is in its adapter. An adapter does not depend on the pruner. `mipruner.models.chat` is
+the text side.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +31,7 @@ class VisionOutput:
     Attributes
     ----------
     rows : Tensor or sequence of Tensor
-        Projected rows: ``pooler_output`` in transformers.
+        Projected image rows: ``pooler_output`` in transformers.
     deepstack : sequence
         Rows for the first decoder layers, one entry per layer (Qwen3-VL).
     """
@@ -45,34 +46,34 @@ class Adapter(ABC):
     Parameters
     ----------
     model : PreTrainedModel
-        An untouched ``...ForConditionalGeneration`` in eval mode.
+        An unmodified ``...ForConditionalGeneration`` in eval mode.
     tokenizer : PreTrainedTokenizerBase, optional
-        A fast tokenizer. None where the caller renders prompts itself, as `mipruner.prune` does.
+        A fast tokenizer. None if the caller renders prompts itself, as with `mipruner.prune`.
     image_processor : optional
-        A transformers image processor on the PIL backend. None where the caller makes pixel values itself.
+        A transformers image processor with the PIL backend. None if the caller computes pixel values itself.
     positions : "repack" or "keep", optional
-        Whether the short prompt is numbered 0, 1, 2, ... or its tokens stay at their original positions. By default
-        what the family's public pruners do.
+        ``repack`` numbers the short prompt 0, 1, 2, ...; ``keep`` keeps original positions. By default as in public
+        pruning code for the family.
     prompt, system, thinking
         See `Chat`.
 
     Raises
     ------
     InputError
-        If an option has no such value, or a tokenizer without chat template comes without ``prompt``.
+        If an option has an invalid value, or a tokenizer without chat template is given without ``prompt``.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    """``model_type`` of the configs that this class serves. `mipruner.models.FAMILIES` is made from it."""
+    """Values of ``model_type`` in the config that this class supports. `mipruner.models.FAMILIES` collects them."""
     prompts: ClassVar[dict[str, str]] = {}
-    """Templates of the family's own evaluation code, by name."""
+    """Prompt templates of the family's own evaluation code, by name."""
     image_processor_class: ClassVar[type[ImageProcessingMixin]]
-    """Of transformers, on the PIL backend."""
+    """Image processor class of transformers, PIL backend."""
     default_positions: ClassVar[str] = "repack"
     any_size: ClassVar[bool] = False
-    """Whether a larger image gives more visual tokens, down to one, so that it can be made smaller."""
+    """Whether the number of visual tokens follows the image size, so that `ImagePruner` can resize images."""
     reads_inside: ClassVar[bool] = True
-    """Whether signals of the vision encoder and the layers of the language model are known."""
+    """Whether signals of the vision encoder and layers of the language model are supported."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Adapter(ABC):
         return self.chat.tokenizer
 
     def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        """Text that the chat template writes for each kind of media that the family takes."""
+        """Text that the chat template writes for each supported kind of media."""
         return {kind: cast(str, tokenizer.convert_ids_to_tokens(k)) for kind, k in self.placeholder_ids.items()}
 
     @property
@@ -132,17 +133,19 @@ class Adapter(ABC):
 
     @property
     def around_ids(self) -> set[int]:
-        """Ids that stand for an image, or at its begin or end."""
+        """Token ids of image placeholders, and of the begin and end of an image."""
         names = ("image", "video", "vision_start", "vision_end")
         ids = {getattr(self.model.config, f"{name}_token_id", None) for name in names}
         return {k for k in ids if k is not None}
 
     @abstractmethod
     def preprocess(self, image: Media) -> dict[str, Any]:
-        """Run the image processor over one image or video; tensors on the CPU, ``times`` [s] if it is a video."""
+        """Run the image processor on one image or video. Returns tensors on the CPU, and ``times`` in seconds for a
+        video.
+        """
 
     def n_visual(self, image: Media) -> int:
-        """Number of visual tokens of an image; for families with ``any_size``, whose `preprocess` also takes a
+        """Number of visual tokens of an image, for families with ``any_size``. Their `preprocess` also accepts
         `Smaller`.
         """
         raise NotImplementedError
@@ -150,7 +153,7 @@ class Adapter(ABC):
     def encode(self, pixels: Sequence[dict[str, Any]], signals: Set[str] = frozenset()) -> list[Visual]:
         """Run vision encoder and projector, one pass over the images and one over the videos.
 
-        ``signals`` names optional fields of `Features`; those that this family has are put into `Visual.signals`.
+        ``signals`` names optional fields of `Features`. Those that the family has are stored in `Visual.signals`.
         """
         visuals: dict[int, Visual] = {}
         for is_video in (False, True):
@@ -165,18 +168,18 @@ class Adapter(ABC):
 
     @abstractmethod
     def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
-        """Capture the calls inside the vision encoder that are needed to compute the named fields of `Features`."""
+        """Capture calls inside the vision encoder that are needed to compute the named fields of `Features`."""
 
     @abstractmethod
     def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
-        """Output of the model's own ``get_image_features`` or ``get_video_features``."""
+        """Call the model's own ``get_image_features`` or ``get_video_features``."""
 
     def read_output(self, output: Any) -> VisionOutput:
         """The fields that `make_visuals` reads, from the output of `run_encoder`."""
         return VisionOutput(output.pooler_output, getattr(output, "deepstack_features", None) or ())
 
     def is_placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
-        """Whether ``embeds`` at the placeholders ``ids`` equal what the model makes of ``rows``."""
+        """Whether ``embeds`` at the placeholders ``ids`` equal the image ``rows`` as the model inserts them."""
         return torch.equal(embeds, rows.to(embeds))
 
     @abstractmethod
@@ -189,16 +192,18 @@ class Adapter(ABC):
     def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
         """The result of `preprocess` for each image, recovered from the arguments of ``get_image_features``.
 
-        ``runs`` are the lengths of the runs of placeholders in the prompts, for the families whose arguments do not
-        tell where an image ends.
+        ``runs`` are the lengths of the runs of placeholders in the prompts. Some families need them, because their
+        arguments do not show where an image ends.
         """
 
     def lay_out(self, visual: Visual) -> tuple[str, list[int]]:
-        """Text that replaces the placeholder of an image or video, and the rows of each placeholder token in it."""
+        """Text that replaces the placeholder of an image or video, and the number of rows of each placeholder token in
+        it.
+        """
         return self.chat.placeholders["video" if visual.is_video else "image"], [len(visual.rows)]
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The part (left, top, right, bottom) of an image of ``size`` (width, height) under its grid, in pixels."""
+        """Box (left, top, right, bottom) in pixels that the grid covers in an image of ``size`` (width, height)."""
         return (0, 0, *size)
 
     def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
@@ -206,12 +211,12 @@ class Adapter(ABC):
         return torch.arange(len(ids), device=ids.device)[None]
 
     def kinds(self, images: Iterable[Media]) -> list[str]:
-        """Whether each is an "image" or a "video".
+        """The kind of each: "image" or "video".
 
         Raises
         ------
         InputError
-            If the family takes no videos and one is there.
+            If there is a video and the family does not support videos.
         """
         kinds = ["video" if isinstance(image, Video) else "image" for image in images]
         if unknown := set(kinds) - self.chat.placeholders.keys():
@@ -239,7 +244,7 @@ class Adapter(ABC):
         return found | {"vocabulary_norm": self.vocabulary_norm()} if "vocabulary" in found else found
 
     def vocabulary_norm(self) -> Tensor:
-        """Norms of the rows of the input embeddings [n_vocabulary]; computed again if the weights have changed."""
+        """Norms [n_vocabulary] of the input-embedding rows; computed again if the weights have changed."""
         table = cast(Tensor, self.model.get_input_embeddings().weight)
         key = (table.data_ptr(), len(table), 0 if table.is_inference() else table._version)
         known, norm = self._vocabulary_norm
@@ -250,12 +255,12 @@ class Adapter(ABC):
         return norm
 
     def embed(self, text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Input-embedding rows [n, d] of a text alone."""
+        """Input-embedding rows [n, d] of a text."""
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return self.model.get_input_embeddings()(ids.to(self.device))
 
     def read(self, prompt: Prompt, visuals: Sequence[Visual], signals: Set[str] = frozenset()) -> Encoded:
-        """Embed one full-length prompt around its images."""
+        """Embed one full prompt with its images."""
         tokens = self.tokenize(prompt, visuals)
         ids = tokens.ids.to(self.device)
         embeds = self.model.get_input_embeddings()(ids)

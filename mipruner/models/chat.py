@@ -15,7 +15,7 @@ from mipruner.errors import InputError, PromptError
 from mipruner.prompt import Prompt, Tokens
 
 TEXT = "\N{LEFT WHITE CURLY BRACKET}text\N{RIGHT WHITE CURLY BRACKET}"
-"""Stands for the user's text while the template around it is rendered."""
+"""Placeholder for the user's text while the template is rendered."""
 
 END_OF_THINKING = "</think>"
 
@@ -23,24 +23,24 @@ END_OF_THINKING = "</think>"
 class Chat:
     """Renders and tokenizes prompts, and decodes answers.
 
-    What the user writes is text: a control token in it, such as ``</s>`` or ``<|im_end|>``, becomes the tokens of its
-    characters. Those that the template writes stay.
+    The text of the user contains no control tokens: a string such as ``</s>`` or ``<|im_end|>`` in it is tokenized as
+    characters. Control tokens of the template are kept.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
         A fast tokenizer.
     placeholders : dict of str
-        Text that the chat template writes for an ``image`` and for a ``video``.
+        Text that the chat template writes for an "image" and for a "video".
     placeholder_ids : collection of int
-        Token ids that image rows replace.
+        Token ids that are replaced by image rows.
     prompt : str, optional
-        Template with ``{image}`` and ``{text}`` instead of the tokenizer's chat template. The text on each side of an
-        image is then tokenized by itself, as the original LLaVA code does.
+        Template with ``{image}`` and ``{text}`` instead of the tokenizer's chat template. The text before and after an
+        image is then tokenized separately, as in the original LLaVA code.
     system : str, optional
-        System message for the chat template; by default the template's own.
+        System message for the chat template; by default that of the template.
     thinking : bool
-        Ask the chat template for a thinking answer, and read what comes after the thinking.
+        Ask the chat template for thinking, and use the text after the thinking as the answer.
 
     Raises
     ------
@@ -64,7 +64,7 @@ class Chat:
         self.prompt, self.system, self.thinking = prompt, system, thinking
 
     def render(self, kinds: Sequence[str]) -> tuple[str, str]:
-        """The prompt before and after the user's text, with one placeholder for each "image" or "video"."""
+        """Text of the prompt before and after the user's text, with one placeholder for each "image" or "video"."""
         if self.prompt is not None:
             rendered = self.prompt.format(image="".join(self.placeholders[kind] for kind in kinds), text=TEXT)
         else:
@@ -96,7 +96,7 @@ class Chat:
             raise PromptError(f"the tokenizer knows none of the characters of {query!r}, sample {prompt.sample!r}")
 
     def check_kinds(self, kinds: Sequence[str]) -> None:
-        """Raise `InputError` if the template has no place for one "image" or "video" each."""
+        """Raise `InputError` if the template does not show every "image" or "video"."""
         self._fill(self.render(kinds), [""] * len(kinds), " and ".join(f"one {kind}" for kind in kinds))
 
     def tokenize(self, prompt: Prompt, kinds: Sequence[str], layouts: Sequence[tuple[str, list[int]]]) -> Tokens:
@@ -144,7 +144,7 @@ class Chat:
         )
 
     def _fill(self, parts: Sequence[str], texts: Sequence[str], what: str = "") -> list[str]:
-        """The parts of a rendered prompt, with these texts in place of its placeholders, in order."""
+        """Parts of a rendered prompt, with its placeholders replaced by these texts."""
         placeholder = _pattern(self.placeholders.values())
         found = sum(len(placeholder.findall(part)) for part in parts)
         if found != len(texts):
@@ -156,7 +156,7 @@ class Chat:
         return [placeholder.sub(lambda match: next(rest), part) for part in parts]
 
     def _tokenize_text(self, rendered: str, own: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Ids [S] and their character ranges in ``rendered`` [S, 2]; the user wrote the characters ``own``."""
+        """Ids [S] and their character ranges in ``rendered`` [S, 2]. ``own`` is the range of the user's characters."""
         ids, offsets, start, pieces = [], [], 0, [rendered]
         if self.prompt is not None:
             tokens = _pattern(self.tokenizer.convert_ids_to_tokens(self.placeholder_ids))
@@ -173,7 +173,7 @@ class Chat:
     def _encode(
         self, text: str, own: tuple[int, int], add_special_tokens: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and their places in ``text``, without control tokens that begin within the characters ``own``."""
+        """Ids and their character ranges in ``text``, without control tokens that begin in the range ``own``."""
         tokens = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
         ids: list[int] = []
         places: list[tuple[int, int]] = []
@@ -190,12 +190,12 @@ class Chat:
 
     @cached_property
     def control_ids(self) -> set[int]:
-        """Ids that the tokenizer makes of the text of a control token; a padding token such as ``!`` is text."""
+        """Ids of control tokens that their text is tokenized to. A padding token such as ``!`` counts as text."""
         return {k for k, token in self.tokenizer.added_tokens_decoder.items() if token.special and len(str(token)) > 1}
 
     @cached_property
     def _speller(self) -> Tokenizer:
-        """A copy of the tokenizer that sees no control tokens, since other threads may be using this one."""
+        """A copy of the tokenizer without control tokens. It is a copy because other threads may use the tokenizer."""
         speller = copy.deepcopy(self.tokenizer.backend_tokenizer)
         speller.encode_special_tokens = True
         speller.no_padding()
@@ -203,7 +203,7 @@ class Chat:
         return speller
 
     def _spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and places of the characters of ``text``; of a control token that is a word, the unknown word."""
+        """Ids and character ranges of ``text`` as characters; the unknown token for a control token that is a word."""
         encoded = self._speller.encode(text, add_special_tokens=False)
         unknown = self.tokenizer.unk_token_id
         ids = [unknown if k in self.control_ids else k for k in encoded.ids]
@@ -212,7 +212,7 @@ class Chat:
         ]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of an answer, stripped of blanks. Thinking that does not end has no answer."""
+        """Text of an answer without blanks at its ends. Unfinished thinking gives an empty answer."""
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         if self.thinking:
             text = text.rpartition(END_OF_THINKING)[2] if END_OF_THINKING in text else ""

@@ -1,4 +1,4 @@
-"""CLIP's joint space of patches and text, which CDPruner uses if the vision encoder of the model is that of a CLIP."""
+"""CLIP embeddings of patches and text, for CDPruner on models whose vision encoder is that of a CLIP."""
 
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from mipruner.models.weights import load_weights
 
 
 class ClipSpace:
-    """The text tower and the two projections of a CLIP. The vision encoder is that of the model.
+    """Text tower and projections of a CLIP. The vision encoder is that of the model.
 
     Parameters
     ----------
@@ -26,13 +26,13 @@ class ClipSpace:
 
     @classmethod
     def load(cls, path: str, like: Tensor) -> "ClipSpace":
-        """Load from a folder or the hub (``id`` or ``id@revision``) to the device of ``like``, in float32 as CDPruner
-        does.
+        """Load from a folder or the hub (``id`` or ``id@revision``) to the device of ``like``, in float32 as in
+        CDPruner's code.
 
         Raises
         ------
         ModelError
-            If it is not there, there only as a pickle, or with weights that are not those of a CLIP.
+            If it is missing, exists only as a pickle, or its weights are not those of a CLIP.
         """
         name, _, revision = path.partition("@")
         folder = locate(name, revision or None)

@@ -1,10 +1,10 @@
-"""Attention inside a vision encoder, recomputed from queries and keys of one layer. No encoder runs in eager mode."""
+"""Attention inside a vision encoder, recomputed from queries and keys of one layer, so any implementation works."""
 
 import torch
 from torch import Tensor
 
 BLOCK = 2**24
-"""Attention weights held at a time."""
+"""Number of attention weights in memory at a time."""
 
 
 def cls_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -18,7 +18,7 @@ def cls_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention that each token receives from all others (eq. 5) and from itself, both [.., n], mean over heads.
+    """Attention that each token receives from all other tokens (eq. 5) and from itself, both [.., n], mean over heads.
 
     q, k [.., n, heads, d_head].
     """

@@ -1,7 +1,7 @@
-"""Adapter for any model that puts rows of its vision encoder into its prompt. It reads the layout from the call.
+"""Adapter for any model that puts rows of its vision encoder into its prompt. It reads their layout from the call.
 
-It knows nothing inside the vision encoder, so it serves `mipruner.prune` with the methods that read image rows, text,
-grid and vocabulary, and with the model's own processor `mipruner.processed`.
+It cannot read inside the vision encoder. So it supports methods that read image rows, text, grid and vocabulary, in
+`mipruner.prune` and, with the model's own processor, in `mipruner.processed`.
 """
 
 import inspect
@@ -26,19 +26,19 @@ ROWS: dict[str, Callable[[Any, Any], Any]] = {
     "fuyu": lambda owner, out: out.last_hidden_state,
     "granite4_vision": lambda owner, out: out.deepstack_features[0][1],
 }
-"""Where the image rows are, if not in ``pooler_output``."""
+"""Functions that return the image rows if they are not in ``pooler_output``, by model type."""
 
 PLACED: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "molmo2": lambda embeds, rows, blank: torch.equal(embeds, blank + rows),
     "granite4_vision": lambda embeds, rows, blank: not embeds.any(),
 }
-"""What the prompt must hold at the placeholders, if not the rows themselves."""
+"""Checks of the embeddings at the placeholders, by model type, if they are not the image rows themselves."""
 
 OWN_GENERATE = {"janus"}
-"""Types whose own ``generate`` ends in the stock one."""
+"""Model types whose own ``generate`` calls the one of transformers."""
 
 ALONE = {"hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "mistral_large4"}
-"""Types to which transformers itself gives other logits in a padded batch than alone."""
+"""Model types with other logits in a padded batch than alone, in transformers itself."""
 
 TESTED = frozenset(
     [
@@ -102,10 +102,10 @@ TESTED = frozenset(
         "vipllava",
     ]
 )
-"""Types that `tests/test_any_model.py` runs: everything kept is the untouched model, pruned is a prompt cut by hand."""
+"""Model types that `tests/test_any_model.py` tests: with all tokens kept, and pruned against a prompt cut by hand."""
 
 AROUND = ("start", "end", "boi", "eoi", "newline", "indicator", "frame", "image", "video")
-"""Parts of the names of config entries that hold ids around an image."""
+"""Parts of names of config entries with token ids around an image."""
 
 PAGE = "see docs/models.md"
 
@@ -148,7 +148,7 @@ class GenericAdapter(Adapter):
     ----------
     tokenizer : PreTrainedTokenizerBase, optional
     processor : ProcessorMixin, optional
-        The model's own; only `inputs` reads it.
+        The model's own processor; only `inputs` uses it.
     options
         See `Adapter`.
     """
@@ -165,8 +165,8 @@ class GenericAdapter(Adapter):
     ):
         self.processor = processor
         super().__init__(model, tokenizer, getattr(processor, "image_processor", None), **options)
-        if tokenizer is not None:  # none of them may stand in a question
-            ids = self.around_ids | self.chat.control_ids  # the processor would read them as control tokens
+        if tokenizer is not None:  # none of them may be in a question
+            ids = self.around_ids | self.chat.control_ids  # the processor would treat them as control tokens
             self.chat.placeholder_ids = sorted(k for k in ids if k < len(tokenizer))
 
     def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -185,7 +185,7 @@ class GenericAdapter(Adapter):
 
     @property
     def around_ids(self) -> set[int]:
-        """Every id that the config names at the begin or end of an image or inside it."""
+        """All ids that the config names for the begin, end or inside of an image."""
         found = set()
         for name, value in self.model.config.to_dict().items():
             if ("token_id" in name or "token_index" in name) and any(part in name for part in AROUND):
@@ -210,12 +210,12 @@ class GenericAdapter(Adapter):
         return kinds
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Output of the model's own processor for prompts that all have images or all have none, left-padded.
+        """Output of the model's own processor, left-padded. Either all prompts have images or none has.
 
         Raises
         ------
         InputError
-            If the chat template shows no system message, or the processor refuses the prompts.
+            If the chat template does not show the system message, or the processor refuses the prompts.
         """
         texts, chat = [], self.chat
         for prompt in prompts:
@@ -254,8 +254,9 @@ class GenericAdapter(Adapter):
     def make_visuals(
         self, output: VisionOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]
     ) -> list[Visual]:
-        """One `Visual` for each entry of ``pooler_output``. If one tensor holds several images, the runs of
-        placeholders separate them.
+        """One `Visual` for each entry of ``pooler_output``.
+
+        If one tensor has the rows of several images, the runs of placeholders separate them.
         """
         rows, (one,) = output.rows, pixels
         if isinstance(rows, Tensor) and rows.ndim == 2:
@@ -274,9 +275,7 @@ class GenericAdapter(Adapter):
 
 
 def grid_of(n: int, thw: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The grid of ``n`` tokens, from that of the patches (frames, rows, columns); else a square, if n is a square
-    number.
-    """
+    """Grid of ``n`` tokens from that of the patches (frames, rows, columns), or a square if n is a square number."""
     if thw is None:
         side = math.isqrt(n)
         return (side, side) if side * side == n else None

@@ -1,4 +1,4 @@
-"""Finds the folder of a model: the path itself, the hub's cache, or a download. It never hangs."""
+"""Finds the folder of a model: the path itself, the hub's cache, or a download. Waiting times are limited."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,18 @@ from huggingface_hub.errors import (
 from mipruner.errors import ModelError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What a model is loaded from: no pickles, no code."""
+"""Patterns of files that are downloaded: no pickles, no code."""
 PATIENCE_S = 1.5
-"""How long the hub may take to say whether it has a model."""
+"""Time limit in seconds for asking the hub whether it has a model."""
 
 
 def locate(path: str, revision: str | None = None) -> Path:
-    """The folder of a model: ``path`` itself if it is one, else a snapshot of the hub id, downloaded if need be.
+    """Folder of a model: ``path`` itself if it is a folder, else a snapshot of the hub id, downloaded if missing.
 
     Raises
     ------
     ModelError
-        Within two seconds, if there is no such folder and no such model, or the hub cannot be reached.
+        Within two seconds, if there is no such folder or model, or the hub cannot be reached.
     """
     if Path(path).is_dir():
         if missing := lacking(Path(path)):
@@ -49,7 +49,7 @@ def locate(path: str, revision: str | None = None) -> Path:
 
 
 def lacking(folder: Path) -> str | None:
-    """The name of a required file that is missing in the folder, or None."""
+    """Name of a required file that is missing in the folder, or None."""
     index = folder / "model.safetensors.index.json"
     names = ["config.json", "tokenizer_config.json"]
     names += (
@@ -61,7 +61,7 @@ def lacking(folder: Path) -> str | None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The processor's own chat template, if it has one; that of the tokenizer may not support images."""
+    """Chat template of the processor, if there is one. The template of the tokenizer may not support images."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").exists():

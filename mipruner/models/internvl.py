@@ -1,4 +1,4 @@
-"""InternVL: an image is up to twelve tiles and a thumbnail; pixel shuffle makes one token of four patches."""
+"""InternVL: an image is up to twelve tiles and a thumbnail; pixel shuffle merges four patches into one token."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,8 +12,9 @@ from mipruner.prompt import Media, Video, Visual
 
 
 class InternVLAdapter(LlavaAdapter):
-    """Adapter for images and videos. The tokens of all tiles share one budget. A frame is one tile and is numbered in
-    the prompt.
+    """Adapter for images and videos. The tokens of all tiles share one budget.
+
+    A frame of a video is one tile. The prompt numbers the frames.
     """
 
     model_types = ("internvl",)
@@ -45,8 +46,9 @@ class InternVLAdapter(LlavaAdapter):
         return layer.attention, layer, layer.attention.q_norm, layer.attention.k_norm
 
     def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
-        """One image per run of placeholders. A video frame counts as an image, since the arguments do not show that it
-        belongs to a video.
+        """One image per run of placeholders.
+
+        A video frame counts as an image, because the arguments do not show that it belongs to a video.
         """
         n_tokens = int(self.side * self.model.config.downsample_ratio) ** 2
         tiles = inputs["pixel_values"].split([n // n_tokens for n in runs])
@@ -57,7 +59,7 @@ class InternVLAdapter(LlavaAdapter):
         return [rows.flatten(0, 1) for rows in pooled.split([len(one["pixel_values"]) for one in pixels])]
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
-        """The mean of the four patches of a token."""
+        """Mean of the four patches of each token."""
         square = tiles.unflatten(1, (self.side, self.side))
         merged = self.model.model.pixel_shuffle(square, scale_factor=self.model.config.downsample_ratio)
         return merged.flatten(0, 2).unflatten(-1, (-1, tiles.shape[-1])).mean(-2)

@@ -1,6 +1,6 @@
-"""LLaVA-1.5: patches of one ViT layer, an MLP, a language model with plain positions.
+"""LLaVA-1.5: patches of one ViT layer, an MLP projector, a language model with 1-D positions.
 
-Related families override how many tiles an image is cut into and in which order their patches stand.
+Related families override the number of tiles of an image and the order of their patches.
 """
 
 from collections.abc import Sequence, Set
@@ -25,7 +25,7 @@ VICUNA_V1 = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image}\n{text} ASSISTANT:"
 )
-"""The conversation that LLaVA-1.5 was tuned on and is evaluated with: 35 tokens precede the image."""
+"""Conversation of LLaVA-1.5's training and evaluation: 35 tokens before the image."""
 
 
 class LlavaAdapter(Adapter):
@@ -34,11 +34,11 @@ class LlavaAdapter(Adapter):
     Parameters
     ----------
     square : bool
-        Pad an image to a square with the mean colour, as LLaVA-1.5's evaluation does, instead of cutting its longer
+        Pad an image to a square with the mean colour, as in LLaVA-1.5's evaluation, instead of cropping its longer
         side.
     clip : str, optional
-        Folder or hub id of the CLIP that the vision encoder comes from. Its text tower is loaded once a method asks
-        for it (CDPruner).
+        Folder or hub id of the CLIP that the vision encoder comes from. Its text tower is loaded when a method needs it
+        (CDPruner).
     """
 
     model_types = ("llava",)
@@ -80,12 +80,12 @@ class LlavaAdapter(Adapter):
         }
 
     def normalize(self, images: Sequence[Image.Image]) -> Tensor:
-        """One tile [3, height, width] per image; transformers has two layouts for it."""
+        """One tile [3, height, width] per image, from either of the two layouts of transformers."""
         (values,) = self.image_processor(images=list(images), return_tensors="pt").values()
         return values
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The centre square that CLIP's processor cuts out, or the square around the padded image."""
+        """The centre square that CLIP's processor crops, or the square around the padded image."""
         (width, height), side = size, (max if self.square else min)(size)
         left, top = (width - side) / 2, (height - side) / 2
         if self.square:
@@ -107,8 +107,9 @@ class LlavaAdapter(Adapter):
         return self.owner.vision_tower
 
     def attention_modules(self, is_video: bool) -> tuple[nn.Module, ...]:
-        """Modules for encoder attention: the attention of the layer that the projector reads, the layer itself, and its
-        query and key projections.
+        """Modules for encoder attention: attention, layer, query and key projections.
+
+        The layer is the one that the projector reads.
 
         hidden_states[-2] is the output of layers[-2].
         """
@@ -157,7 +158,7 @@ class LlavaAdapter(Adapter):
         return pooled
 
     def arrange(self, tiles: Tensor, one: dict[str, Any]) -> Tensor:
-        """Rearrange values of patches [n_tiles, patches, c] to values of the visual tokens [n_visual, c]."""
+        """Rearrange values of patches [n_tiles, patches, c] into values of visual tokens [n_visual, c]."""
         return tiles.flatten(0, 1)
 
     def is_candidate(self, one: dict[str, Any]) -> Tensor | None:
@@ -171,10 +172,10 @@ class LlavaAdapter(Adapter):
     def vision_signals(
         self, calls: Sequence[Call], attn: Any, pixels: Sequence[dict[str, Any]], names: Set[str]
     ) -> list[dict[str, Any]]:
-        """The named fields of `Features`, for each image; calls of layer, queries, keys [n_tiles, patches, d]."""
+        """Named fields of `Features` for each image, from calls of layer, queries and keys [n_tiles, patches, d]."""
         hidden, q, k = (call.output for call in calls)
         q, k = (x.unflatten(-1, (attn.num_heads, -1)) for x in (q, k))
-        first = int(hidden.shape[1] - self.side**2)  # patch 0, behind the CLS if there is one
+        first = int(hidden.shape[1] - self.side**2)  # index of patch 0: after the CLS token, if there is one
         known = {"hidden": hidden[:, first:], "keys": k[:, first:].mean(-2)}
         if "clip_visual" in names and self.clip is not None:
             known["clip_visual"] = self.clip_space.visual(hidden[:, first:])
@@ -202,10 +203,10 @@ def _first(size: int | Sequence[int]) -> int:
 
 
 def covered(length: int, side: int, n: int, size: int) -> Tensor:
-    """Which of ``n`` patches along a side of ``size`` pixels are not entirely padding. [n] bool
+    """Mask [n] bool of the patches along a side of ``size`` pixels that are not entirely padding.
 
-    An image of ``length`` pixels stands in the middle of ``side``, resized to ``size``. As in MMTok's public code its
-    length is rounded to whole pixels of the resized square before the padding beside it is counted.
+    An image of ``length`` pixels is in the middle of ``side`` pixels, which are resized to ``size``. As in MMTok's
+    public code, its length is rounded to whole pixels of the resized square.
     """
     resized = round(length * size / side)
     start, edges = (size - resized) // 2, torch.arange(n + 1) * (size // n)

@@ -1,7 +1,7 @@
-"""LLaVA-NeXT and LLaVA-OneVision: an image is a downscaled copy and crops of it at a higher resolution.
+"""LLaVA-NeXT and LLaVA-OneVision: an image is a downscaled copy and crops at a higher resolution.
 
-The crops are put together again, without their padding, and each line of patches ends in a newline row. Newline rows
-are no patches: they are never scored and always kept, like text.
+The crops are joined again, without padding, and each line of patches ends with a newline row. Newline rows are not
+patches: like text, they are not scored and always kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
     model_types = ("llava_next",)
     image_processor_class: ClassVar[type[ImageProcessingMixin]] = LlavaNextImageProcessorPil
-    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # what is merged keeps its place among the crops
+    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # merged rows keep their places among the crops
 
     def preprocess(self, image: Media) -> dict[str, Any]:
         out = self.image_processor(images=[image], return_tensors="pt")
@@ -49,7 +49,7 @@ class LlavaNextAdapter(LlavaAdapter):
         ]
 
     def pack(self, tiles: Tensor, one: dict[str, Any], newline: Tensor | None = None) -> Tensor:
-        """The model's own packing of crops [n_tiles, patches, c] into rows [n, c], with a newline [c] or none."""
+        """Pack crops [n_tiles, patches, c] into rows [n, c] by the model's own function, with a newline [c] or None."""
         return self.model.model.pack_image_features(
             (tiles,), one["image_sizes"], vision_feature_select_strategy="default", image_newline=newline
         )[0][0]
@@ -66,9 +66,9 @@ class LlavaNextAdapter(LlavaAdapter):
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """Adapter for one image, or videos. A frame is one tile whose patches are pooled 2 x 2; a newline ends a video.
+    """Adapter for one image, or for videos. A frame is one tile with 2 x 2 pooled patches. A newline row ends a video.
 
-    Several images in one prompt, for which the model was trained with another cut, are refused.
+    Several images in one prompt are refused: the model was trained with another tiling for them.
     """
 
     model_types = ("llava_onevision",)
@@ -87,7 +87,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         size = (processor.size["width"], processor.size["height"])
         frames = [frame.convert("RGB").resize(size, processor.resample) for frame in image.frames]
         values = processor(images=[frames], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": values[:, 0], "times": image.times}  # tile 0 is the frame as a whole
+        return {"pixel_values": values[:, 0], "times": image.times}  # tile 0 is the whole frame
 
     def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
         if "times" not in pixels[0]:

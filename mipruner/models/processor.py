@@ -1,4 +1,4 @@
-"""Loads a model's own processor, for model types without an adapter."""
+"""Loads the processor of a model type without an adapter."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mipruner.errors import ModelError
 from mipruner.models.generic import PAGE
 
 PACKAGES = ("torchvision", "timm", "num2words", "mistral_common", "sentencepiece", "librosa", "scipy", "av")
-"""What processors of transformers may ask for."""
+"""Packages that processors of transformers may need."""
 
 
 def load_processor(folder: Path, model_type: str) -> ProcessorMixin:
@@ -17,7 +17,7 @@ def load_processor(folder: Path, model_type: str) -> ProcessorMixin:
     Raises
     ------
     ModelError
-        If it is not there, or needs a package that is not.
+        If it is missing, or needs a missing package.
     """
     try:
         processor = AutoProcessor.from_pretrained(folder)
@@ -43,7 +43,7 @@ def load_processor(folder: Path, model_type: str) -> ProcessorMixin:
 
 
 def lacked(error: ImportError) -> str:
-    """The missing packages that an error of transformers names."""
+    """Missing packages that an error message of transformers names."""
     return ", ".join(name for name in PACKAGES if name in str(error).lower()) or first_line(error)
 
 

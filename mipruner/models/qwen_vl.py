@@ -1,8 +1,7 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, four patches per token, positions in time, height,
-width.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, four patches per token, M-RoPE positions.
 
-Tokens always keep their positions of the full prompt: renumbering would destroy the grid. The position of a new token
-follows from the last position, never from the length of the cache.
+Positions have time, height and width. Tokens always keep their positions in the full prompt, because renumbering would
+destroy the grid. The position of a new token is computed from the last position, not from the length of the cache.
 """
 
 from collections.abc import Sequence, Set
@@ -26,12 +25,12 @@ from mipruner.prompt import Media, Smaller, Video, Visual
 
 
 class QwenVLAdapter(Adapter):
-    """Adapter for images and videos, several per prompt. Two frames of a video make one time step.
+    """Adapter for images and videos, several per prompt. Two frames of a video are one time step.
 
     Parameters
     ----------
     min_pixels, max_pixels : int, optional
-        Size to which an image is scaled, before the patches; by default what the model's image processor says.
+        Smallest and largest size of a resized image in pixels; by default those of the model's image processor.
     min_frame_pixels, max_frame_pixels : int
         The same for a frame of a video.
     """
@@ -92,7 +91,7 @@ class QwenVLAdapter(Adapter):
         frames = [*image.frames, *[image.frames[-1]] * (-len(image.frames) % steps)]
         out = self.image_processor(images=frames, size=self.frame_size, return_tensors="pt")
         _, height, width = out["image_grid_thw"][0].tolist()
-        # The processor repeats a frame over the steps of a patch; a video has one frame at each step.
+        # The processor repeats an image over the time steps of a patch; a video has one frame per step.
         patches = out["pixel_values"].view(len(frames) // steps, steps, height * width, -1, steps, self.patch_area)
         patches = torch.stack([patches[:, k, :, :, k] for k in range(steps)], -2)
         return {
@@ -150,13 +149,13 @@ class QwenVLAdapter(Adapter):
 
     @property
     def attention_block(self) -> int:
-        """The last block with attention over all patches of an image (other blocks of Qwen2.5-VL use windows)."""
+        """The last vision block with attention over all patches of an image; other blocks of Qwen2.5-VL use windows."""
         return max(getattr(self.vision, "fullatt_block_indexes", None) or [len(self.vision.blocks) - 1])
 
     def vision_signals(self, calls: Sequence[Call], attn: Any, grids: Tensor, names: Set[str]) -> dict[str, Tensor]:
-        """The named fields of `Features` for all images together, averaged over the patches of a token.
+        """Named fields of `Features` for all images together, averaged over the patches of a token.
 
-        Attention is within an image, or a step of a video: the segments of ``cu_seqlens``.
+        Attention is within an image, or within a time step of a video: the segments of ``cu_seqlens``.
         """
         inside, qkv, hidden = calls
         q, k = qkv.output.unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)[:2]
@@ -175,7 +174,7 @@ class QwenVLAdapter(Adapter):
         return {name: rows[:, 0] if name.startswith("attention") else rows for name, rows in tokens.items()}
 
     def raster_order(self, grids: Tensor) -> Tensor | slice:
-        """Index of each token inside the blocks; Qwen2.5-VL sorts the tokens there by window."""
+        """Index of each token inside the vision blocks, where Qwen2.5-VL sorts tokens by window."""
         if not hasattr(self.vision, "window_size"):
             return slice(None)
         window_index, _ = get_vision_window_index(
@@ -207,10 +206,10 @@ class QwenVLAdapter(Adapter):
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Adapter for images and videos. The prompt gives the time in words before each step of a video.
+    """Adapter for images and videos. The prompt contains the time in words before each time step of a video.
 
-    Those words are text of the prompt, not of the user: they are never pruned and never score a token. Each step has
-    its own start and end tokens, so the pair that the chat template puts around a video goes.
+    These words are not text of the user: they are never pruned and do not score tokens. Each time step has its own
+    start and end tokens, so the pair that the chat template writes around a video is removed.
     """
 
     model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")

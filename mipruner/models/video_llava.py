@@ -1,4 +1,4 @@
-"""Video-LLaVA: LLaVA-1.5 with a second vision tower for videos. Frames keep their CLS token."""
+"""Video-LLaVA: LLaVA-1.5 with a second vision encoder for videos. Frames keep their CLS token."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,16 +16,16 @@ LLAVA_V1 = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions. USER: {image}\n{text} ASSISTANT:"
 )
-"""The conversation that Video-LLaVA is evaluated with."""
+"""Conversation of Video-LLaVA's evaluation."""
 
 
 class VideoLlavaAdapter(LlavaAdapter):
-    """Adapter for images and videos. A frame is 257 rows: 256 patches and CLS, which is always kept."""
+    """Adapter for images and videos. A frame has 257 rows: 256 patches and the CLS token, which is always kept."""
 
     model_types = ("video_llava",)
     prompts: ClassVar[dict[str, str]] = {"llava_v1": LLAVA_V1}
     image_processor_class: ClassVar[type[ImageProcessingMixin]] = VideoLlavaImageProcessor
-    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # the CLS rows stay anyway
+    signals = LlavaAdapter.signals - {"cls_hidden", "project"}  # CLS rows are kept in any case
 
     def preprocess(self, image: Media) -> dict[str, Any]:
         if not isinstance(image, Video):
