@@ -1,4 +1,4 @@
-"""Answers a batch of prompts: image, question -> Features -> pruner -> Selection -> short prompt -> LLM -> answer."""
+"""Answers a batch of prompts: image, question -> Features -> Selection -> short prompt -> language model -> answer."""
 
 from collections import OrderedDict
 from collections.abc import Sequence, Set
@@ -29,19 +29,19 @@ class Answer:
     ----------
     text : str
     tokens : list of int
-        The new tokens, without the end of text.
+        New tokens, without end-of-text.
     selections : list of Selection
-        What was kept of each image, on the CPU; up to the last layer, of a method that prunes inside the decoder.
+        Kept tokens of each image, on the CPU; those of the last layer if the method prunes inside the decoder.
     n_visual : list of int
         Visual tokens of each image before pruning.
     n_keep : int
-        The nominal budget of the prompt.
+        Nominal budget of the prompt.
     grids : list of (rows, columns) or (frames, rows, columns), or None
         See `Visual.grid`.
     boxes : list of (left, top, right, bottom)
-        The part of each image that its grid covers, in pixels; beyond the image where it was padded.
+        Part of each image that its grid covers, in pixels; larger than the image if it was padded.
     visual_tokens_per_layer : list of int
-        Visual tokens that enter each layer of the language model, rows that are always kept included.
+        Visual tokens in each layer of the language model, including rows that are always kept.
     notes : dict of str
         See `Method.notes`.
     """
@@ -60,7 +60,7 @@ class Answer:
 class VisionCache:
     """Cache of encoded images by object identity, up to ``max_bytes``; the least recently used one is removed first.
 
-    Each is held with the names of the signals that were asked for when it was seen, as an image need not have all.
+    Each image is stored with the names of its requested signals, because an image may not have all of them.
     """
 
     def __init__(self, max_bytes: int = 2**30):
@@ -69,11 +69,11 @@ class VisionCache:
         self._held: OrderedDict[tuple[int, ...], tuple[Media, Visual, frozenset[str]]] = OrderedDict()
 
     def signals(self, image: Media) -> frozenset[str]:
-        """The signals stored for ``image``."""
+        """Names of the signals that are stored for ``image``."""
         return self._held[identity(image)][2] if identity(image) in self._held else frozenset()
 
     def get(self, image: Media, signals: Set[str] = frozenset()) -> Visual | None:
-        """The stored result of ``image``, if it has these ``signals``."""
+        """The stored result of ``image`` if it has these ``signals``, else None."""
         key = identity(image)
         if key not in self._held or not signals <= self.signals(image):
             return None
@@ -89,10 +89,10 @@ class VisionCache:
 
 
 class Pipeline:
-    """A model, a pruner and a budget: ``pipeline(prompts)`` answers a batch.
+    """A model with a pruner and a budget: ``pipeline(prompts)`` answers a batch.
 
-    One call at a time on one adapter: hooks stand on shared modules while it lasts, and two threads would mix them up.
-    ``pruner`` and ``keep`` may be replaced between calls.
+    Only one call at a time may run on an adapter, because hooks are set on shared modules during a call. ``pruner`` and
+    ``keep`` may be replaced between calls.
 
     Parameters
     ----------
@@ -100,8 +100,8 @@ class Pipeline:
         From `mipruner.models.load`.
     pruner : Pruner, DecoderPruner or ImagePruner
     keep : int, float or Auto
-        Budget per prompt, see `mipruner.selection.budget`; several images share it in proportion to their tokens.
-        With `Auto`, each of them keeps as much of its share as it has use for.
+        Budget per prompt, see `mipruner.selection.budget`. Several images share it in proportion to their tokens. With
+        `Auto`, the share of an image is the upper limit of its budget.
     decoding : Decoding
     """
 
@@ -122,7 +122,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Answer ``prompts``; adds the time of each stage to ``watch``.
+        """Answer ``prompts``. Adds the time of each stage to ``watch``.
 
         Raises
         ------
@@ -173,8 +173,8 @@ class Pipeline:
         ]
 
     def prepare(self, images: Sequence[Media]) -> None:
-        """Run the image processor before a call with these very objects. May run in another thread."""
-        if isinstance(self.pruner, ImagePruner):  # how small an image becomes is known with its prompt
+        """Run the image processor on images before a call with the same objects. May run in another thread."""
+        if isinstance(self.pruner, ImagePruner):  # the size of a resized image depends on its prompt
             for image in images:
                 self.adapter.n_visual(image)
             return
@@ -182,7 +182,7 @@ class Pipeline:
             self._prepared[id(image)] = (image, self._pixels(image))
 
     def check_sizes(self) -> None:
-        """Raise `InputError` if images of any size give this family's encoder the same number of tokens."""
+        """Raise `InputError` if the number of visual tokens does not depend on the image size."""
         if not self.adapter.any_size:
             raise InputError(
                 f"a {self.adapter.model.config.model_type} model scales every image to sizes of its own, so that a "
@@ -190,7 +190,7 @@ class Pipeline:
             )
 
     def smaller(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts with images resized to at most the budget of tokens, for a method before the encoder."""
+        """The prompts with images resized to at most the budget of tokens, for an `ImagePruner`."""
         self.check_sizes()
         if isinstance(self.keep, Auto):
             raise InputError(f"keep=auto reads the PMI with the text, which {type(self.pruner).__name__} does not know")
@@ -208,9 +208,10 @@ class Pipeline:
         return found
 
     def see(self, images: Sequence[Media]) -> dict[int, Visual]:
-        """Run every distinct image through the vision encoder once; results by ``id``.
+        """Run the vision encoder once on every distinct image. Returns the results by ``id``.
 
-        Once more where it is held without a signal that the pruner reads; it is then held with the old and the new.
+        An image is encoded again if its stored result lacks a signal that the pruner reads. Then both old and new
+        signals are stored.
         """
         distinct = {id(image): image for image in images}
         held = {key: self.cache.get(image, self.pruner.signals) for key, image in distinct.items()}
@@ -234,9 +235,9 @@ class Pipeline:
         return self.adapter.preprocess(image)
 
     def select(self, encoded: Encoded) -> list[Selection]:
-        """The selection for each image of one prompt, by its share of the budget.
+        """The `Selection` for each image of one prompt, with its share of the budget.
 
-        All of it if the method prunes inside the decoder, unless another one is at its door.
+        All tokens if the method prunes only inside the decoder.
         """
         if not encoded.visuals:
             return []
@@ -259,13 +260,13 @@ class Pipeline:
         return [self.pruner.door(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
 
     def enough(self, features: Features, n_max: int) -> int:
-        """The budget that keep=auto sets for one image."""
+        """Budget of one image for keep=auto."""
         assert isinstance(self.keep, Auto)
         self.pruner.check(features, n_max)
         return min(n_max, self.keep.enough(self.pruner.s_cross(features)))
 
     def choose(self, encoded: Sequence[Encoded], valid: Tensor) -> tuple[Prompts, list[list[Selection]]]:
-        """Select the kept tokens of left-padded prompts; ``valid`` [B, S] is False at padding."""
+        """Select tokens of left-padded prompts. ``valid`` [B, S] is False at padding."""
         with torch.no_grad():
             selections = [self.select(sample) for sample in encoded]
         is_visual = torch.zeros_like(valid)
@@ -286,14 +287,14 @@ class Pipeline:
         return prompts, selections
 
     def nominal(self, sample: Encoded) -> int:
-        """The budget of one prompt as a method inside the decoder counts it."""
+        """Nominal budget of one prompt for a method inside the decoder."""
         assert isinstance(self.pruner, DecoderPruner)
         n = sample.n_visual
         return self.pruner.nominal(n, self.pruner.budget(self.keep, n), self.adapter.n_layers) if n else 0
 
 
 def whole(sample: Encoded) -> Short:
-    """A prompt of which all tokens are kept."""
+    """A prompt with all tokens kept."""
     layers = zip(*(visual.deepstack for visual in sample.visuals), strict=True)
     return Short(
         ids=sample.ids,
@@ -306,7 +307,7 @@ def whole(sample: Encoded) -> Short:
 
 
 def per_image(kept: Tensor, encoded: Encoded) -> list[Selection]:
-    """Convert indices over the visual tokens of a prompt to indices within each image."""
+    """Convert indices among the visual tokens of a prompt to indices within each image."""
     start, selections = 0, []
     for visual in encoded.visuals:
         end = start + visual.n_visual

@@ -1,11 +1,11 @@
 """Pointwise mutual information of embeddings, eq. 15-21 and 52-53 of the paper.
 
-Every function takes any leading batch dimensions and any float dtype and computes in float32. Everything is written
-with log-probabilities, so that a temperature of 0.01 or a half-precision input stays finite.
+Every function accepts any leading batch dimensions and any float dtype, and computes in float32. All terms are
+log-probabilities, so results are finite for a temperature of 0.01 and for half-precision input.
 
-Two options go beyond the paper. With ``log_partition`` [.., n_visual, 1], see there, p(t_j | v_i) is normalised over
-the language model's vocabulary instead of the prompt's own tokens, and read at the prompt's tokens. ``prior``
-[.., n_visual] is p(v_i), uniform by default as in the paper.
+Two options are not in the paper. With ``log_partition`` [.., n_visual, 1] (see the function), p(t_j | v_i) is
+normalised over the vocabulary of the language model instead of the tokens of the prompt. ``prior`` [.., n_visual] is
+p(v_i), by default uniform as in the paper.
 """
 
 import math
@@ -22,17 +22,17 @@ Aggregation = Literal["max", "global"]
 Normalization = Literal["softmax", "minmax", "minmax_exact"]
 
 MINMAX_FLOOR = 1e-12
-"""Smallest probability under ``normalization="minmax"``: eq. 52 gives each row's least similar entry exactly 0."""
+"""Smallest probability for ``normalization="minmax"``, because eq. 52 gives 0 to the smallest entry of each row."""
 
 BLOCK = 4096
-"""Rows of the vocabulary that are compared at a time."""
+"""Number of vocabulary rows per block."""
 
 RESOLUTION = 1e-6
-"""Cosines closer than this are equal: minmax would blow rounding up to the whole range."""
+"""Cosines with a smaller difference count as equal, because minmax would scale rounding errors to the whole range."""
 
 
 def similarity(visual: Tensor, other: Tensor) -> Tensor:
-    """Cosine similarity [.., n_visual, n_other]: eq. 15 before the division by tau. A zero vector gives 0."""
+    """Cosine similarity [.., n_visual, n_other], which is eq. 15 before the division by tau; 0 for a zero vector."""
     rows = normalize(visual.float(), dim=-1)
     return rows @ (rows if other is visual else normalize(other.float(), dim=-1)).mT
 
@@ -40,15 +40,15 @@ def similarity(visual: Tensor, other: Tensor) -> Tensor:
 def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: int | None = None) -> Tensor:
     """log sum_w exp(rho_iw) over a vocabulary, the denominator of eq. 16. Shape [.., n_visual, 1].
 
-    No more than `BLOCK` columns of the similarities exist at a time.
+    At most `BLOCK` columns of the similarities are in memory at a time.
 
     Parameters
     ----------
     vocabulary : Tensor [n_vocabulary, d]
-        The language model's input-embedding table, without batch dimensions.
+        Input-embedding table of the language model, without batch dimensions.
     n_rows : int, optional
-        Estimate the sum from so many rows, always the same ones: unbiased, and its relative error falls with the root
-        of n_rows.
+        Estimate the sum from this many rows, always the same rows. The estimate is unbiased, and its relative error is
+        proportional to 1 / sqrt(n_rows).
     """
     vocabulary, scale = drawn(vocabulary, n_rows)
     blocks = (similarity(visual, rows).div_(tau).logsumexp(-1, keepdim=True) for rows in vocabulary.split(BLOCK))
@@ -56,9 +56,7 @@ def log_partition(visual: Tensor, vocabulary: Tensor, tau: float = 0.1, n_rows: 
 
 
 def drawn(vocabulary: Tensor, n_rows: int | None) -> tuple[Tensor, float]:
-    """``n_rows`` rows of the vocabulary, drawn without replacement, and the log of the number of rows that each
-    represents.
-    """
+    """Draw ``n_rows`` rows of the vocabulary without replacement. Also returns log(n_vocabulary / n_rows)."""
     if n_rows is None or n_rows >= len(vocabulary):
         return vocabulary, 0.0
     index = _drawn(len(vocabulary), n_rows, vocabulary.device)
@@ -79,9 +77,9 @@ def log_conditional(
 ) -> Tensor:
     """log p(x_j | v_i) of eq. 15-16, or 52-53. Shape [.., n_visual, n_other]; rows sum to one without log_partition.
 
-    ``softmax`` is the paper's choice. ``minmax`` scales each row to [0, 1] and divides by its sum, where tau cancels;
-    its zeros are lifted to `MINMAX_FLOOR` so that the logarithm stays finite, and ``minmax_exact`` leaves them at
-    log 0 = -inf. A row whose entries are all equal is uniform under every normalization.
+    ``softmax`` is the paper's choice. ``minmax`` scales each row to [0, 1] and divides by its sum, so tau cancels. It
+    replaces zeros by `MINMAX_FLOOR`, so that the logarithm is finite; ``minmax_exact`` keeps log 0 = -inf. A row with
+    equal entries is uniform for every normalization.
     """
     cosine = similarity(visual, other)
     if normalization == "softmax":
@@ -121,9 +119,10 @@ def _self(visual: Tensor, tau: float, normalization: Normalization, prior: Tenso
 
 
 def _aggregate(log_p: Tensor, pmi: Tensor, prior: Tensor | None) -> Tensor:
-    """Terms p(v_i; x_j) PMI(v_i; x_j) of eq. 21, with 0 log 0 = 0.
+    """The terms p(v_i; x_j) PMI(v_i; x_j) of eq. 21, with 0 log 0 = 0.
 
-    The joint is p(x_j | v_i) p(v_i), here in units of 1 / n_visual: the paper drops its uniform p(v_i).
+    The joint probability is p(x_j | v_i) p(v_i), here in units of 1 / n_visual, because the paper omits the uniform
+    p(v_i).
     """
     p = log_p.exp() if prior is None else (log_p + _log_prior(log_p, prior)).exp() * log_p.shape[-2]
     return torch.where(p > 0, p * pmi, 0.0)
@@ -148,7 +147,7 @@ def self_pmi(
 ) -> Tensor:
     """PMI(v_i; v_j) of every pair of visual tokens. Shape [.., n_visual, n_visual].
 
-    Row i is candidate i's own distribution, so the matrix is not symmetric; the diagonal is included.
+    Row i is the distribution of candidate i, so the matrix is not symmetric. The diagonal is included.
     """
     return _self(visual, tau, normalization, prior)[1]
 
@@ -165,8 +164,8 @@ def relevance(
 ) -> Tensor:
     """S_cross of every visual token. Shape [.., n_visual].
 
-    ``max`` is eq. 19, the strongest PMI over the text; ``global`` is eq. 21, the KL divergence of p(T | v_i) from p(T)
-    (over a vocabulary, the prompt's part of it).
+    ``max`` is eq. 19, the largest PMI over the text. ``global`` is eq. 21, the KL divergence of p(T | v_i) from p(T);
+    with ``log_partition``, only the terms of the prompt's tokens.
     """
     log_p = log_conditional(visual, text, tau, normalization, log_partition)
     pmi = _pmi(log_p, _log_marginal(log_p, prior))
@@ -185,7 +184,7 @@ def redundancy(
     *,
     prior: Tensor | None = None,
 ) -> Tensor:
-    """The terms that S_self of eq. 20 (max) or eq. 21 (global) reduces over the selected set, row i = candidate i.
+    """The terms that S_self of eq. 20 (max) or eq. 21 (global) aggregates over the selected set; row i is candidate i.
 
     Shape [.., n_visual, n_visual]: `self_pmi` for ``max``, p(v_i; v_j) PMI(v_i; v_j) for ``global``.
     """

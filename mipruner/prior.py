@@ -11,10 +11,10 @@ from mipruner.errors import InputError
 Prior = Literal["uniform", "center", "thirds", "estimated"]
 
 SPREAD = {"center": 1 / 4, "thirds": 1 / 6}
-"""Standard deviation of a Gaussian about the nearest centre, in sides of the image: a corner gets e^-4 of it."""
+"""Standard deviation of the Gaussian around the nearest centre, in image sides: e^-4 of the maximum in a corner."""
 
 CENTERS = {"center": [(0.0, 0.0)], "thirds": [(y, x) for y in (-1 / 6, 1 / 6) for x in (-1 / 6, 1 / 6)]}
-"""(y, x) from the middle in sides of the image: the middle, or where the lines of the rule of thirds cross."""
+"""Centres (y, x) in image sides, relative to the middle: the middle, or the crossings of the rule of thirds."""
 
 
 def visual_prior(name: Prior, grid: tuple[int, ...], table: Sequence[Sequence[float]] | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def visual_prior(name: Prior, grid: tuple[int, ...], table: Sequence[Sequence[fl
     name : "uniform", "center", "thirds" or "estimated"
     grid : (rows, columns) or (frames, rows, columns)
     table : rows of positive weights, of any size
-        The estimate: it is stretched over the image.
+        The estimated weights, interpolated over the image.
 
     Raises
     ------

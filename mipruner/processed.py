@@ -1,4 +1,4 @@
-"""Pipeline for models without an adapter: their own processor and `generate`, inside `mipruner.prune`.
+"""Pipeline for models without an adapter: the model's own processor and `generate`, inside `mipruner.prune`.
 
 adapter = mipruner.models.load("google/gemma-3-4b-it")
 pipeline_of(adapter, mipruner.pruners.make("mi"), keep=0.25)([Prompt("What is this?", [image])])
@@ -26,8 +26,9 @@ from mipruner.timing import Stopwatch
 
 
 class Draw(LogitsProcessor):
-    """Logits processor that selects one token per row as `mipruner.decoding.decode` does, and records when the first
-    logits came.
+    """Logits processor that selects tokens like `mipruner.decoding.decode`.
+
+    It also records the time of the first logits.
     """
 
     def __init__(self, decoding: Decoding, samples: Sequence[str], now: Callable[[], float]) -> None:
@@ -49,14 +50,14 @@ class Draw(LogitsProcessor):
 class ProcessorPipeline:
     """`mipruner.pipeline.Pipeline` for a `GenericAdapter`: ``pipeline(prompts)`` answers a batch.
 
-    Every call encodes its images; nothing is held for the next. Times of ``watch`` begin where the processor has ended.
+    Every call encodes its images again. Times of ``watch`` start after the processor.
 
     Parameters
     ----------
     adapter : GenericAdapter
-        With its processor, from `mipruner.models.load`.
+        An adapter with a processor, from `mipruner.models.load`.
     pruner, keep, decoding
-        As of `Pipeline`.
+        See `Pipeline`.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class ProcessorPipeline:
         Raises
         ------
         InputError
-            As `Pipeline` and `GenericAdapter.inputs`.
+            See `Pipeline` and `GenericAdapter.inputs`.
         """
         groups = [[k for k, prompt in enumerate(prompts) if bool(prompt.images) is shown] for shown in (True, False)]
         if self.adapter.model.config.model_type in ALONE:
@@ -122,7 +123,7 @@ class ProcessorPipeline:
             return [self._told(*row) for row in rows]
 
     def _generate(self, inputs: dict[str, Any], prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The new tokens of each prompt, without end-of-text."""
+        """New tokens of each prompt, without end-of-text."""
         model, tokenizer, watch = self.adapter.model, self.adapter.tokenizer, self.watch
         config = copy.deepcopy(model.generation_config)
         config.update(max_new_tokens=self.decoding.max_new_tokens, do_sample=False, num_beams=1, max_length=None)
@@ -162,7 +163,7 @@ class ProcessorPipeline:
 def pipeline_of(
     adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float | Auto, decoding: Decoding | None = None
 ) -> Pipeline | ProcessorPipeline:
-    """The pipeline for an adapter."""
+    """A `ProcessorPipeline` for a `GenericAdapter`, a `Pipeline` for other adapters."""
     if adapter.reads_inside:
         return Pipeline(adapter, pruner, keep, decoding)
     assert isinstance(adapter, GenericAdapter)

@@ -1,6 +1,6 @@
 """Data classes for one prompt: Visual (encoded image), Encoded (full prompt), Short (pruned prompt), Batch.
 
-Everything here is per sample and unpadded; padding happens once, in `collate`, on the shortened prompts.
+All classes except Batch hold one sample without padding. `collate` pads the short prompts.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from mipruner.selection import Selection
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video as frames sampled in time.
+    """A video: frames sampled in time.
 
     Attributes
     ----------
     frames : sequence of PIL images
-        Oldest first, all of one size. They share one budget.
+        Frames in order of time, all of one size. They share one budget.
     fps : float
-        How many of these frames make a second. Read by the families that tell the model the time of a frame (Qwen-VL).
+        Number of these frames per second. Used by families whose prompt contains the time of a frame (Qwen-VL).
     """
 
     frames: Sequence[Image.Image]
@@ -55,9 +55,9 @@ class Smaller:
     ----------
     image : PIL image
     grid : (rows, columns)
-        Of the visual tokens that it is to give.
+        Grid of the visual tokens after resizing.
     n_visual : int
-        Visual tokens that it gives as it is, see `Adapter.n_visual`.
+        Number of visual tokens without resizing, see `Adapter.n_visual`.
     """
 
     image: Image.Image
@@ -71,11 +71,11 @@ class Smaller:
 
 
 Media = Image.Image | Video | Smaller
-"""What a prompt can hold before its text."""
+"""Kinds of media before the text of a prompt."""
 
 
 def identity(image: Media) -> tuple[int, ...]:
-    """Key of an image: its object identity, and the grid to which it is resized."""
+    """Key of an image: its object identity and, if resized, its grid."""
     return (id(image.image), *image.grid) if isinstance(image, Smaller) else (id(image),)
 
 
@@ -88,12 +88,12 @@ class Prompt:
     text : str
         The user's text as sent to the model.
     images : sequence of PIL images and `Video`
-        They stand in front of the text, in this order. The same object in two prompts shares one vision pass.
+        Images and videos before the text, in this order. An object that is in two prompts is encoded once.
     query : str, optional
-        The part of ``text`` that is T of eq. 2 and may score tokens; all of it by default.
+        The part of ``text`` that is T of eq. 2; by default all of it.
     question : str, optional
-        The part of ``text`` that is the question itself, without the answer-format sentence, for the methods that
-        read only that; all of it by default.
+        The part of ``text`` that is the question without the answer-format sentence, for methods that read only the
+        question; by default all of it.
     sample : str
         Name of the sample, see `Features.sample`.
     """
@@ -107,7 +107,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rendered prompt, with a placeholder for each row of each image.
+    """A tokenized prompt, with one placeholder for each row of each image.
 
     Attributes
     ----------
@@ -115,11 +115,11 @@ class Tokens:
     is_text : Tensor [S] bool
         The tokens of T, eq. 2.
     is_question : Tensor [n_text] bool
-        Those of T that belong to the question itself.
+        The tokens of T that belong to the question itself.
     words : list of str
         The tokens of T as strings, see `Features.words`.
     tokenizer : PreTrainedTokenizerBase, optional
-        What made them.
+        The tokenizer of these ids.
     """
 
     ids: Tensor
@@ -136,18 +136,18 @@ class Visual:
     Attributes
     ----------
     rows : Tensor [n_rows, d]
-        What the language model reads of it, in the order of the prompt.
+        Rows for the language model, in the order of the prompt.
     grid : (rows, columns) or (frames, rows, columns), optional
-        Of the visual tokens. None where they do not lie on one grid (several crops of an image).
+        Grid of the visual tokens. None if they do not form one grid (several crops of an image).
     signals : dict
-        The optional fields of `Features` that a pruner asked for and this image has.
+        Optional fields of `Features` that a pruner requested and this image has.
     deepstack : tuple of Tensor [n_visual, d]
         Rows added to the hidden states of the first decoder layers (Qwen3-VL).
     is_candidate : Tensor [n_rows] bool, optional
-        False for rows that are no patch, such as the CLS of a frame or the end of a line: they are never scored and
-        always kept, like text. None if every row is a candidate.
+        False for rows that are not patches, such as the CLS token of a frame or the newline of a line. Like text, these
+        are not scored and always kept. None if every row is a candidate.
     times : tuple of float
-        When each frame was, in seconds; empty for an image.
+        Time of each frame in seconds; empty for an image.
     held : dict
         See `Features.held`.
     """
@@ -166,7 +166,7 @@ class Visual:
 
     @property
     def tokens(self) -> Tensor:
-        """The candidate tokens [n_visual, d], V of eq. 1."""
+        """Candidate tokens [n_visual, d], V of eq. 1."""
         return self.rows if self.is_candidate is None else self.rows[self.is_candidate]
 
     @property
@@ -182,7 +182,7 @@ class Visual:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One full-length prompt, embedded: S tokens of which n_visual are visual.
+    """Embeddings of one full prompt: S tokens, n_visual of them visual.
 
     Attributes
     ----------
@@ -191,12 +191,12 @@ class Encoded:
     position_ids : Tensor [P, S]
         P is 1, or 4 with M-RoPE (text position, then time, height, width).
     slots : tuple of Tensor [n_visual]
-        Where in the prompt each image's candidates stand.
+        Indices of each image's candidates in the prompt.
     is_text : Tensor [S] bool
         The tokens of T, eq. 2.
     visuals : tuple of Visual
     signals : dict
-        The optional fields of `Features` that come from the language model's side.
+        Optional fields of `Features` that come from the language model.
     sample : str
     """
 
@@ -251,14 +251,14 @@ class Short:
     Attributes
     ----------
     ids : Tensor [S]
-        The ids of the full prompt, for what counts words (a repetition penalty).
+        Ids of the full prompt, for logits processors that count tokens (repetition penalty).
     embeds : Tensor [S', d]
     position_ids : Tensor [P, S']
     is_visual : Tensor [S'] bool
     deepstack : tuple of Tensor [n_rows, d]
     sample : str
     index : Tensor [S'], optional
-        Where in the full prompt each token stood.
+        Index of each token in the full prompt.
     """
 
     ids: Tensor
@@ -340,12 +340,12 @@ def cut(encoded: Encoded, selections: Sequence[Selection], repack: bool) -> Shor
 
 
 def _kept(rows: Tensor, selection: Selection) -> Tensor:
-    """The kept entries of a row [n_visual, d], or the means that replace them."""
+    """The kept rows of [n_visual, d], or the merged rows that replace them."""
     return rows[selection.indices] if selection.merge is None else (selection.merge @ rows.float()).to(rows)
 
 
 def collate(shorts: Sequence[Short]) -> Batch:
-    """Pad prompts on the left to the longest one."""
+    """Pad prompts on the left to the length of the longest one."""
     length = max(len(short.embeds) for short in shorts)
     first = shorts[0]
     embeds = first.embeds.new_zeros(len(shorts), length, first.embeds.shape[-1])

@@ -3,7 +3,7 @@
     with mipruner.prune(model, "mi", keep=0.25):
         model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
 
-While the context lasts, steps before and after the calls of this model object (`mipruner.intercept`) do the work of
+Inside the context, functions before and after the calls of this model object (`mipruner.intercept`) do the work of
 `Pipeline`:
 
     model                        withhold labels and logits_to_keep until the kept tokens are known
@@ -92,19 +92,19 @@ def prune(
         A name of `mipruner.PRUNERS`, with its hyperparameters as ``options``, or an instance. Two of them, one before
         the language model and one inside it, work one after the other: ``["mi", "fastv"], keep=[0.5, 0.25]``.
     keep : int, float or Auto
-        Budget per prompt, see `mipruner.budget`; of two methods, what enters and what is left in the end.
+        Budget per prompt, see `mipruner.budget`. For two methods, a pair: the budget of each.
     tokenizer : tokenizer or processor, optional
     text : str or sequence of str, optional
         The part of each prompt that is T; by default all of the user's latest text.
     question : str or sequence of str, optional
         The part of T that is the question itself, for methods that read only that; all of T by default.
     positions : "repack" or "keep", optional
-        See `Adapter`; by default what the family's public pruners do.
+        See `Adapter`.
 
     Returns
     -------
     Pruning
-        The context; ``print`` it to read what was kept.
+        The context. ``print`` shows the kept tokens of the latest prompts.
 
     Raises
     ------
@@ -130,9 +130,9 @@ class Kept:
     Attributes
     ----------
     question : str
-        T as it was read; empty without a tokenizer.
+        T as text; empty without a tokenizer.
     n_visual, n_kept : list of int
-        Visual tokens of each image before and after, up to the last layer.
+        Visual tokens of each image before pruning and in the last layer.
     """
 
     question: str
@@ -152,9 +152,9 @@ class Pruning:
     Attributes
     ----------
     encoded : list of Encoded
-        This thread's latest prompts that had images, in full.
+        Full prompts with images of this thread's latest call.
     watch : callable
-        From the name of a stage, "vision" or "scoring", to a context around it.
+        Takes the name of a stage ("vision" or "scoring") and returns a context around it.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Pruning:
         self.shortening: Shortening | None = None
         self._used = False
 
-    # When it is at work
+    # When it is active
 
     def __enter__(self) -> "Pruning":
         return self._open(own=True)
@@ -260,7 +260,7 @@ class Pruning:
     def __reduce__(self) -> NoReturn:
         raise InputError("a mipruner.prune belongs to one model in this process: make another one elsewhere")
 
-    # What happened
+    # Results
 
     @property
     def encoded(self) -> list[Encoded]:
@@ -323,7 +323,7 @@ class Pruning:
         return asked.answer(self.model, output, self._open_shortening.columns)
 
     def _generate(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`generate`. Refuses options that read a prompt in pieces or more than the prompt."""
+        """Call ``generate``. Refuses options that split a prompt or read more than the prompt."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if self._open_shortening.serves(kwargs.get("past_key_values")) and ids is not None:
             config = kwargs.get("generation_config") or self.model.generation_config
@@ -334,7 +334,7 @@ class Pruning:
         return method(*args, **kwargs)
 
     def _look(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own vision method; its arguments and output are recorded."""
+        """Call the model's own vision method and record its arguments and output."""
         here = self._here
         if getattr(here, "looking", False) or not self._open_shortening.serves(None):
             return method(*args, **kwargs)  # Qwen-VL looks at videos through the method for images
@@ -375,7 +375,9 @@ class Pruning:
             )
         cache, mask, given = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         n_past = length(cache)
-        answering = n_past > 0 and ids is not None and ids.shape[1] == 1  # whatever the model says, it is no image
+        answering = (
+            n_past > 0 and ids is not None and ids.shape[1] == 1
+        )  # not an image, whatever the token types of the model say
         if ids is None or answering or not bool(self.adapter.is_placeholder(ids).any()):
             return None
         if not self.adapter.reads_inside and getattr(cache, "is_compileable", False):
@@ -400,7 +402,7 @@ class Pruning:
 
 
 def _names(method: Callable[..., Any]) -> list[str]:
-    """Names of the arguments, without self."""
+    """Names of the arguments without self."""
     return list(inspect.signature(method).parameters)[1:]
 
 
@@ -430,7 +432,7 @@ def _unwrapped(model: Any) -> PreTrainedModel:
 def _pruner(
     pruner: str | Method | Sequence[str | Method], keep: Keep | Sequence[int | float], options: dict[str, Any]
 ) -> tuple[Pruner | DecoderPruner, Keep]:
-    """The pruner, and the budget of tokens that remain at the end."""
+    """The pruner, and the budget of tokens in the last layer."""
     if isinstance(pruner, list | tuple):
         if options:
             raise InputError(f"{', '.join(options)}: give hyperparameters to each of the methods, as instances")

@@ -1,10 +1,9 @@
 """Finds T, the tokens of the user's latest question, in the token ids of a rendered prompt.
 
-The explicit route knows the user's text before it is rendered (`Adapter.tokenize`). Code that calls ``generate`` hands
-over ids; with the tokenizer, the words around the question are those of its chat template, and without it only special
-ids can be told from text.
+`Pipeline` has the user's text before rendering (`Adapter.tokenize`). ``generate`` gets only ids. With a tokenizer, the
+text around the question is known from its chat template. Without one, only special ids can be distinguished from text.
 
-Places in a text are counted in characters without blanks: decoders add and drop blanks as they please.
+Positions in a text count characters without blanks, because decoders add and remove blanks.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from mipruner.errors import InputError
 
 A, B, C = (f"\N{LEFT WHITE CURLY BRACKET}{letter}\N{RIGHT WHITE CURLY BRACKET}" for letter in "abc")
-"""Stand for what user and assistant say while a conversation is rendered."""
+"""Placeholders for the texts of user and assistant while a conversation is rendered."""
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for the first bytes of a character."""
+"""Character that a decoder writes for an incomplete byte sequence."""
 
 
 def without_blanks(text: str) -> str:
@@ -39,9 +38,9 @@ class Reader:
     ----------
     tokenizer : PreTrainedTokenizerBase
     template : str, optional
-        The chat template; without one, `latest` does not know where a turn begins or ends.
+        The chat template. Without one, `latest` cannot find the begin and end of a turn.
     placeholders : sequence of str
-        What stands for images in a rendered conversation, and around them.
+        Texts of images, and around them, in a rendered conversation.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -81,7 +80,7 @@ class Reader:
         return without_blanks(text)
 
     def latest(self, ids: Tensor, is_visual: Tensor) -> Tensor:
-        """The text [S] bool of the last user turn in ``ids`` [S]: after its last image, or all of it."""
+        """Mask [S] of the last user turn's text in ``ids`` [S]: the text after its last image, or all of it."""
         prompt = ids[~is_visual].tolist()
         start, end, _ = self._latest(prompt)
         return self._tokens(ids, is_visual, prompt, start, end)
@@ -91,7 +90,7 @@ class Reader:
         return self._latest(ids[~is_visual].tolist())[2]
 
     def _latest(self, prompt: list[int]) -> tuple[int, int, bool]:
-        """Begin and end of the last user turn in the decoded prompt, and whether its end is missing."""
+        """Begin and end of the last user turn in the decoded prompt, and whether the end is missing."""
         written = without_blanks(self.decode(prompt))
         opening, closing = self.turn
         start = written.rfind(opening) + len(opening) if opening and opening in written else 0
@@ -100,12 +99,12 @@ class Reader:
         return start, end, is_open
 
     def occurrence(self, ids: Tensor, is_visual: Tensor, text: str) -> Tensor:
-        """The last place [S] bool of ``text`` in ``ids`` [S].
+        """Mask [S] of the last occurrence of ``text`` in ``ids`` [S].
 
         Raises
         ------
         InputError
-            If the text is empty or not there.
+            If the text is empty or not in the prompt.
         """
         prompt = ids[~is_visual].tolist()
         written = without_blanks(self.decode(prompt))
@@ -118,7 +117,7 @@ class Reader:
     def _tokens(
         self, ids: Tensor, is_visual: Tensor, prompt: list[int], start: int, end: int, everywhere: bool = False
     ) -> Tensor:
-        """Mask [S] bool of the tokens that write the characters start..end of the decoded prompt."""
+        """Mask [S] of the tokens of the characters start..end of the decoded prompt."""
         lengths = range(len(prompt) + 1)
         # The token that completes a character ends it, the token of its first byte begins it.
         first = bisect_right(lengths, start, key=lambda k: len(without_blanks(self.decode(prompt[:k])))) - 1
@@ -152,9 +151,7 @@ class Reader:
 
 
 def between_special(ids: Tensor, is_visual: Tensor, ends: Iterable[int], special: Iterable[int]) -> Tensor:
-    """Without a tokenizer: the text [S] bool between the last image and the next end-of-text token, role words
-    included.
-    """
+    """Mask [S] of the text between the last image and the next end-of-text token, role words included."""
     start = int(is_visual.nonzero()[-1]) + 1
     place = torch.arange(len(ids), device=ids.device)
     end = place[(place >= start) & torch.isin(ids, ids.new_tensor(sorted(ends)))]

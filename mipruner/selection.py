@@ -11,23 +11,24 @@ from mipruner.errors import InputError
 from mipruner.pmi import Aggregation
 
 LAZY_BLOCK = 32
-"""Candidates whose gain `lazy_greedy` computes anew at first; each further block of the same pick has twice as many."""
+"""Number of candidates in the first block whose gains `lazy_greedy` computes again; each next block is twice as large.
+"""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The visual tokens that enter the language model.
+    """The visual tokens that are kept before the language model.
 
     Attributes
     ----------
     indices : Tensor [.., n_keep]
         Kept visual tokens, ascending, unique.
     embeds : Tensor [.., n_rows, d], optional
-        Only for methods that merge tokens: the rows that enter the language model, in their order. Row k stands at the
-        place of ``indices[k]``; rows beyond `indices` belong to no patch (VisionZip's CLS).
+        Only for methods that merge tokens: the rows for the language model, in order. Row k has the position of
+        ``indices[k]``. Further rows belong to no patch (VisionZip's CLS).
     merge : Tensor [n_keep, n_visual], optional
-        For methods whose every row is a mean of visual tokens: the weights of row k, which stands at the place of
-        ``indices[k]``. They hold for rows that the model adds in later layers, too.
+        For methods whose rows are all means of visual tokens: the weights of row k, which has the position of
+        ``indices[k]``. They also apply to rows that the model adds in later layers.
     """
 
     indices: Tensor
@@ -36,7 +37,7 @@ class Selection:
 
     @property
     def n_rows(self) -> int:
-        """Number of visual rows that enter the language model."""
+        """Number of visual rows for the language model."""
         return (self.indices if self.embeds is None else self.embeds[..., 0]).shape[-1]
 
 
@@ -47,7 +48,7 @@ class Auto:
     Attributes
     ----------
     quality : float in (0, 1]
-        The share of all positive PMI with the text that the kept tokens must be able to hold.
+        Share of all positive PMI with the text that the most relevant tokens must reach.
     keep_max : int or float
         Largest budget, see `budget`.
     """
@@ -60,11 +61,9 @@ class Auto:
             raise InputError(f"quality={self.quality} is not in (0, 1]")
 
     def enough(self, relevance: Tensor) -> int:
-        """The smallest number of tokens that could hold the share ``quality`` of the positive part of relevance
-        [n_visual].
-        """
+        """Smallest number of tokens that can reach the share ``quality`` of all positive relevance [n_visual]."""
         positive = relevance.clamp_min(0).sort(descending=True).values
-        if not positive[0] > 0:  # no token says anything: one is as good as another
+        if not positive[0] > 0:  # no token has positive relevance: all are equally good
             return math.ceil(self.quality * len(relevance))
         curve = positive.cumsum(0) / positive.sum()
         return min(1 + int((curve < self.quality).sum()), len(relevance))
@@ -73,12 +72,13 @@ class Auto:
 def budget(keep: int | float | Auto, n_visual: int) -> int:
     """Number of tokens to keep: an integer is used as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
 
-    ``1`` is one token, ``1.0`` is all tokens. At least one token is kept. For an `Auto`, the largest possible budget.
+    ``1`` is one token, ``1.0`` is all tokens. The result is at least 1. For an `Auto`, it is the largest possible
+    budget.
 
     Raises
     ------
     InputError
-        If keep is not positive, a fraction above 1, or a whole number above ``n_visual``.
+        If keep is not positive, is a fraction above 1, or is an integer above ``n_visual``.
     """
     if isinstance(keep, Auto):
         most = keep.keep_max
@@ -97,7 +97,7 @@ def budget(keep: int | float | Auto, n_visual: int) -> int:
 
 
 def split_budget(n_keep: int, counts: list[int]) -> list[int]:
-    """Divide ``n_keep`` among images of ``counts`` tokens in proportion, by largest remainder, at least one each.
+    """Divide ``n_keep`` among images in proportion to their ``counts``, by largest remainder, at least one token each.
 
     Raises
     ------
@@ -118,8 +118,8 @@ def split_budget(n_keep: int, counts: list[int]) -> list[int]:
 def grid_within(n_most: int, height: float, width: float) -> tuple[int, int]:
     """(rows, columns) of the largest grid of at most ``n_most`` cells with about the aspect ratio of height x width.
 
-    One of its sides is the nearest whole number above or below that of cells that are square. Of equal ones the one of
-    the nearest shape; never more rows than ``height``, nor more columns than ``width``.
+    One of its sides is that of square cells, rounded up or down. Of grids with equal size, the one with the nearest
+    aspect ratio is chosen. It has at most ``height`` rows and ``width`` columns.
     """
     rows, columns = (n_most * height / width) ** 0.5, (n_most * width / height) ** 0.5
     some_rows = {min(max(1, k), n_most) for k in (math.floor(rows), math.ceil(rows))}
@@ -153,17 +153,17 @@ def greedy(
     """Greedy search for the largest marginal gain lam S_cross - (1 - lam) S_self, eq. 22-24.
 
     S_self of a candidate is the running maximum (``max``, eq. 20) or sum (``global``, eq. 21) of its redundancy terms
-    over the tokens chosen so far, 0 while there are none; each pick costs O(n_visual).
+    over the tokens picked so far, and 0 before the first pick. Each pick costs O(n_visual).
 
     Parameters
     ----------
     relevance : Tensor [.., n_visual]
     redundancy : Tensor [.., n_visual, n_visual] or None
-        Row i = candidate i. Not read when ``lam`` is 1, and may be None then.
+        Row i is candidate i. Not read if ``lam`` is 1; may then be None.
     n_keep : int
-        Tokens to pick, those of ``given`` not counted.
+        Number of tokens to pick in addition to ``given``.
     given : Tensor [.., n_given], optional
-        Tokens that are in the set already (MI-Attention's first round); they are not picked again.
+        Tokens that are already selected (first round of MI-Attention).
 
     Returns
     -------
@@ -208,18 +208,18 @@ def greedy(
 def lazy_greedy(gains: Callable[[Tensor], Tensor], add: Callable[[Tensor], None], n: int, n_keep: int) -> Tensor:
     """Greedy search for the maximum of a monotone submodular objective, for one sample on a CPU.
 
-    A gain of such an objective only falls while tokens are added, so the gain of an earlier step bounds today's from
-    above (Minoux 1978). Each pick computes only a few blocks of gains again.
+    Gains of such an objective only decrease while tokens are added, so an earlier gain is an upper bound of the current
+    gain (Minoux 1978). Each pick computes only a few blocks of gains again.
 
     Parameters
     ----------
     gains : callable
-        Takes candidates [k] and returns the gain of each for the current set, [k]. A candidate's gain must not depend
-        on the others it is asked with, to the last bit: ties go to the lowest index.
+        Takes candidates [k] and returns their gains [k] for the current set. The gain of a candidate must be bit-equal
+        for any other candidates in the call, because ties go to the lowest index.
     add : callable
         Adds one candidate [1] to the set.
     n, n_keep : int
-        Candidates, and how many of them to pick.
+        Number of candidates, and number of picks.
 
     Returns
     -------
@@ -244,8 +244,9 @@ def lazy_greedy(gains: Callable[[Tensor], Tensor], add: Callable[[Tensor], None]
 
 
 def dense_greedy(gains: Callable[[], Tensor], add: Callable[[Tensor], None], n_keep: int) -> Tensor:
-    """The same search with all gains [.., n] computed at every pick: for any batch dimensions, without blocking on a
-    device.
+    """The search of `lazy_greedy` with all gains [.., n] computed at every pick.
+
+    It supports any batch dimensions and never waits for the device.
     """
     taken, picks = None, []
     for _ in range(n_keep):

@@ -4,12 +4,11 @@
         ...prefill and decode, by `generate` or by hand...
     run.per_layer, run.kept
 
-Steps before and after the language model and its layers (`mipruner.intercept`) do everything. ``choose`` says at each
-call what the prompts in it keep. At the door, stage 0, the tokens that a `Pruner` dropped never enter
-(`mipruner.door`); a `DecoderPruner` then drops rows between two layers (`mipruner.stages`). State of one call lies with
-the thread that makes it. What became of a prompt lies on its cache (`mipruner.caches`), with the Shortening that pruned
-it and serves the calls that follow. So threads, chats and contexts do not meet, and a cache that outlives its context
-is refused.
+Functions run before and after the language model and each of its layers (`mipruner.intercept`). At each call,
+``choose`` selects the kept tokens. Tokens that a `Pruner` drops are removed before the first layer (`mipruner.door`). A
+`DecoderPruner` drops rows between two layers (`mipruner.stages`). The state of one call belongs to its thread. The
+cache stores which tokens of its prompt were kept (`mipruner.caches`), and the Shortening that serves the following
+calls. So threads, chats and contexts are independent, and a cache whose context has ended is refused.
 """
 
 import threading
@@ -46,15 +45,15 @@ class Served:
     Attributes
     ----------
     old, new : Course or None
-        Of the cache that comes in, and what it will be.
+        State of the cache before and after the call.
     entry : Entry or None
-        The prompts that came, if some did.
+        The new prompts of the call, if any.
     prefill : Prefill or None
-        If a method drops rows between layers.
+        State of a method that drops rows between layers.
     rest : Tensor [B, k] bool or None
-        Which columns behind the prompt are no padding, if some are.
+        Which columns after the prompt are not padding; None if there is no padding.
     cut : Cut or None
-        Which columns of the prompts are left, if some are dropped.
+        The remaining columns of the prompts, if some are dropped.
     """
 
     old: Course | None = None
@@ -74,27 +73,28 @@ class Shortening:
     language_model : the text model of a transformers model, ``model.model.language_model``
     pruner : Pruner or DecoderPruner
     choose : callable
-        From the call's keyword arguments and its cache's `Course` to `Prompts`, or to None for a call that brings none.
+        Takes the keyword arguments of the call and the `Course` of its cache. Returns `Prompts`, or None if the call
+        has no new prompt with images.
     repack : bool
-        Whether what enters short is numbered anew, see `Adapter`.
+        Whether short prompts are renumbered, see `Adapter`.
     own, shared : bool
-        Whether the calls of the thread that enters it are served, and those of threads without a context of their own.
+        Whether it serves calls of the thread that opened it, and calls of threads without their own context.
     masks : Masks, optional
-        Makes masks anew for a model that makes them before it calls the language model.
+        Builds masks again for a model that builds them before it calls the language model.
 
     Attributes
     ----------
     per_layer : list of list of int
-        Visual tokens that entered each layer in this thread's latest prefill, one list a prompt; empty if none were
+        Number of visual tokens in each layer in this thread's latest prefill, one list per prompt; empty if none were
         dropped between layers.
     kept : list of Tensor [n_kept]
-        The visual tokens (counted over the prompt) that reached the last layer as themselves, merged ones left out.
+        Indices of the visual tokens in the last layer, among all visual tokens of the prompt, without merged tokens.
 
     Raises
     ------
     InputError
-        If the cache cannot hold what is left, a stage lies beyond the last layer, or the attention implementation is
-        not one of sdpa, eager and FlashAttention.
+        If the cache does not support different layer lengths, a stage is after the last layer, or the attention
+        implementation is not sdpa, eager or FlashAttention.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Shortening:
         return model.config.model_type
 
     def check_alone(self) -> None:
-        """Raise if this thread, or another one for all threads, has opened a context on the same model."""
+        """Raise `InputError` if another context on the same model serves this thread."""
         others = _active.get(self.model, ())
         if any(other in others and other.shared for other in _own.get()) or any(
             not (self.own or other.own) for other in others if other.shared
@@ -157,8 +157,9 @@ class Shortening:
 
     @property
     def columns(self) -> Tensor | None:
-        """Column of each row [B, n] of this thread's latest output in the caller's prompt, -1 for none; None if the
-        prompt was not shortened.
+        """Column [B, n] in the caller's prompt of each row of this thread's latest output; -1 for padding.
+
+        None if the prompt was not shortened.
         """
         return getattr(self._here, "columns", None)
 
@@ -168,7 +169,7 @@ class Shortening:
         Raises
         ------
         InputError
-            If it could be one of several contexts', or of one that is over.
+            If several contexts could serve it, or its context has ended.
         """
         course = course_of(cache)
         server = _server(self.model, course)
@@ -187,7 +188,7 @@ class Shortening:
         if not self.serves(cache):
             return args, kwargs
         call = Served(old=course_of(cache))
-        own = self.masks.given(kwargs) if self.masks else None  # where the model made masks of the caller's
+        own = self.masks.given(kwargs) if self.masks else None  # if the model built masks from the caller's mask
         arguments = kwargs if own is None else own
         prompts = self.choose(arguments, call.old)
         if prompts is not None:
@@ -222,7 +223,7 @@ class Shortening:
         return self.masks.make(short, {k: cut(k, x) for k, x in types.items()} if cut else types, True)
 
     def _take_in(self, prompts: Prompts, kwargs: dict[str, Any], call: Served) -> dict[str, Any]:
-        """Start new prompts: shorten them before the first layer and prepare the later stages."""
+        """Start new prompts: shorten them before the first layer, and prepare the stages between layers."""
         self._here.per_layer, self._here.kept = [], []
         if self.layers is not None:
             self.layers.check(prompts, kwargs)
@@ -287,7 +288,7 @@ class Shortening:
 
 
 def _server(language_model: nn.Module, course: Course | None) -> Shortening | None:
-    """The open context on a language model that serves a call in this thread."""
+    """The open context that serves a call of this thread on a language model."""
     active = _active.get(language_model, ())
     if course is not None and isinstance(course.owner, Shortening) and course.owner in active:
         return course.owner
@@ -310,17 +311,17 @@ def shorten(
     budgets: Sequence[int],
     encoder_attention: Sequence[Tensor | None] | None = None,
 ) -> Shortening:
-    """A `Shortening` of given prompts, for one prefill and any number of decode steps.
+    """A `Shortening` of given prompts for one prefill and any number of decode steps.
 
     Parameters
     ----------
     language_model, pruner
     is_visual : Tensor [B, S] bool
-        The visual tokens of the left-padded prompts.
+        Visual tokens of the left-padded prompts.
     budgets : sequence of int
-        Nominal number of visual tokens to keep of each prompt; one that keeps all its tokens is left alone.
+        Nominal number of visual tokens to keep of each prompt. A prompt that keeps all tokens is not changed.
     encoder_attention : sequence of Tensor [n_visual], optional
-        Of each prompt, for methods that need it.
+        Encoder attention of each prompt, for methods that need it.
     """
     shortening = Shortening(language_model, pruner, of_prefill(Prompts(is_visual, budgets, encoder_attention)))
     assert shortening.layers is not None

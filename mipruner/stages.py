@@ -1,7 +1,8 @@
 """Drops the rows of a prompt between two decoder layers, as a `DecoderPruner` selects them.
 
-Nothing is masked out: later layers compute and cache less. Attention is recomputed for the rows that a method asks for,
-from outputs of the query and key projections, so any attention implementation does, and no weights are stored.
+Rows are removed, not masked, so later layers compute and cache less. Attention is recomputed only for the rows that a
+method requests, from the outputs of the query and key projections. So any attention implementation works, and no
+attention weights are stored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 class Segment:
     """The sequence between two stages during the prefill: n rows per prompt, left-padded.
 
-    columns tells where in the caller's prompt a row stood; padding and merged rows are -1.
+    columns is the index of each row in the caller's prompt; -1 for padding and merged rows.
     """
 
     valid: Tensor  # [B, n] bool
@@ -46,14 +47,14 @@ class Segment:
 
 @dataclass
 class _Plan:
-    """Which rows of one prompt's old segment form the new one."""
+    """Rows of one prompt's old segment that form the new segment."""
 
-    index: Tensor  # [n_new] rows of the old one, merged rows counted on from its end
+    index: Tensor  # [n_new] rows of the old segment; merged rows follow after its end
     place: Tensor  # [n_new] the row whose position each takes
     weights: Tensor  # [n_merged, n_old]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Apply to rows [n_old, d]."""
+        """Apply the plan to rows [n_old, d]."""
         if len(self.weights):
             rows = torch.cat([rows, (self.weights @ rows.float()).to(rows)])
         return rows[self.index]
@@ -63,7 +64,7 @@ class Layers:
     """The decoder layers of one language model, and the method that drops tokens between them."""
 
     def __init__(self, model: nn.Module, pruner: DecoderPruner):
-        self.model = cast(Any, model)  # nn.Module declares nothing of what a decoder has
+        self.model = cast(Any, model)  # nn.Module does not declare the attributes of a decoder
         self.pruner, self.layers = pruner, list(self.model.layers)
         self.implementation = self.model.config._attn_implementation
         if self.implementation not in IMPLEMENTATIONS:
@@ -76,7 +77,7 @@ class Layers:
         """Layers whose input is shortened, for prompts of (visual tokens, budget)."""
         pruned = [(count, n) for count, n in pairs if n < count]
         wanted = sorted({layer for pair in pruned for layer in self.pruner.stages(*pair, len(self))})
-        # A method reads attention, which gated linear layers (Qwen3.5) do not have: its stage waits for one that has.
+        # Gated linear layers (Qwen3.5) have no attention to read: the stage moves to the next layer that has.
         after_attention = [k for k in range(1, len(self)) if hasattr(self.layers[k - 1], "self_attn")]
         stages = {min(after) for layer in wanted if (after := [k for k in after_attention if k >= layer])}
         if wanted and (wanted[-1] >= len(self) or not stages):
@@ -97,7 +98,9 @@ class Layers:
             raise InputError(f"is_visual {tuple(prompts.is_visual.shape)} is not of this prompt {tuple(shape)}")
 
     def begin(self, prompts: Prompts, entry: Entry, kwargs: dict[str, Any]) -> tuple["Prefill | None", dict[str, Any]]:
-        """Start the prefill of prompts that lose rows inside the decoder, with changed arguments; None if none do."""
+        """Start the prefill of prompts that lose rows inside the decoder. Also returns changed arguments. None if no
+        prompt does.
+        """
         counts = entry.is_visual.sum(1).tolist()
         stages = self.stages(list(zip(counts, prompts.budgets, strict=True)))
         if not stages:
@@ -110,7 +113,7 @@ class Layers:
     def mask(self, valid: Tensor, hidden: Tensor, n_past: int) -> Tensor | None:
         """The mask [B, 1, n_query, n_past + n_query] of a layer, in the format of the attention implementation.
 
-        valid [B, n_past + n_query] are the columns that are no padding.
+        valid [B, n_past + n_query] is True for columns that are not padding.
         """
         n_query, padded = hidden.shape[1], not bool(valid.all())
         valid = valid.to(hidden.device)
@@ -120,7 +123,9 @@ class Layers:
             return None
         key = torch.arange(n_past + n_query, device=hidden.device)
         query = key[n_past:, None]
-        allowed = (key <= query) & valid[:, None, None] | (key == query)  # a padding row sees itself: no NaN
+        allowed = (key <= query) & valid[:, None, None] | (
+            key == query
+        )  # a padding row attends to itself, to avoid NaN
         if self.implementation == "sdpa":
             return allowed
         return torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
@@ -128,7 +133,7 @@ class Layers:
     def follow(
         self, k: int, hidden: Tensor, kwargs: dict[str, Any], course: Course, rest: Tensor | None
     ) -> dict[str, Any]:
-        """Arguments of layer k for text after prompts of which it holds fewer columns than the first layer."""
+        """Arguments of layer k for text after the prompts, if its cache has fewer columns than the first layer's."""
         valid = course.layers[k]
         if valid is course.layers[0]:
             return {}
@@ -175,7 +180,7 @@ class Prefill:
             self.calls[stage] = stack.enter_context(captured(*(getattr(attn, name) for name in names)))
 
     def take_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Add deepstack rows here instead of in the model if tokens are dropped before all of them are added."""
+        """Add deepstack rows here instead of in the model, if a stage comes before the last deepstack layer."""
         deepstack = kwargs.get("deepstack_visual_embeds") or []
         if min(self.stages) >= len(deepstack):
             return {}
@@ -186,9 +191,7 @@ class Prefill:
         return {"visual_pos_masks": None, "deepstack_visual_embeds": None}
 
     def before_layer(self, k: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Give layer k fewer rows if it is a stage; after the first stage also give it positions and mask of the kept
-        rows.
-        """
+        """Input and arguments of layer k: fewer rows at a stage, and after the first stage their positions and mask."""
         if k == 0:
             self.segments.append(self.first_segment(kwargs))
         elif k in self.stages:
@@ -212,12 +215,12 @@ class Prefill:
 
     @property
     def per_layer(self) -> list[list[int]]:
-        """Number of visual tokens that entered each layer, one list per prompt."""
+        """Number of visual tokens in each layer, one list per prompt."""
         return [list(counts) for counts in zip(*(segment.n_visual for segment in self.segments), strict=True)]
 
     @property
     def kept(self) -> Iterator[Tensor]:
-        """The visual tokens (numbered in the prompt as it came) that reached the last layer, without merged ones."""
+        """Indices of the visual tokens in the last layer, among all of the prompt, without merged tokens."""
         segment = self.segments[-1]
         return left(segment.visual, segment.columns, self.prompts.is_visual)
 

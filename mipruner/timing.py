@@ -15,7 +15,7 @@ class Stopwatch:
     ----------
     device : torch.device
     clock : callable
-        Returns seconds; by default those of the wall.
+        Returns a time in seconds; by default wall time.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):

@@ -1,7 +1,7 @@
-"""One pruner per file. `PRUNERS` finds every file of this folder and every entry point of the group `mipruner.pruners`.
+"""Pruners, one per file. `PRUNERS` finds all files of this folder and all entry points of the group `mipruner.pruners`.
 
-A class carries all that tests, tables, figures and `mipruner.prune` need to know. The name of a pruner is the name of
-its file, or of its entry point.
+The class of a pruner has all facts that tests, tables, figures and `mipruner.prune` need. The name of a pruner is the
+name of its file or entry point.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from mipruner.errors import InputError
 from mipruner.pruners.base import DecoderPruner, ImagePruner, Method, Pruner, ScorePruner
 
 OWN = ("random", "similarity", "attention", "mi_attention", "mi")
-"""The paper's own pruners and controls, in the order of its tables, after the published ones."""
+"""The paper's own pruners and baselines, in the order of its tables. They come after the published ones."""
 
 
 def _only_pruner(module: ModuleType) -> type[Method]:
@@ -51,7 +51,7 @@ def _installed() -> Iterator[tuple[str, type[Method]]]:
 class Registry(Mapping[str, type[Method]]):
     """Pruner classes by name: none, then published ones by arXiv number, those without a paper, and `OWN`.
 
-    Other packages are read on first use, so that they can import this one.
+    Pruners of other packages are loaded on first use, so that these packages can import this one.
     """
 
     @cached_property
@@ -84,12 +84,12 @@ PRUNERS = Registry()
 
 
 def make(name: str, **options: Any) -> Method:
-    """The pruner called ``name``, a key of `PRUNERS`, with its hyperparameters; a dict stands for a pruner.
+    """Create the pruner ``name``, a key of `PRUNERS`, with its hyperparameters. A dict in them stands for a pruner.
 
     Raises
     ------
     InputError
-        If there is no such pruner, or it has no such option or refuses its value.
+        If there is no such pruner or option, or the value is invalid.
     """
     if name not in PRUNERS:
         close = get_close_matches(name, PRUNERS, n=1)

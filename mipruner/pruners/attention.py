@@ -8,9 +8,10 @@ from mipruner.pruners.base import ScorePruner
 
 @dataclass(frozen=True)
 class AttentionPruner(ScorePruner):
-    """Keeps the tokens with the most encoder attention, eq. 5: the paper's "Attention" baseline.
+    """The paper's "Attention" baseline: keeps the tokens with the highest encoder attention, eq. 5.
 
-    The attention is the CLS row where the encoder has a CLS token, else the sum that other patches pay to each patch.
+    The attention is the CLS row if the encoder has a CLS token. Otherwise it is the attention that a patch receives
+    from the other patches.
     """
 
     title = "Attention"

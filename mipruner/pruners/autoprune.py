@@ -8,28 +8,27 @@ from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
 from mipruner.pruners.sparsevlm import n_recycled, recycle
 
 EPS = 1e-6
-"""Added to p(x) p(y), and the least that the ratio in the logarithm can be."""
+"""Added to p(x) p(y); also the lower limit of the ratio in the logarithm."""
 
 
 @dataclass(frozen=True)
 class AutoPruner(DecoderPruner):
     """AutoPrune: fits a pruning curve over the decoder layers, from the mutual information of text and image.
 
-    The first layer's output keeps 2.5 T tokens by encoder attention plus a weighted attention from the text. The mutual
-    information between text rows and visual columns of the second layer's attention sets the slope of a logistic curve;
-    it is scaled so that T tokens leave a layer on average. Every later layer keeps its share by attention from the
-    text, and recycles as SparseVLM does.
+    After the first layer, 2.5 T tokens are kept by encoder attention plus weighted attention from the text. The mutual
+    information between text rows and visual columns of the second layer's attention gives the slope of a logistic
+    curve. The curve is scaled so that T tokens leave a layer on average. Every later layer keeps its number of tokens
+    by attention from the text, and recycles like SparseVLM.
 
-    Differs from the public code in decoders of another depth than 32, where the curve is stretched, in encoders without
-    CLS, where the attention received from all patches stands for the CLS row, and with M-RoPE, where positions are
-    kept.
+    Differs from the public code for decoders with another depth than 32 (the curve is stretched), for encoders without
+    CLS (the attention received from all patches replaces the CLS row), and with M-RoPE (positions are kept).
 
     Parameters
     ----------
     centre, slope, sensitivity : float
         x0, k0 and gamma of the curve 0.75 / (1 + exp(k (layer - x0 - k))) with k = max(k0 - gamma MI, 0).
     text_weight : float
-        Weight of the text's attention in the first layer.
+        Weight of the attention from the text in the first layer.
     """
 
     title = "AutoPrune"
@@ -46,16 +45,17 @@ class AutoPruner(DecoderPruner):
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
-        """The curve for a prompt without mutual information, because the prompt is not known here."""
+        """The curve for zero mutual information, because the prompt is not known here."""
         leaving = _leaving(self.curve(0.0, n_visual, n_keep, n_layers), n_visual)
         return {layer + 1: leaving[layer] for layer in range(n_layers - 1)}
 
     def nominal(self, n_visual: int, n_keep: int, n_layers: int) -> int:
-        return n_keep  # is a mean over layers as it stands
+        return n_keep  # is already a mean over layers
 
     def curve(self, information: float, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
-        """Number of visual tokens that each layer keeps; with the recycled ones about n_layers * n_keep leave the
-        layers.
+        """Number of visual tokens that each layer keeps.
+
+        With recycled tokens, about n_layers * n_keep tokens leave the layers in total.
         """
         first = min(int(2.5 * n_keep), n_visual)
         (n_first,) = _leaving([first], n_visual)
@@ -92,10 +92,11 @@ class AutoPruner(DecoderPruner):
 
 
 def mutual_information(attention: Tensor) -> Tensor:
-    """Bits between text rows and visual columns of [n_heads, n_text, n_visual], summed over heads.
+    """Mutual information in bits between text rows and visual columns of [n_heads, n_text, n_visual], summed over
+    heads.
 
-    p(x) is uniform over the rows, p(y | x) is a row as it stands: its mass on the visual tokens, not scaled to 1.
-    As in the public code `EPS` is added to p(x) p(y), which lowers the result where there are many visual tokens.
+    p(x) is uniform over the rows. p(y | x) is a row without scaling, so its sum over the visual tokens is below 1. As
+    in the public code, `EPS` is added to p(x) p(y), which lowers the result for many visual tokens.
     """
     joint = attention.float() / attention.shape[1]
     independent = joint.sum(1, keepdim=True) / attention.shape[1]

@@ -1,6 +1,4 @@
-"""Base classes of pruners: `Pruner` selects from the features of an image, `DecoderPruner` reduces tokens between
-decoder layers.
-"""
+"""Base classes of pruners: `Pruner` acts before the language model, `DecoderPruner` between decoder layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,49 +14,52 @@ from mipruner.selection import Auto, Selection, budget, top_k
 
 
 def _all_finite(x: Tensor) -> bool:
-    """Whether all elements are finite. The sum is checked first (a finite sum has finite terms), at a twentieth of the
-    cost.
+    """Whether all elements are finite.
+
+    The sum is checked first: if it is finite, so are all terms. This takes a twentieth of the time.
     """
     return bool(x.sum(dtype=torch.float32).isfinite() or x.isfinite().all())
 
 
 class Method:
-    """Common base of pruners before and inside the language model: a dataclass whose fields are its hyperparameters."""
+    """Base class of all pruners: a dataclass whose fields are the hyperparameters."""
 
     title: ClassVar[str]
     """Name in tables and figures."""
 
     paper: ClassVar[str | None] = None
-    """Link to the paper that proposed the method; None for MI-Pruner and its controls."""
+    """Link to the paper of the method; None for MI-Pruner and its baselines."""
 
     reads: ClassVar[str] = "nothing"
     reads_text: ClassVar[bool] = True
-    """Whether it cannot choose without a question."""
-    """Inputs that the choice depends on, in words."""
+    """Whether it needs a question."""
+    """Inputs that the selection depends on, in words."""
 
     cost: ClassVar[str] = "none"
-    """Cost of choosing, without the model itself: N visual tokens, T kept, d wide, m words, L decoder layers."""
+    """Cost of the selection, without the model: N visual tokens, T kept tokens, width d, m text tokens, L decoder
+    layers.
+    """
 
     static: ClassVar[bool] = False
-    """Whether a CUDA graph can hold it: no shape depends on a value, and nothing waits for the device."""
+    """Whether it can be recorded as a CUDA graph: no shape depends on a value, and nothing waits for the device."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `Features` that must be there; adapters compute them only on demand."""
+    """Fields of `Features` that the method requires; adapters compute them on demand."""
 
     wants: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `Features` that are used where the model has them."""
+    """Fields of `Features` that the method uses if the model has them."""
 
     @property
     def signals(self) -> frozenset[str]:
-        """Every optional field of `Features` that this method reads."""
+        """All optional fields of `Features` that this method reads."""
         return self.needs | self.wants
 
     def notes(self, features: Features) -> dict[str, str]:
-        """What a record must say about how the method ran on these features, if that depends on the model."""
+        """Notes for the record about how the method ran on these features, if that depends on the model."""
         return {}
 
     def budget(self, keep: int | float | Auto, n_visual: int) -> int:
-        """Number of tokens to keep, see `mipruner.selection.budget`; a method whose code rounds otherwise overrides it.
+        """Number of tokens to keep, see `mipruner.selection.budget`. A method with another rounding overrides it.
 
         Raises
         ------
@@ -68,7 +69,7 @@ class Method:
         return budget(keep, n_visual)
 
     def check(self, features: Features, n_keep: int) -> None:
-        """Refuse features that no method can prune. With all tokens kept, anything is accepted.
+        """Refuse invalid features. If all tokens are kept, everything is accepted.
 
         Raises
         ------
@@ -89,12 +90,12 @@ class Method:
     def order(self, features: Features, n_keep: int) -> Tensor | None:
         """Indices [.., n_keep] of the kept tokens, in pick order.
 
-        None if the tokens kept at n are not always among those kept at n + 1: such a method has no order.
+        None if the method has no order: the tokens kept at n are not always among those kept at n + 1.
         """
         return None
 
     def s_cross(self, features: Features) -> Tensor:
-        """PMI of every visual token with the text, eq. 19 or 21, from which keep=auto sets the budget. [.., n_visual]
+        """PMI [.., n_visual] of every visual token with the text, eq. 19 or 21, for keep=auto.
 
         Raises
         ------
@@ -107,7 +108,7 @@ class Method:
 class ImagePruner(Method):
     """Resizes each image before the vision encoder, so that it gives at most its share of the budget.
 
-    Everything that the encoder gives enters the language model. `Adapter.smaller` is what makes an image smaller.
+    All tokens of the encoder are kept. `Pipeline.smaller` resizes the images.
     """
 
 
@@ -115,10 +116,10 @@ class Pruner(Method, ABC):
     """Selects visual tokens before the language model runs. A method overrides `select`."""
 
     at_most: ClassVar[bool] = False
-    """Whether fewer rows than the budget may enter, where the budget does not fit."""
+    """Whether the method may keep fewer rows than the budget."""
 
     def __call__(self, features: Features, n_keep: int) -> Selection:
-        """Keep ``n_keep`` of the visual tokens. Raises `InputError` as `check` does."""
+        """Keep ``n_keep`` of the visual tokens. Raises `InputError`, see `check`."""
         self.check(features, n_keep)
         if n_keep == features.n_visual:
             every = torch.arange(n_keep, device=features.visual.device)
@@ -146,28 +147,29 @@ class ScorePruner(Pruner):
 
 @dataclass(frozen=True)
 class DecoderView:
-    """Input of a method inside the decoder: one prompt of n tokens, without padding, at the input of a decoder layer.
+    """Input of a method inside the decoder: one prompt of n tokens, without padding, before a decoder layer.
 
     Attributes
     ----------
     layer, n_layers : int
-        The layer whose input this is, at least 1, and how many there are.
+        Index of the layer (at least 1), and number of layers.
     n_start : int
-        Visual tokens before anything was dropped.
+        Number of visual tokens before any stage.
     hidden : Tensor [n, d]
-        Input of the layer: the output of the layer before.
+        Input of the layer: the output of the previous layer.
     visual : Tensor [n] bool
     attention : callable
-        Query rows [r] (indices below n) to the softmaxed attention [n_heads, r, n] of the layer before.
+        Takes query rows [r] (indices below n). Returns the attention probabilities [n_heads, r, n] of the previous
+        layer.
     keys : Tensor [n, n_kv, d_head]
-        Keys of the layer before, rotated.
+        Keys of the previous layer, after rotary embedding.
     norm : callable
         The decoder's final norm.
     prompt : Tensor [S, d]
-        Input embeddings of the whole prompt, before anything was dropped.
+        Input embeddings of the prompt before any stage.
     prompt_visual : Tensor [S] bool
     encoder_attention : Tensor [n_start], optional
-        `Features.attention` of the prompt's images, one after the other.
+        `Features.attention` of the prompt's images, concatenated.
     memory : dict
         State of the method; the same object at every layer of one prompt.
     """
@@ -207,11 +209,11 @@ class Reduction:
     Attributes
     ----------
     indices : Tensor [n_keep]
-        Kept visual tokens, ascending, in range(n_visual).
+        Kept visual tokens: ascending indices below n_visual.
     merge : Tensor [n_merged, n_visual], optional
-        Weights of new rows that follow the last kept one.
+        Weights of new rows, which follow the last kept row.
     centres : Tensor [n_merged], optional
-        The visual token that each new row stands for where positions are kept.
+        The visual token whose position each new row gets, if positions are kept.
     """
 
     indices: Tensor
@@ -225,43 +227,41 @@ class Reduction:
 
 @dataclass(frozen=True)
 class DecoderPruner(Method, ABC):
-    """Drops visual tokens inside the language model: all tokens enter, later layers get fewer.
+    """Drops visual tokens between layers of the language model: the first layers process all tokens.
 
     Parameters
     ----------
     budget_match : "nominal" or "layer_mean"
-        Meaning of a budget T. ``nominal`` is the method's own definition. ``layer_mean`` lets T visual tokens enter a
-        layer on average, which is what T tokens before the language model cost.
+        Meaning of a budget T. ``nominal``: the method's own definition. ``layer_mean``: T visual tokens per layer on
+        average, the same cost as T tokens before the language model.
     """
 
     budget_match: Literal["nominal", "layer_mean"] = "nominal"
 
     door: ClassVar[Pruner | None] = None
-    """A method that chooses what enters the language model, before this one drops more on the way."""
+    """A method that selects tokens before the language model, in addition to this one."""
 
     renumbers: ClassVar[bool] = False
-    """Whether the official code numbers the remaining tokens 0, 1, 2, ... again. Never done with M-RoPE."""
+    """Whether the public code renumbers the remaining tokens 0, 1, 2, ... Never done with M-RoPE."""
 
     def __post_init__(self) -> None:
         if self.budget_match not in ("nominal", "layer_mean"):
             raise InputError(f"unknown budget_match {self.budget_match!r}: choose nominal or layer_mean")
 
     def n_entering(self, n_visual: int, n_keep: int) -> int:
-        """How many of ``n_visual`` tokens enter the language model for a budget of ``n_keep``."""
+        """Number of tokens, of ``n_visual``, in the first layer for a budget of ``n_keep``."""
         return n_visual
 
     @abstractmethod
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
-        """{layer: visual tokens that enter it and those after it}, ascending, layers from 1 on."""
+        """{layer: number of visual tokens from this layer on}, ascending, layers at least 1."""
 
     @abstractmethod
     def reduce(self, view: DecoderView, n_keep: int) -> Reduction | None:
-        """Select tokens at the input of one layer of `stages`, for a nominal budget of ``n_keep``; None changes
-        nothing.
-        """
+        """Select tokens before one layer of `stages`, for a nominal budget of ``n_keep``. None keeps all."""
 
     def entering(self, n_visual: int, n_keep: int, n_layers: int) -> list[int]:
-        """Number of visual tokens that enter each layer."""
+        """Number of visual tokens in each layer."""
         entering: list[int] = []
         stages = self.stages(n_visual, n_keep, n_layers)
         for layer in range(n_layers):
@@ -274,7 +274,7 @@ class DecoderPruner(Method, ABC):
         Raises
         ------
         InputError
-            If no budget is small enough, because all tokens enter the first layers.
+            If no budget is small enough, because the first layers process all tokens.
         """
         if self.budget_match == "nominal":
             return n_keep

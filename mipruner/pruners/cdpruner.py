@@ -15,23 +15,23 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class CDPruner(Pruner):
-    """CDPruner: the most probable subset of a determinantal point process, diversity conditioned on the question.
+    """CDPruner: the most probable subset of a determinantal point process, conditioned on the question.
 
-    Greedy search for the largest determinant of diag(q) S diag(q), with S the cosine of the visual tokens and q their
-    relevance to the question scaled to (0, 1].
+    Greedy search for the largest determinant of diag(q) S diag(q). S is the cosine similarity of the visual tokens, and
+    q their relevance to the question, scaled to (0, 1].
 
-    Differs from the public code where the kernel's rank is exhausted (there NaN): the rest of the budget goes to the
-    most relevant tokens. Where all tokens are equally relevant (there a division by zero) q is 1. Differs also in
-    scaling the relevance of each image by itself, not that of all crops together. A model without a CLIP text tower
-    gets the relevance of the projection space, and the record says so.
+    Differs from the public code if the rank of the kernel is smaller than the budget (there NaN; here the rest of the
+    budget goes to the most relevant tokens), if all tokens are equally relevant (there a division by zero; here q is
+    1), and for several crops (here the relevance of each image is scaled separately). A model without a CLIP text tower
+    uses the relevance in the projection space, and the record says so.
 
     Parameters
     ----------
     relevance : "clip", "projection" or "auto"
-        ``clip`` is minus the cosine of CLIP's patch and text embeddings, mean over text segments; the sign is the
-        authors', whose penultimate-layer CLIP features rank patches the wrong way round. ``projection`` is plus the
-        cosine of visual tokens and question tokens, mean over the question. ``auto`` is ``clip`` where the model
-        names its CLIP.
+        ``clip``: minus the cosine of CLIP's patch and text embeddings, mean over text segments. The minus sign is that
+        of the public code, because the penultimate layer of CLIP ranks patches in reverse. ``projection``: the cosine
+        of visual tokens and question tokens, mean over the question. ``auto``: ``clip`` if the model names its CLIP,
+        else ``projection``.
     """
 
     title = "CDPruner"
@@ -61,7 +61,7 @@ class CDPruner(Pruner):
         return {"relevance": self.source(features)}
 
     def source(self, features: Features) -> str:
-        """Which relevance is used for these features: "clip" or "projection"."""
+        """Relevance that is used for these features: "clip" or "projection"."""
         has_clip = features.clip_visual is not None and features.clip_text is not None
         if self.relevance == "clip" and not has_clip:
             raise InputError("CDPruner(relevance='clip') needs a model that names its CLIP: use projection or auto")
@@ -83,7 +83,7 @@ class CDPruner(Pruner):
 def dpp_map(similarity: Tensor, quality: Tensor, n_keep: int) -> Tensor:
     """Greedy MAP of the DPP with kernel q_i S_ij q_j by incremental Cholesky (https://arxiv.org/abs/1709.05135).
 
-    similarity [.., n, n], quality [.., n]. Returns the picks [.., n_keep] in their order.
+    similarity [.., n, n], quality [.., n]. Returns picks [.., n_keep] in order.
     """
     kernel = (quality[..., :, None] * similarity).mul_(quality[..., None, :])
     residual = kernel.diagonal(dim1=-2, dim2=-1).clone()
@@ -95,7 +95,9 @@ def dpp_map(similarity: Tensor, quality: Tensor, n_keep: int) -> Tensor:
         spans = residual > floor
         pick = torch.where(spans, residual, fallback).argmax(-1, keepdim=True)
         picks[..., k] = pick[..., 0]
-        root = torch.where(spans.gather(-1, pick), residual.gather(-1, pick).sqrt(), torch.inf)  # else adds nothing
+        root = torch.where(
+            spans.gather(-1, pick), residual.gather(-1, pick).sqrt(), torch.inf
+        )  # otherwise it adds nothing
         done = factors[..., :k, :]
         at_pick = take_columns(done, pick)
         row = take_rows(kernel, pick)[..., 0, :] - (at_pick.mT @ done)[..., 0, :]

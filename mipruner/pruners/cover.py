@@ -13,26 +13,26 @@ from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, dense_greedy, lazy_greedy, take_rows
 
 CERTAIN = 1 - 2**-20
-"""Largest p(t | v). Without it one token with p = 1 would leave the others no gain at all for this word."""
+"""Upper limit of p(t | v). Without it, after a token with p = 1 no other token would have a gain for this word."""
 
 
 @dataclass(frozen=True)
 class CoverPruner(Pruner):
-    """Greedy maximum of the coverage f(S) = lam T(S) / T(V) + (1 - lam) U(S) / U(V) over sets S of kept tokens.
+    """Cover: greedy maximum of the coverage f(S) = lam T(S) / T(V) + (1 - lam) U(S) / U(V) over sets S of kept tokens.
 
-    T(S) = sum_t [1 - prod_{v in S} (1 - p(t | v))] counts the question's words t that at least one kept token says,
-    with p(t | v) of eq. 16 over the language model's vocabulary. U(S) = sum_u max_{v in S} p(u | v) says how well the
-    kept tokens stand for all visual tokens u. f is monotone and submodular, so the greedy set reaches at least
-    1 - 1/e of the largest f. Not in the paper: see docs/extensions.md.
+    T(S) = sum_t [1 - prod_{v in S} (1 - p(t | v))] is the coverage of the question's words t, with p(t | v) of eq. 16
+    over the vocabulary. U(S) = sum_u max_{v in S} p(u | v) is the coverage of all visual tokens u. V is the set of all
+    visual tokens. f is monotone and submodular, so the greedy search reaches at least 1 - 1/e of the largest f. Not in
+    the paper: see docs/extensions.md.
 
     Parameters
     ----------
     lam : float in [0, 1]
         Weight of the question (1) against the image (0).
     tau : float
-        Temperature of eq. 15, in both parts.
+        Temperature of eq. 15, in T and U.
     vocabulary_rows : int, optional
-        Estimate the sum over a large vocabulary from so many of its rows.
+        Estimate the sum over a large vocabulary from this many rows.
     """
 
     title = "Cover"
@@ -64,14 +64,14 @@ class CoverPruner(Pruner):
 
 
 def cover(says: Tensor, shows: Tensor, n_keep: int, lam: float) -> Tensor:
-    """The greedy search for f: one sample after the other on a CPU, batched elsewhere.
+    """Greedy search for f: one sample at a time on a CPU, batched on other devices.
 
     Parameters
     ----------
     says : Tensor [.., n_visual, n_text]
-        p(t | v), row = candidate.
+        p(t | v); a row is a candidate v.
     shows : Tensor [.., n_visual, n_visual]
-        p(u | v), row = candidate.
+        p(u | v); a row is a candidate v.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def cover(says: Tensor, shows: Tensor, n_keep: int, lam: float) -> Tensor:
 
 
 class Coverage:
-    """The objective f of `CoverPruner` for a growing set, with any leading batch dimensions."""
+    """Objective f of `CoverPruner` for a growing set, with any leading batch dimensions."""
 
     def __init__(self, says: Tensor, shows: Tensor, lam: float):
         says = says.clamp_max(CERTAIN)
@@ -101,7 +101,7 @@ class Coverage:
         self.unsaid = torch.ones_like(says[..., 0, :])
         """prod_{v in S} (1 - p(t | v)), [.., n_text]"""
         self.shown = torch.zeros_like(shows[..., 0, :])
-        """max_{v in S} p(u | v) in the weight of its part, [.., n_visual]"""
+        """max_{v in S} p(u | v), times the weight of U, [.., n_visual]"""
 
     def gains(self, index: Tensor | None = None) -> Tensor:
         """f(S + v) - f(S) for the candidates at ``index`` [.., k], or for all."""

@@ -10,31 +10,31 @@ from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
 from mipruner.selection import Auto, top_k
 
 N_PIVOTS = 4
-"""Pivots among the visual tokens, and as many among the text after them."""
+"""Number of pivots among the visual tokens, and among the text tokens after them."""
 
 
 @dataclass(frozen=True)
 class DARTPruner(DecoderPruner):
     """DART: keeps a few pivot tokens and, for each, the visual tokens that are least similar to it.
 
-    Pivots are the four visual tokens and the four later text tokens with the largest L1 norm of their keys. Each in
-    turn takes ``T // 8`` of the visual tokens that are left, those of smallest cosine to it, so that ``8 (T // 8) + 4``
-    stay.
+    Pivots are the four visual tokens and the four later text tokens whose keys have the largest L1 norm. Each pivot in
+    turn keeps the ``T // 8`` remaining visual tokens with the smallest cosine to it. So ``8 (T // 8) + 4`` tokens are
+    kept.
 
-    Differs from the public code, which is read through a fork, where fewer than four text tokens follow the image:
-    the pivots there are then share the budget. As in that code the pivots take turns in the order of a Python set of
-    their places in the prompt, which decides who picks first.
+    Differs from the public code (read from a fork) if fewer than four text tokens follow the image: then the existing
+    pivots share the budget. As in that code, the order of the pivots is that of a Python set of their positions in the
+    prompt.
 
     Parameters
     ----------
     layer : int, at least 1
-        The first decoder layer that sees the kept tokens only.
+        First decoder layer with kept tokens only.
     exact : bool
-        Keep T tokens, not ``8 (T // 8) + 4``: at most T pivots, and the first to pick take one more where T leaves a
-        remainder.
+        Keep T tokens instead of ``8 (T // 8) + 4``: at most T pivots, and the first ones keep one more token if there
+        is a remainder.
     rounding : "nearest" or "down"
-        How a fraction ``keep`` becomes T. ``down`` is ``int(N (1 - reduction))``, which the authors do on Qwen: of 576
-        tokens keep=0.222 then leaves 124, else 132.
+        Rounding of a fraction ``keep``. ``down`` is ``int(N (1 - reduction))``, as in the public code for Qwen: with
+        576 tokens and keep=0.222 it keeps 124 tokens, ``nearest`` keeps 132.
     """
 
     title = "DART"
@@ -58,7 +58,9 @@ class DARTPruner(DecoderPruner):
         n_keep = super().budget(keep, n_visual)
         if self.rounding == "nearest" or not isinstance(keep, float):
             return n_keep
-        return max(1, int(n_visual * (1 - (1 - keep))))  # their option is the reduction, 1 - keep as a float
+        return max(
+            1, int(n_visual * (1 - (1 - keep)))
+        )  # the option of the public code is reduction = 1 - keep, a float
 
     def stages(self, n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
         if self.exact:

@@ -11,11 +11,11 @@ from mipruner.selection import Selection, take_rows
 
 @dataclass(frozen=True)
 class DivPruner(Pruner):
-    """DivPrune: the subset of visual tokens whose smallest pairwise cosine distance is large (max-min diversity).
+    """DivPrune: a subset of visual tokens with a large smallest pairwise cosine distance (max-min diversity).
 
-    Starts from the token whose nearest neighbour is farthest, then always adds the token farthest from what is kept.
+    Starts with the token whose nearest neighbour is farthest, then adds the token farthest from the kept tokens.
 
-    Differs from the public code in never picking a token twice (there, duplicate features enter the sequence twice).
+    Differs from the public code in never picking a token twice (there, tokens with equal features can repeat).
     """
 
     title = "DivPrune"
@@ -29,7 +29,7 @@ class DivPruner(Pruner):
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         distance = similarity(features.visual, features.visual).neg_().add_(1)
-        score = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest is the token itself
+        score = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest distance is to the token itself
         nearest = torch.full_like(score, torch.inf)
         taken = torch.zeros_like(score, dtype=torch.bool)
         picks = []

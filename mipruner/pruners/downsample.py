@@ -14,11 +14,12 @@ from mipruner.selection import Selection, grid_within
 class DownsamplePruner(Pruner):
     """Down-sampling: averages the grid of visual tokens to a smaller grid, without any selection.
 
-    The new grid is the largest of at most T tokens that is about as wide for its height as the image's own, so it may
-    hold fewer than T. Each new token is the mean of an equal share of the old grid, by area, and stands at the place of
-    the old token in its centre. Of a video every frame is averaged alike, and frames too where T is below their number.
+    The new grid is the largest one with at most T tokens and about the aspect ratio of the old grid, so it may have
+    fewer than T tokens. Each new token is the mean of an equal area of the old grid, and has the position of the old
+    token at its centre. All frames of a video are averaged in the same way. If T is below the number of frames, frames
+    are averaged too.
 
-    The baseline that published work on token compression is told to beat (VTC-Bench).
+    VTC-Bench recommends it as a baseline for token compression.
     """
 
     title = "Down-sampling"
@@ -44,11 +45,9 @@ class DownsamplePruner(Pruner):
 
 
 def shares(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Averaging matrix [k, n] that makes k cells of n cells in a row, each over n / k of the row; and their centres
-    [k].
-    """
+    """Averaging matrix [k, n] from n to k cells in a row, each over n / k of the row, and their centres [k]."""
     edges = torch.arange(k + 1, dtype=torch.float64) * n / k
     cells = torch.arange(n, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
-    centres = ((2 * torch.arange(k) + 1) * n - 1) // (2 * k)  # of two cells in the middle the first
+    centres = ((2 * torch.arange(k) + 1) * n - 1) // (2 * k)  # the first of two cells in the middle
     return (overlap.clamp_min(0) * k / n).float(), centres

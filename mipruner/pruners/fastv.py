@@ -9,9 +9,9 @@ from mipruner.selection import top_k
 
 @dataclass(frozen=True)
 class FastVPruner(DecoderPruner):
-    """FastV: keeps the visual tokens that the prompt's last token attends to most in an early decoder layer.
+    """FastV: keeps the visual tokens with the highest attention from the last token in an early decoder layer.
 
-    The attention is the mean over heads in the layer before ``layer``; kept tokens keep their positions.
+    The attention is the mean over heads in the layer before ``layer``. Kept tokens keep their positions.
 
     Differs from the paper, and follows the public code, in reading the last token's attention instead of the mean over
     all tokens. Differs from the public code in using the KV cache, pruning once in the prefill.
@@ -19,7 +19,7 @@ class FastVPruner(DecoderPruner):
     Parameters
     ----------
     layer : int, at least 1
-        The first decoder layer that sees the kept tokens only (K of the paper).
+        First decoder layer with kept tokens only (K of the paper).
     """
 
     title = "FastV"

@@ -18,25 +18,25 @@ Support = Literal["prompt", "vocabulary"]
 
 @dataclass(frozen=True)
 class MIPruner(Pruner):
-    """MI-Pruner, Algorithm 1: the greedy search for lam S_cross - (1 - lam) S_self over pointwise mutual information.
+    """MI-Pruner, Algorithm 1: greedy search for lam S_cross - (1 - lam) S_self with pointwise mutual information.
 
-    Differs from the paper in nothing by default, and in ``support`` and ``prior`` where they are set.
+    With default options it is the method of the paper. ``support`` and ``prior`` are not in the paper.
 
     Parameters
     ----------
     lam : float in [0, 1]
-        Balance of relevance (1) and redundancy (0), eq. 22. The paper: 0.5 for open-ended questions, else 1.
+        Weight of relevance (1) against redundancy (0), eq. 22. The paper uses 0.5 for open-ended questions, else 1.
     tau : float
         Temperature of eq. 15.
     aggregation : "max" (eq. 19-20) or "global" (eq. 21)
     normalization : "softmax" (eq. 16), "minmax" or "minmax_exact" (eq. 52-53), see `mipruner.pmi.log_conditional`
     support : "prompt" (eq. 16) or "vocabulary"
-        What p(t | v_i) is normalised over: the prompt's tokens, so that a patch which resembles none of them must still
-        spend its probability on them, or every token that the language model knows.
+        Tokens over which p(t | v_i) is normalised: those of the prompt, or the whole vocabulary.
     vocabulary_rows : int, optional
-        With support="vocabulary", estimate the sum over a large vocabulary from so many of its rows.
+        With support="vocabulary", estimate the sum over a large vocabulary from this many rows.
     prior : "uniform" (the paper), "center", "thirds" or "estimated"
-        p(v_i) by place, see `mipruner.prior`: in p(t_j) of eq. 17, in p(v_j) of eq. 18, in the joint of eq. 21.
+        p(v_i) by position, see `mipruner.prior`. It is used in p(t_j) of eq. 17, p(v_j) of eq. 18 and the joint of eq.
+        21.
     prior_table : rows of positive weights, optional
         For prior="estimated".
     """
@@ -69,7 +69,7 @@ class MIPruner(Pruner):
                 raise InputError(f"unknown {name} {word!r}: choose {', '.join(get_args(known))}")
         if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
             raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
-        visual_prior(self.prior, (1, 1), self.prior_table)  # says what is wrong with them
+        visual_prior(self.prior, (1, 1), self.prior_table)  # raises the error message
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -111,7 +111,7 @@ class MIPruner(Pruner):
         )
 
     def p_visual(self, features: Features) -> Tensor | None:
-        """p(v_i) [n_visual], None where it is uniform."""
+        """p(v_i) [n_visual]; None if it is uniform."""
         if self.prior == "uniform":
             return None
         assert features.grid is not None

@@ -10,14 +10,14 @@ from mipruner.selection import Selection, top_k
 
 @dataclass(frozen=True)
 class MIAttentionPruner(MIPruner):
-    """MI-Attention: round 1 keeps the tokens with the most encoder attention, round 2 adds the greedy MI picks to them.
+    """MI-Attention: round 1 keeps tokens by encoder attention, round 2 adds picks of MI-Pruner's greedy search.
 
-    The paper does not give the split between the rounds; half is VisPruner's.
+    The paper does not give the split between the rounds. The default, half, is that of VisPruner.
 
     Parameters
     ----------
     split : float in [0, 1]
-        Share of the budget that round 1 spends, ``round(split * n_keep)`` tokens.
+        Share of the budget for round 1, ``round(split * n_keep)`` tokens.
     """
 
     title = "MI-Attention"
@@ -36,7 +36,7 @@ class MIAttentionPruner(MIPruner):
         return super().needs | {"attention"}
 
     def order(self, features: Features, n_keep: int) -> None:
-        return None  # another budget splits into other rounds
+        return None  # the rounds depend on the budget
 
     def select(self, features: Features, n_keep: int) -> Selection:
         assert features.attention is not None

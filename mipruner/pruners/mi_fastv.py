@@ -7,14 +7,14 @@ from mipruner.pruners.mi import MIPruner
 
 @dataclass(frozen=True, kw_only=True)
 class MIFastVPruner(Composed):
-    """MI-Pruner selects the tokens that enter the language model; FastV reduces them to the budget inside it.
+    """MI-Pruner selects tokens before the language model, FastV reduces them to the budget inside it.
 
     Parameters
     ----------
     door : MIPruner
     inside : FastVPruner
     enter : int or float
-        What MI-Pruner lets in of a prompt, see `budget`; never less than is to be left.
+        Budget of MI-Pruner, see `budget`; at least the budget inside.
     """
 
     title = "MI, then FastV"

@@ -21,22 +21,22 @@ STOP_WORDS = frozenset(
         """,
     )
 )
-"""The 47 words of the method's published list."""
+"""The 47 stop words of the public code."""
 
 
 @dataclass(frozen=True)
 class MMTokPruner(Pruner):
     """MMTok: greedy maximum coverage of the question's words and of the image's own tokens.
 
-    A token covers a word by its share in a softmax over the visual tokens; the next pick is the token that adds most to
-    the best coverage reached so far, summed over words and, at weight ``alpha``, over visual tokens.
+    The coverage of a word by a token is a softmax over the visual tokens. Each pick is the token that adds most to the
+    best coverage so far, summed over words and, with weight ``alpha``, over visual tokens.
 
-    Patches of padding are never picked, but stay in both softmaxes and stay to be covered, each at weight 1 / N.
+    Padding patches are never picked. They stay in both softmaxes and among the tokens to cover, each with weight 1 / N.
 
-    The defaults are those of the public code for LLaVA. For Qwen it has tau_text=0.01, stop_words=false,
-    prefix="Question: " and rounding=down, which conf/pruner/mmtok.yaml sets for that family.
+    The defaults are those of the public code for LLaVA. Its defaults for Qwen are tau_text=0.01, stop_words=false,
+    prefix="Question: " and rounding=down; conf/pruner/mmtok.yaml sets them for that family.
 
-    Differs from the public code in what is left once the unpadded patches are spent: padding then fills the budget.
+    Differs from the public code if the budget exceeds the number of patches without padding: padding then fills it.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ class MMTokPruner(Pruner):
     alpha : float
         Weight of the coverage of visual tokens.
     stop_words : bool
-        Whether words without content are left out of the question.
+        Whether stop words are removed from the question.
     prefix : str, optional
-        Words put before the text for the choice alone. All of both is then to be covered, the answer-format sentence
-        too; by default it is the question without that sentence.
+        Text before the question, for the selection only. All of prefix and text is then to be covered, including the
+        answer-format sentence. By default only the question without that sentence is covered.
     rounding : "nearest" or "down"
-        How a fraction ``keep`` becomes a number of tokens.
+        Rounding of a fraction ``keep`` to a number of tokens.
     """
 
     title = "MMTok"
@@ -91,7 +91,7 @@ class MMTokPruner(Pruner):
         of_text = similarity(text, features.visual).div_(self.tau_text).softmax(-1).mul_(weights[..., None])
         of_image = similarity(features.hidden, features.hidden).div_(self.tau_visual).softmax(-1)
         of_image.div_(valid.shape[-1]).mul_(self.alpha)
-        cover = torch.cat([of_text.mT, of_image.mT], -1)  # row = what one token covers
+        cover = torch.cat([of_text.mT, of_image.mT], -1)  # a row is the coverage by one token
         return facility_location(cover, valid, n_keep)
 
     def covered_text(self, features: Features) -> tuple[Tensor, Tensor]:
@@ -105,9 +105,7 @@ class MMTokPruner(Pruner):
         return features.text, words / words.sum(-1, keepdim=True)
 
     def content(self, features: Features) -> Tensor:
-        """Which text tokens [.., n_text] are to be covered: those of the question without stop words, or all if none
-        remains.
-        """
+        """Mask [.., n_text] of text tokens to cover: the question without stop words, or all if none remains."""
         every = torch.ones_like(features.text[..., 0], dtype=torch.bool)
         question = every if features.question is None else features.question
         question = torch.where(question.any(-1, keepdim=True), question, every)
@@ -118,8 +116,9 @@ class MMTokPruner(Pruner):
 
 
 def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
-    """Greedy maximum of sum_u max_{v in S} cover[v, u]; tokens that are not allowed are picked last, by index. [..,
-    n_keep]
+    """Picks [.., n_keep] of the greedy maximum of sum_u max_{v in S} cover[v, u].
+
+    Tokens that are not allowed are picked last, by index.
     """
     if cover.device.type == "cpu" and cover.dim() > 2:
         samples = zip(cover.flatten(0, -3), allowed.flatten(0, -2), strict=True)
@@ -143,7 +142,7 @@ def facility_location(cover: Tensor, allowed: Tensor, n_keep: int) -> Tensor:
 
 
 def _content(words: Sequence[Any]) -> list[Any]:
-    """For each token, or for each sample's tokens, whether it belongs to a content word."""
+    """Whether each token (of each sample) belongs to a content word."""
     if words and not isinstance(words[0], str):
         return [_content(sample) for sample in words]
     starts = [k == 0 or not word[:1].isalnum() or not words[k - 1][-1:].isalnum() for k, word in enumerate(words)]

@@ -7,7 +7,7 @@ from mipruner.selection import Selection
 
 @dataclass(frozen=True)
 class NoPruner(Pruner):
-    """Keeps every token for every budget: the unchanged model."""
+    """No pruning: keeps every token for every budget."""
 
     title = "All tokens"
     reads_text = False

@@ -10,9 +10,9 @@ from mipruner.pruners.base import ScorePruner
 
 @dataclass(frozen=True)
 class RandomPruner(ScorePruner):
-    """Keeps tokens drawn without replacement. The draw depends only on the seed and the name of the sample.
+    """Keeps random tokens. The draw depends only on the seed and the name of the sample.
 
-    The paper averages three draws: run the seeds 0, 1 and 2.
+    The paper averages three draws; use the seeds 0, 1 and 2.
     """
 
     title = "Random"

@@ -9,10 +9,9 @@ from mipruner.pruners.base import ScorePruner
 
 @dataclass(frozen=True)
 class SimilarityPruner(ScorePruner):
-    """Keeps the tokens most similar to any token of the text: cosine of eq. 15, maximum over the text tokens.
+    """The paper's "Similarity" baseline: keeps the tokens with the highest cosine (eq. 15) to any text token.
 
-    The paper does not say how its "Similarity" baseline aggregates over the text; the maximum is the analogue of
-    eq. 19.
+    The paper does not say how it aggregates over the text. The maximum corresponds to eq. 19.
     """
 
     title = "Similarity"

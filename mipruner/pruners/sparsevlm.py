@@ -7,7 +7,7 @@ from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
 from mipruner.selection import top_k
 
 LAYERS = (2, 6, 15)
-"""Of 32 layers, those whose output is pruned."""
+"""The layers, of 32, after which tokens are dropped."""
 
 PUBLISHED = {
     0: (0, 0, 0),
@@ -17,22 +17,22 @@ PUBLISHED = {
     192: (300, 200, 110),
     576: (576,) * 3,
 }
-"""Tokens kept of 576 in each of these layers, by budget; 0 and 576 are the ends to interpolate to."""
+"""Kept tokens of 576 after each of these layers, by budget. 0 and 576 are the ends of the interpolation."""
 
 
 @dataclass(frozen=True)
 class SparseVLMPruner(DecoderPruner):
-    """SparseVLM v1.5: drops visual tokens in three layers by the attention from selected text tokens, and recycles
-    some.
+    """SparseVLM v1.5: drops visual tokens after three layers by attention from selected text tokens, and recycles some.
 
-    Raters are the text tokens after the image whose input embeddings the image matches more than the average word.
-    A visual token's score is the attention it gets from them. Of the dropped tokens the best 30 % are clustered and
-    come back as one token a cluster.
+    Raters are the text tokens after the image whose similarity to the image is above average. The score of a visual
+    token is the attention from the raters. The best 30 % of the dropped tokens are clustered and merged to one token
+    per cluster.
 
-    Differs from the public code in the random noise that breaks ties between cluster densities (here: lowest index
-    first), in budgets other than 192, 128, 96 and 64 of 576 (each layer's number is interpolated linearly between the
-    published ones, and scaled with the image; below T = 64 of 576 more than T leave a layer on average), in decoders of
-    another depth than 32 (layers are scaled), and with M-RoPE (positions are kept, a cluster stands at its centre).
+    Differs from the public code in ties between cluster densities (there random noise; here lowest index first), in
+    budgets other than 192, 128, 96 and 64 of 576 (the number of each layer is interpolated linearly between the
+    published ones and scaled with the image; below T = 64 of 576, more than T tokens leave a layer on average), for
+    decoders with another depth than 32 (layers are scaled), and with M-RoPE (positions are kept; a cluster has the
+    position of its centre).
     """
 
     title = "SparseVLM"
@@ -52,7 +52,7 @@ class SparseVLMPruner(DecoderPruner):
 
     @staticmethod
     def schedule(n_visual: int, n_keep: int, n_layers: int) -> dict[int, int]:
-        """{layer: visual tokens kept at its input, without recycled ones}; if layers coincide, the last one counts."""
+        """{layer: visual tokens kept before it, without recycled ones}; if layers coincide, the last entry counts."""
         budget = 576 * n_keep / n_visual
         low = max(b for b in PUBLISHED if b <= budget)
         high = min(b for b in PUBLISHED if b >= budget)
@@ -70,7 +70,7 @@ class SparseVLMPruner(DecoderPruner):
 
 
 def raters(view: DecoderView) -> Tensor:
-    """The rating text tokens, counted from the end of the prompt (1 = last token): text is never dropped there."""
+    """Text tokens that rate, counted from the end of the prompt (1 is the last token), where no text is dropped."""
     visual = view.prompt[view.prompt_visual].float()
     text = view.prompt[int(view.prompt_visual.nonzero()[-1]) + 1 :].float()
     relevance = (visual @ text.mT).softmax(-1).mean(0)
@@ -79,7 +79,7 @@ def raters(view: DecoderView) -> Tensor:
 
 
 def n_recycled(n_dropped: int) -> tuple[int, int]:
-    """Number of recycled tokens among ``n_dropped``, and number of their clusters."""
+    """Number of recycled tokens of ``n_dropped``, and number of their clusters."""
     recycled = int(0.3 * n_dropped) + 1
     return recycled, int(recycled / 10) + 1
 
@@ -99,10 +99,11 @@ def recycle(hidden: Tensor, score: Tensor, n_keep: int) -> Reduction:
 def density_peaks(rows: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Density-peak clustering of rows [n, d]: centres [n_clusters] and the cluster [n] of each row.
 
-    A centre is dense, and far from anything denser (https://doi.org/10.1126/science.1242072). Of two equally dense rows
-    the first counts as the denser one: with two clusters, mutual nearest neighbours are always equally dense.
+    A centre has a high density and a large distance to any row of higher density
+    (https://doi.org/10.1126/science.1242072). Of two rows with equal density, the first counts as denser: with two
+    clusters, mutual nearest neighbours always have equal density.
     """
-    exact = "donot_use_mm_for_euclid_dist"  # symmetric to the last bit, and 0 to itself
+    exact = "donot_use_mm_for_euclid_dist"  # bit-symmetric, and 0 on the diagonal
     distance = torch.cdist(rows, rows, compute_mode=exact) / rows.shape[-1] ** 0.5
     density = (-distance.topk(n_clusters, largest=False).values.square().mean(-1)).exp()
     rank = torch.empty_like(density, dtype=torch.long)

@@ -14,25 +14,25 @@ EXACT = "donot_use_mm_for_euclid_dist"
 
 @dataclass(frozen=True)
 class TrimTokenatorPruner(Pruner):
-    """TrimTokenator: keeps the tokens closest to the text, then among them a subset with large pairwise distances.
+    """TrimTokenator: selects the tokens closest to the text, then a subset of them with large pairwise distances.
 
-    Stage 1 ranks by minus the distance to the text, which is mutual information up to constants if v given t is
-    Gaussian. Stage 2 always adds the candidate with the largest summed distance to what is kept (greedy maximum of the
+    Stage 1 ranks by minus the distance to the text, which is mutual information up to constants if p(v | t) is
+    Gaussian. Stage 2 adds the candidate with the largest summed distance to the kept tokens (greedy maximum of the
     expected pairwise distance).
 
-    The authors published no code. Differs from the paper in what it leaves open, and neither reading is sure. ``port``
-    is what a third party's public port reads: squared L2 distance of the rows as they are, mean over the text;
-    ``int(share N)`` candidates, or T if that is more; first the candidate of the lowest mean cosine to all of them,
-    then by 1 - cosine. ``unit`` scales rows to unit length, takes the mean L2 distance to the text, leaves
-    ``multiple`` T candidates, starts from the best aligned one and adds by L2 distance.
+    The authors published no code, and the paper does not specify all details. Differs from the paper in details that it
+    does not specify; both readings are uncertain. ``port`` follows a public port by a third party: mean squared L2
+    distance of the unscaled rows to the text; ``int(share N)`` candidates, or T if that is more; the first pick has the
+    lowest mean cosine to all candidates; then 1 - cosine. ``unit`` scales rows to unit length: mean L2 distance to the
+    text; ``multiple`` T candidates; the first pick is the best aligned one; then L2 distance.
 
     Parameters
     ----------
     reading : "port" or "unit"
     share : float in (0, 1]
-        ``port``: share of the visual tokens that stage 1 leaves.
+        ``port``: share of the visual tokens after stage 1.
     multiple : float, at least 1
-        ``unit``: tokens that stage 1 leaves, as a multiple of the budget.
+        ``unit``: number of tokens after stage 1, as a multiple of the budget.
     """
 
     title = "TrimTokenator"
@@ -72,7 +72,7 @@ class TrimTokenatorPruner(Pruner):
         return aligned, distance, distance.mean(-1)
 
     def _unit(self, features: Features, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with unit rows; the first pick is candidate 0, the best aligned."""
+        """The same for unit rows. The first pick is candidate 0, the best aligned one."""
         visual, text = (normalize(rows.float(), dim=-1) for rows in (features.visual, features.text))
         aligned = top_k(-torch.cdist(visual, text).mean(-1), min(round(self.multiple * n_keep), features.n_visual))
         rows = take_rows(visual, aligned)

@@ -15,20 +15,21 @@ from mipruner.selection import Selection, take_rows, top_k
 class VisionZipPruner(Pruner):
     """VisionZip: dominant tokens by encoder attention, and contextual tokens into which the others are merged.
 
-    Every k-th of the tokens that are not dominant becomes a contextual token: itself plus the mean of those whose keys
-    are most like its own.
+    Every k-th of the other tokens becomes a contextual token: itself plus the mean of the tokens whose keys are most
+    similar to its key.
 
-    With a CLS (CLIP), tokens are merged before the projector, the CLS itself stays and counts, and the rows enter as
-    CLS, dominant, contextual. Without one (Qwen-VL), projected tokens are merged in their places, after the authors'
-    rule for Qwen2.5-VL.
+    With a CLS token (CLIP), tokens are merged before the projector, CLS is kept and counted, and the order is CLS,
+    dominant, contextual. Without CLS (Qwen-VL), projected tokens are merged in place, as in the public code for
+    Qwen2.5-VL.
 
-    Differs from the public code in the split where it gives none: with a CLS, 10 of 64 are contextual as in its
-    settings for 64, 128 and 192; without one, as there, 5 % of all tokens, but never more than half of the budget.
+    Differs from the public code in the split for budgets without a published setting: with CLS, 10 of 64 are
+    contextual, as in its settings for 64, 128 and 192. Without CLS, as there, 5 % of all tokens are contextual, but
+    never more than half of the budget.
 
     Parameters
     ----------
     contextual : float in [0, 1], optional
-        Share of the budget that goes to contextual tokens, instead of the authors' split.
+        Share of the budget for contextual tokens; by default the split of the public code.
     """
 
     title = "VisionZip"
@@ -73,7 +74,7 @@ class VisionZipPruner(Pruner):
 def _zip(received: Tensor, keys: Tensor, n_dominant: int, n_contextual: int) -> tuple[Tensor, Tensor, Tensor]:
     """Dominant tokens [.., n_dominant], contextual targets [.., n_contextual], and the tokens merged into each target.
 
-    The last is [.., n_contextual, n_visual]: row c averages over the tokens assigned to target c.
+    The last result is [.., n_contextual, n_visual]; row c is the mean over the tokens assigned to target c.
     """
     taken = torch.zeros_like(received, dtype=torch.bool).scatter(-1, top_k(received, n_dominant), True)
     order = taken.sort(dim=-1, descending=True, stable=True).indices
@@ -92,5 +93,5 @@ def _zip(received: Tensor, keys: Tensor, n_dominant: int, n_contextual: int) -> 
 
 
 def _merge(rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Row of each target plus the mean of the tokens assigned to it: a sum of the two, not an average."""
+    """Row of each target plus the mean of its assigned tokens (a sum, not an average)."""
     return (take_rows(rows, targets).float() + weights @ rows.float()).to(rows)

@@ -11,20 +11,20 @@ from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows, top_k
 
 STEP = 8
-"""Tokens that one round of duplicate removal drops."""
+"""Number of tokens that one round of duplicate removal drops."""
 
 
 @dataclass(frozen=True)
 class VisPruner(Pruner):
-    """VisPruner: important tokens by encoder attention, diverse ones by removing duplicates among the rest.
+    """VisPruner: important tokens by encoder attention, and diverse tokens by removing duplicates among the rest.
 
-    Differs from the public code where that raises: an odd remainder is split with one token more on the side that
-    loses, and a round never removes more than that side holds.
+    Differs from the public code where that raises an error: an odd number of tokens is split with one token more on the
+    side that loses tokens, and a round never removes more tokens than that side has.
 
     Parameters
     ----------
     important : float in [0, 1]
-        Share of the budget that goes to important tokens, ``int(important * n_keep)`` of them.
+        Share of the budget for important tokens: ``int(important * n_keep)`` tokens.
     """
 
     title = "VisPruner"
@@ -43,14 +43,15 @@ class VisPruner(Pruner):
     def select(self, features: Features, n_keep: int) -> Selection:
         assert features.attention is not None and features.hidden is not None
         n_important = int(self.important * n_keep)
-        order = top_k(features.attention, features.n_visual)  # and so in the order of attention
+        order = top_k(features.attention, features.n_visual)  # and so in order of attention
         rest = _distinct(features.hidden.float(), order[..., n_important:], n_keep - n_important)
         return Selection(torch.cat([order[..., :n_important], rest], -1).sort(-1).values)
 
 
 def _distinct(hidden: Tensor, rest: Tensor, n_keep: int) -> Tensor:
-    """Reduce ``rest`` [.., n] to n_keep tokens: each round splits them in two halves and drops from one those most
-    similar to a token of the other.
+    """Reduce ``rest`` [.., n] to n_keep tokens.
+
+    Each round splits the tokens into two halves and drops those of one half that are most similar to the other half.
     """
     if n_keep == 0:
         return rest[..., :0]
