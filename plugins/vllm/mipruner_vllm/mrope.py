@@ -1,5 +1,6 @@
 """M-RoPE: kept tokens keep their positions on the image's grid."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,13 +10,35 @@ from mipruner_vllm.model import Pruned
 
 BASE = 256
 """bfloat16 has whole numbers up to here, so a coordinate travels as two digits of it."""
+SHAPE = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""The processor's outputs that `Shape` follows from."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The grid of an image or a video in tokens, and the positions that a step in time is worth."""
+
+    n_steps: int
+    height: int
+    width: int
+    scale: float
+
+    def coordinates(self) -> Tensor:
+        """Time, height and width [3, n] of each token, from the first one."""
+        t, y, x = torch.cartesian_prod(*map(torch.arange, (self.n_steps, self.height, self.width))).T
+        return torch.stack([(t * self.scale).long(), y, x])
+
+
+def thw_of(kwargs: dict[str, Any]) -> Tensor:
+    """Steps, height and width [n, 3] in patches, of images or videos."""
+    return kwargs["image_grid_thw"] if "image_grid_thw" in kwargs else kwargs["video_grid_thw"]
 
 
 class MRoPE(Pruned):
     """`Pruned` for the Qwen-VL families.
 
     vLLM computes positions when a request arrives, before anything is scored, and has a hook that computes them anew
-    once the rows are there. It serves vLLM's own pruning of videos; here the coordinates of kept tokens travel in four
+    once the rows are there. It serves vLLM's own pruning of videos; here the coordinates of kept tokens travel in six
     more columns of the rows.
     """
 
@@ -31,16 +54,22 @@ class MRoPE(Pruned):
             self.is_multimodal_pruning_enabled = False  # the stock rows, without the stock columns of positions
 
     def sizes(self, kwargs: dict[str, Any]) -> list[int]:
-        return kwargs["image_grid_thw"].prod(-1).tolist()
+        return thw_of(kwargs).prod(-1).tolist()
 
-    def grid(self, n_visual: int, thw: Tensor) -> tuple[int, int]:
-        _, height, width = thw.tolist()
-        return height // self.visual.spatial_merge_size, width // self.visual.spatial_merge_size
+    def shapes(self, kwargs: dict[str, Any], n: int) -> list[Shape]:
+        merge, seconds = self.visual.spatial_merge_size, kwargs.get("second_per_grid_ts", [1.0] * n)
+        scale = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        return [
+            Shape(t, height // merge, width // merge, scale * float(second))
+            for (t, height, width), second in zip(thw_of(kwargs).tolist(), seconds, strict=True)
+        ]
 
-    def place(self, rows: Tensor, thw: Tensor) -> Tensor:
-        index = torch.arange(len(rows), device=rows.device)
-        y, x = index // self.grid(len(rows), thw)[1], index % self.grid(len(rows), thw)[1]
-        return torch.cat([rows, torch.stack([y // BASE, y % BASE, x // BASE, x % BASE], 1).to(rows)], 1)
+    def grid(self, n_visual: int, shape: Shape) -> tuple[int, ...]:
+        return (shape.n_steps, shape.height, shape.width)[0 if shape.n_steps > 1 else 1 :]
+
+    def place(self, rows: Tensor, shape: Shape) -> Tensor:
+        digits = [digit for axis in shape.coordinates() for digit in (axis // BASE, axis % BASE)]
+        return torch.cat([rows, torch.stack(digits, 1).to(rows)], 1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
         """Positions [3, n] of the short prompt: after an image they go on as if all of it were there.
@@ -52,16 +81,19 @@ class MRoPE(Pruned):
         position, start, parts = 0, 0, []
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             offset, n_rows = feature.mm_position.offset, feature.mm_position.length
+            (shape,) = self.shapes({name: field.data[None] for name, field in feature.data.items() if name in SHAPE}, 1)
             n_words = offset - start
             parts.append(torch.arange(position, position + n_words).expand(3, -1))
             parts.append(torch.full((3, n_rows), position + n_words))
-            position += n_words + max(self.grid(0, feature.data["image_grid_thw"].data))
+            position += n_words + int(shape.coordinates().max()) + 1
             start = offset + n_rows
         parts.append(torch.arange(position, position + len(input_tokens) - start).expand(3, -1))
         return torch.cat(parts, 1), position - start
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
-        """Heights and widths from the first row of positions, which stays: after preemption it is called again."""
+        """Each coordinate plus the position after the last word before, which stays: after preemption this is called
+        again.
+        """
         if self.mipruner is None:
             return super().recompute_mrope_positions(
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
@@ -69,9 +101,13 @@ class MRoPE(Pruned):
         ids = torch.as_tensor(input_ids)
         positions, delta = mrope_positions.clone(), int(mrope_positions.max()) + 1 - len(ids)
         if len(multimodal_embeddings):
-            digits = torch.cat([rows[:, -4:] for rows in multimodal_embeddings]).T.long().to(positions.device)
-            slots = (ids == self.config.image_token_id).nonzero()[:, 0].to(positions.device)
+            digits = torch.cat([rows[:, -6:] for rows in multimodal_embeddings]).T.long().to(positions.device)
+            is_row = torch.isin(ids, torch.tensor([self.config.image_token_id, self.config.video_token_id]))
+            begins = is_row & ~is_row.roll(1)
+            first = torch.where(begins, torch.arange(len(ids)), 0).cummax(0).values
+            slots = is_row.nonzero()[:, 0]
             slots = slots[slots >= num_computed_tokens][: digits.shape[1]]
-            for axis, (high, low) in ((1, digits[:2]), (2, digits[2:])):
-                positions[axis, slots] = positions[0, slots] + (BASE * high + low).to(positions.dtype)
-        return [rows[:, :-4] for rows in multimodal_embeddings], positions, delta
+            first, slots = first[slots].to(positions.device), slots.to(positions.device)
+            start = torch.where(first > 0, positions[0, first - 1] + 1, 0)
+            positions[:, slots] = start + (BASE * digits[::2] + digits[1::2]).to(positions.dtype)
+        return [rows[:, :-6] for rows in multimodal_embeddings], positions, delta

@@ -10,7 +10,8 @@ from mipruner_vllm.processor import Questions
 class NewlineQuestions(Questions):
     marker = "image_token_index"
 
-    def n_fixed(self, size) -> int:
+    def n_fixed(self, items, k: int) -> int:
+        size = items.get_image_size(k)
         config, encoder = self.info.get_hf_config(), self.info.get_vision_encoder_info()
         image_size = (size.height, size.width)
         rows, columns = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, encoder.get_image_size())

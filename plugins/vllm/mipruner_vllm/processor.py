@@ -16,11 +16,11 @@ from vllm.multimodal.processing import PromptUpdateDetails
 
 from mipruner.errors import InputError
 from mipruner.question import Reader
-from mipruner.selection import budget, split_budget
+from mipruner.selection import split_budget
 from mipruner_vllm import settings
 
-OWN = ("question_ids", "n_keep", "layout", "image_hash")
-"""What travels with each image to the worker."""
+OWN = ("question_ids", "n_keep", "layout", "media_hash")
+"""What travels with each image or video to the worker."""
 
 PROFILE = MappingProxyType({"keep": 1.0})
 """The options of vLLM's own requests, with which it measures memory before it serves; a video may be among them."""
@@ -32,7 +32,8 @@ class Request:
 
     question: list[int]
     keep: int | float
-    image_hashes: list[str] = field(default_factory=list)
+    hashes: dict[str, list[str]] = field(default_factory=dict)
+    """Of the images and videos themselves."""
 
 
 _request: contextvars.ContextVar[Request] = contextvars.ContextVar("mipruner request")
@@ -49,6 +50,8 @@ class Questions:
     placeholders: ClassVar[tuple[str, ...]] = ("<image>",)
     marker: ClassVar[str] = "image_token_id"
     """The config's name for the id that stands for an image in the prompt as sent."""
+    video_marker: ClassVar[str | None] = None
+    """The same for a video; None where videos are not pruned."""
     is_scored_by_tile: ClassVar[bool] = False
     """Whether each tile has a budget of its own, as with `mipruner.prune`, which sees tiles as images."""
 
@@ -62,13 +65,18 @@ class Questions:
         template = getattr(self.info.get_hf_processor(), "chat_template", None) or tokenizer.chat_template
         return Reader(tokenizer, template, self.placeholders)
 
+    @property
+    def markers(self) -> dict[str, str]:
+        """What is pruned, and its marker."""
+        return {"image": self.marker} | ({"video": self.video_marker} if self.video_marker else {})
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any):
         """Inputs for profiling: no question, and all rows, the most that a request can keep."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs=PROFILE)
 
     def apply(self, inputs, timing_ctx):
-        """Raises `InputError`, HTTP 400 of the server, for a bad budget, an empty question or a video."""
+        """Raises `InputError`, HTTP 400 of the server, for a bad budget, an empty question or what is not pruned."""
         if self.settings is None:
             if "keep" in inputs.hf_processor_mm_kwargs:
                 raise InputError("this server was started without the setting mipruner: keep would change nothing")
@@ -78,78 +86,103 @@ class Questions:
         settings.check_keep(keep)
         if "pruner" in kwargs:  # a request may say what it relies on
             settings.check_pruner(self.settings.pruner, kwargs.pop("pruner"), kwargs.pop("options", {}))
-        if inputs.mm_data_items.get_all_counts().get("video") and inputs.hf_processor_mm_kwargs is not PROFILE:
-            raise InputError(
-                "mi-pruner-vllm prunes no videos: send the frames as images, or serve without the setting mipruner"
-            )
+        if inputs.hf_processor_mm_kwargs is not PROFILE:
+            self.check_kinds({kind for kind, n in inputs.mm_data_items.get_all_counts().items() if n})
         token = _request.set(Request(self.question(inputs.prompt), keep))
         try:
             return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
         finally:
             _request.reset(token)
 
+    def check_kinds(self, kinds: set[str]) -> None:
+        """Raise `InputError` for images or videos that this package does not prune."""
+        if other := kinds - self.markers.keys():
+            raise InputError(
+                f"mi-pruner-vllm prunes no {' and '.join(f'{kind}s' for kind in sorted(other))} of a "
+                f"{self.info.get_hf_config().model_type}: send the frames as images, or serve without the setting "
+                "mipruner"
+            )
+        if len(kinds) > 1:
+            raise InputError("mi-pruner-vllm takes images or videos in a prompt, not both")
+
     def question(self, prompt: list[int]) -> list[int]:
-        """The ids of T: the latest user text of the rendered prompt; none without an image."""
-        ids = torch.tensor(prompt)
-        is_visual = ids == getattr(self.info.get_hf_config(), self.marker)
+        """The ids of T: the latest user text of the rendered prompt; none without an image or a video."""
+        ids, config = torch.tensor(prompt), self.info.get_hf_config()
+        is_visual = torch.isin(ids, torch.tensor([getattr(config, name) for name in self.markers.values()]))
         if not is_visual.any():
             return []
         return ids[self.reader.latest(ids, is_visual)].tolist()
 
     def _get_mm_hashes(self, inputs):
         hashes = super()._get_mm_hashes(inputs)
-        images = hashes.get("image")
-        if self.settings is None or not images:
+        if self.settings is None:
             return hashes
         request = _request.get()
-        request.image_hashes = list(images)
+        request.hashes = {kind: list(hashes[kind]) for kind in self.markers if hashes.get(kind)}
         if request.keep == 1.0 and isinstance(request.keep, float):  # the same rows for every question
             return hashes
-        told = repr((request.question, request.keep, images if len(images) > 1 else None))
-        named = [hashlib.sha256(f"{image}{told}{k}".encode()).hexdigest() for k, image in enumerate(images)]
-        return {**hashes, "image": named}
+        every = [one for of_kind in request.hashes.values() for one in of_kind]
+        told = repr((request.question, request.keep, every if len(every) > 1 else None))
+        named = {
+            kind: [hashlib.sha256(f"{one}{told}{k}".encode()).hexdigest() for k, one in enumerate(of_kind)]
+            for kind, of_kind in request.hashes.items()
+        }
+        return {**hashes, **named}
 
-    def n_fixed(self, size) -> int:
-        """Rows of an image of this size that are no patch, such as the ends of lines."""
+    def n_fixed(self, items, k: int) -> int:
+        """Rows of item k that are no patch, such as the ends of lines."""
         return 0
 
     def _maybe_apply_prompt_updates(self, mm_items, mm_res):
-        """All images of the prompt stand here with their stock placeholders, cached or not: share out the budget."""
-        updates = mm_res.prompt_updates.get("image")
-        if self.settings is None or not updates:
+        """All images and videos of the prompt stand here with their stock placeholders, cached or not: share out the
+        budget.
+        """
+        stock = {kind: mm_res.prompt_updates[kind] for kind in self.markers if mm_res.prompt_updates.get(kind)}
+        if self.settings is None or not stock:
             return super()._maybe_apply_prompt_updates(mm_items, mm_res)
         request = _request.get()
-        spans = [
-            Span.of(one[0].content, self.n_fixed(mm_items["image"].get_image_size(k))) for k, one in enumerate(updates)
+        spans = {
+            kind: [Span.of(one[0].content, self.n_fixed(mm_items[kind], k)) for k, one in enumerate(updates)]
+            for kind, updates in stock.items()
+        }
+        counts = [
+            span.tiles() if self.is_scored_by_tile else [span.n_candidates]
+            for of_kind in spans.values()
+            for span in of_kind
         ]
-        counts = [span.tiles() if self.is_scored_by_tile else [span.n_candidates] for span in spans]
         flat = [n for one in counts for n in one]
-        left = iter(split_budget(budget(request.keep, sum(flat)), flat))
+        left = iter(split_budget(self.settings.pruner.budget(request.keep, sum(flat)), flat))
         shares = [list(islice(left, len(one))) for one in counts]
         if shares != counts and not request.question:
             raise InputError("the question is empty or of unknown words only: a pruner needs a text, or send keep=1.0")
-        details = [span.shorten(sum(one)) for span, one in zip(spans, shares, strict=True)]
-        shorter = [[u.with_content(d) for u in one] for one, d in zip(updates, details, strict=True)]
-        for k, item in enumerate(mm_res.kwargs["image"]):
-            if item is None:  # the engine has it under this very hash
-                continue
-            image_hash = torch.tensor(
-                list(hashlib.sha256(request.image_hashes[k].encode()).digest()), dtype=torch.uint8
-            )
-            values = (torch.tensor(request.question or [0]), torch.tensor(shares[k]), spans[k].layout)
-            for name, value in zip(OWN, (*values, image_hash), strict=True):
-                on_cpu = MultiModalBatchedField(keep_on_cpu=name != "question_ids")
-                item.update({name: MultiModalFieldElem(value, on_cpu)})
-        updates = {**mm_res.prompt_updates, "image": shorter}
+        of_each, updates = iter(shares), dict(mm_res.prompt_updates)
+        for kind, of_kind in spans.items():
+            own = [next(of_each) for _ in of_kind]
+            shorter = [span.shorten(sum(share)) for span, share in zip(of_kind, own, strict=True)]
+            updates[kind] = [[u.with_content(d) for u in one] for one, d in zip(stock[kind], shorter, strict=True)]
+            rest = zip(mm_res.kwargs[kind], request.hashes[kind], own, of_kind, strict=True)
+            for item, media_hash, share, span in rest:
+                if item is not None:  # else the engine has it under this very hash
+                    item.update(fields(request.question, share, span, media_hash))
         return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_updates=updates))
+
+
+def fields(question: list[int], share: list[int], span: "Span", media_hash: str) -> dict[str, MultiModalFieldElem]:
+    """`OWN` of one image or video."""
+    digest = torch.tensor(list(hashlib.sha256(media_hash.encode()).digest()), dtype=torch.uint8)
+    values = (torch.tensor(question or [0]), torch.tensor(share), span.layout, digest)
+    return {
+        name: MultiModalFieldElem(value, MultiModalBatchedField(keep_on_cpu=name != "question_ids"))
+        for name, value in zip(OWN, values, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class Span:
-    """The placeholders of one image in the full-length prompt.
+    """The placeholders of one image or video in the full-length prompt.
 
     Words between the rows (the ends of lines, the separators of tiles) stand among kept tokens at places that are
-    known only after scoring. So the whole span from the first to the last row becomes image ids, and the worker puts
+    known only after scoring. So the whole span from the first to the last row becomes ids of rows, and the worker puts
     the embeddings of those words among the rows.
 
     Attributes

@@ -8,7 +8,8 @@ from mipruner_vllm.processor import Questions
 
 
 class Qwen25VLQuestions(Questions, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
-    placeholders = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    placeholders = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+    video_marker = "video_token_id"
 
 
 @MULTIMODAL_REGISTRY.register_processor(

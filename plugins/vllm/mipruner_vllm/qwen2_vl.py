@@ -8,7 +8,8 @@ from mipruner_vllm.processor import Questions
 
 
 class Qwen2VLQuestions(Questions, qwen2_vl.Qwen2VLMultiModalProcessor):
-    placeholders = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    placeholders = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+    video_marker = "video_token_id"
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mipruner.errors import InputError
-from mipruner.pruners import PRUNERS, Pruner, make
+from mipruner.features import Features
+from mipruner.pruners import PRUNERS, DecoderPruner, Method, Pruner, make
 from mipruner.selection import budget
 
 GRID = frozenset({"grid"})
@@ -48,23 +51,46 @@ def read(config: Any) -> Settings | None:
         )
     provided = frozenset({"vocabulary"}) | (GRID if config.model_type in GRIDS else frozenset())
     name, keep = given.get("pruner", "mi"), given.get("keep", 1.0)
-    if name not in (names := working(provided)):
-        raise InputError(
-            f"pruner={name!r} cannot run in vLLM with a {config.model_type}: {', '.join(names)} can. The others read "
-            "the vision encoder's attention or hidden states, which vLLM does not return, or prune inside the decoder"
-        )
     pruner = make(name, **given.get("options", {}))
-    if lacking := sorted(pruner.needs - provided):
-        raise InputError(f"pruner {name} with these options needs {', '.join(lacking)}, which this model has not")
+    if reason := why_not(pruner, provided):
+        raise InputError(
+            f"pruner={name!r} cannot run in vLLM with a {config.model_type}: {reason}. {methods(provided)}"
+        )
     check_keep(keep)
     return Settings(pruner, keep, given.get("cache_bytes", Settings.cache_bytes))
 
 
-def working(provided: frozenset[str]) -> list[str]:
-    """Names of the pruners that need nothing but visual tokens, text and ``provided``, and fill their budget."""
-    return [
-        name for name, cls in PRUNERS.items() if issubclass(cls, Pruner) and not cls.at_most and cls().needs <= provided
-    ]
+def why_not(pruner: Method, provided: frozenset[str]) -> str | None:
+    """Why vLLM cannot run a pruner on tokens, text and the fields ``provided``; None if it can.
+
+    The method is tried on a few made-up tokens: what only `select` finds out is said before the model is loaded.
+    """
+    if isinstance(pruner, DecoderPruner):
+        return "it drops tokens inside the decoder"
+    if not isinstance(pruner, Pruner):
+        return "it makes the image smaller before it is encoded, which the sender of the image can do"
+    if lacking := pruner.needs - provided:
+        if lacking == GRID:
+            return "it needs image tokens on one grid, which those of this model are not"
+        return "it reads what the vision encoder computes inside, which vLLM does not return"
+    rows = torch.eye(16)
+    known = {"grid": (4, 4), "vocabulary": rows}
+    try:
+        chosen = pruner(Features(rows, rows[:3], **{name: known[name] for name in pruner.needs & provided}), 4)
+    except InputError as error:
+        return str(error)
+    if chosen.indices.shape[-1] != 4 or chosen.embeds is not None or chosen.merge is not None:
+        return "it does not select as many tokens as the budget says, and vLLM sets the prompt's length beforehand"
+    return None
+
+
+def methods(provided: frozenset[str]) -> str:
+    """Which pruners run, and which do not for what reason."""
+    reasons: dict[str | None, list[str]] = {}
+    for name, cls in PRUNERS.items():
+        reasons.setdefault(why_not(cls(), provided), []).append(name)
+    can = ", ".join(reasons.pop(None))
+    return f"These can: {can}. These cannot: " + "; ".join(f"{', '.join(n)} ({why})" for why, n in reasons.items())
 
 
 def check_pruner(running: Pruner, name: Any, options: Any) -> None:
