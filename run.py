@@ -15,6 +15,15 @@ import re
 import sys
 from importlib import import_module
 
+from experiments.usage import usage
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported, which takes seconds
+    try:
+        print(usage(sys.argv[1:], __doc__))
+    except KeyError as error:
+        sys.exit(f"error: {error.args[0]}")
+    sys.exit()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException

@@ -1,12 +1,16 @@
 """What holds for every command and every file of the code."""
 
 import ast
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from experiments.results import ROOT
+from experiments.usage import CONF, keys, tasks, usage
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "analysis").glob("*.py") if "__main__" in path.read_text("utf-8"))
 CODE = [ROOT / "run.py", *(f for name in ("mipruner", "experiments", "analysis") for f in (ROOT / name).rglob("*.py"))]
@@ -20,6 +24,33 @@ def test_every_script_says_what_it_does(name, monkeypatch, capsys):
         module.main()
     said = capsys.readouterr().out
     assert end.value.code == 0 and module.__doc__.strip().splitlines()[0] in said
+
+
+@pytest.mark.parametrize("task", tasks())
+def test_help_of_every_task_explains_every_key(task):
+    said = usage([f"task={task}"], "program")
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("config", [f"task={task}", *["model.path=a"] * (task == "accept")])
+    unexplained = [
+        key for file in (f"task/{task}", "config") for key, _, says in keys(CONF / f"{file}.yaml") if not says
+    ]
+    missing = [key for key in config if key != "task" and f"\n  {key}=" not in said and f"\n  {key}." not in said]
+    assert not missing and not unexplained
+    assert task == "evaluate" or "python run.py" in said.split("Keys of")[0]
+
+
+def test_help_needs_no_torch_and_a_wrong_task_is_named():
+    """Torch takes seconds to import; a module of it that raises shows that nothing asks for it."""
+    without = "import runpy, sys; sys.modules['torch'] = sys.modules['hydra'] = None; "
+    code = without + "runpy.run_path('run.py', run_name='__main__')"
+    for words, status, said in (
+        (["--help"], 0, "task=NAME"),
+        (["task=efficiency", "--help"], 0, "methods=[none,random"),
+        (["experiment=table3", "-h"], 0, "methods=[none,random"),
+        (["task=efficency", "--help"], 1, "did you mean efficiency"),
+    ):
+        run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == status and said in run.stdout + run.stderr, run
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
