@@ -1,1 +1,1 @@
-"""Acceptance test: checks a model on this machine against the statements of this repository. Writes one report."""
+"""Acceptance test: checks a model on this machine against expected values, and writes one report."""

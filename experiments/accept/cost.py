@@ -1,4 +1,4 @@
-"""Prints the download size and shortest time of an acceptance before it starts."""
+"""Prints the download size and the lower bound of the time before an acceptance starts."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from mipruner.errors import InputError
 from mipruner.models.hub import lacking
 
 TYPICAL_VISUAL = 576
-"""Visual tokens that the estimate takes for a model whose images have no fixed number of tokens."""
+"""Number of visual tokens in the estimate for models whose images have no fixed number."""
 
 SIZE = {"mme": 2114}
-"""Questions of the benchmarks that are run whole."""
+"""Number of questions of the benchmarks that are run completely."""
 
 
 def cost_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """`estimate` of the model, None where no shape of it is known without its files."""
+    """`estimate` of the model; None if its shape is unknown without its files."""
     model = config["model"]
     for n_visual in (None, TYPICAL_VISUAL):
         try:
@@ -36,7 +36,7 @@ def cost_of(config: dict[str, Any]) -> dict[str, Any] | None:
 def announce(
     config: dict[str, Any], level: str, n_images: int, device: torch.device, cost: dict[str, Any] | None
 ) -> str:
-    """One line with the download size and the shortest time of this level."""
+    """One line with the download size and the lower bound of the time of this level."""
     model = config["model"]
     download = "nothing to download"
     if not is_here(str(model["path"]), model["revision"]):

@@ -1,4 +1,4 @@
-"""Sections 1 and 2: the machine and its packages, the files of the checkpoint and the loaded weights."""
+"""Sections 1 and 2: checks machine and packages, files of the checkpoint, and loaded weights."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ from mipruner.errors import InputError, ModelError
 from mipruner.models.hub import locate
 
 TESTED = {"python": ((3, 11), (3, 12)), "torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 23))}
-"""Oldest and newest minor version that the tests of this repository run on."""
+"""Oldest and newest minor version in the tests of this repository."""
 
 HEADROOM = 1.2
 """Memory for activations and the allocator, as a factor on weights and KV cache."""
@@ -33,7 +33,7 @@ def free_gib(device: torch.device) -> float:
 
 
 def check_environment(config: dict[str, Any], device: torch.device, cost: dict[str, Any] | None) -> Iterator[Line]:
-    """The lines of section 1. ``cost`` is the result of `estimate` for the model, None if its shape is unknown."""
+    """Lines of section 1. ``cost`` is the result of `estimate` for the model; None if its shape is unknown."""
     model = config["model"]
     yield check("device", True, "cuda or cpu", torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     for package, version in {"python": platform.python_version(), **versions()}.items():
@@ -59,7 +59,7 @@ def check_environment(config: dict[str, Any], device: torch.device, cost: dict[s
 
 
 def check_weights(config: dict[str, Any]) -> Iterator[Line]:
-    """The lines of section 2 that need no loaded adapter: files, their checksums, and every key of the checkpoint."""
+    """Lines of section 2 that need no loaded adapter: files, checksums, and all keys of the checkpoint."""
     model = config["model"]
     try:
         folder = locate(model["path"], model["revision"])
@@ -102,7 +102,7 @@ def revision(folder: Path, asked: str | None) -> Line:
 
 
 def checksums(folder: Path) -> Iterator[Line]:
-    """SHA-256 of each weight file against the name that the hub's cache gave it, and the total size of the index."""
+    """Compare the SHA-256 of each weight file with its name in the hub's cache, and the total size with the index."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -124,7 +124,7 @@ def checksums(folder: Path) -> Iterator[Line]:
 
 
 def tensor_bytes(file: Path) -> int:
-    """Number of bytes of the tensors in a safetensors file: everything after its header."""
+    """Number of bytes of the tensors in a safetensors file, without its header."""
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     return file.stat().st_size - 8 - header

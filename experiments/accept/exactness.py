@@ -26,7 +26,7 @@ SHARE = 1 / 9
 
 
 def draw_prompts(adapter: Adapter, n: int) -> list[Prompt]:
-    """``n`` rendered scenes with one question each; of several sizes if the model supports images of any size."""
+    """Render ``n`` scenes with one question each; in several sizes if the model supports images of any size."""
     takes_any = "image_grid_thw" in image_inputs(adapter, Image.new("RGB", (336, 336)))
     canvases = cycle([(336, 336), (280, 280), (336, 252), (252, 336)] if takes_any else [(336, 336)])
     prompts = []
@@ -38,7 +38,7 @@ def draw_prompts(adapter: Adapter, n: int) -> list[Prompt]:
 
 
 def image_inputs(adapter: Adapter, image: Image.Image) -> dict[str, Tensor]:
-    """Output of the model's own image processor for one image, by the names of the model's arguments."""
+    """Output of the model's own image processor for one image, by names of the model's arguments."""
     size = {"size": adapter.image_size} if getattr(adapter, "image_size", None) else {}
     return dict(adapter.image_processor(images=[image], return_tensors="pt", **size))
 
@@ -49,7 +49,7 @@ class Stock:
     Parameters
     ----------
     adapter : Adapter
-        Gives the model, the image processor and the prompt's ids, which section 3 has checked.
+        Provides the model, the image processor and the ids of a prompt, which section 3 checks.
     """
 
     def __init__(self, adapter: Adapter):
@@ -68,7 +68,7 @@ class Stock:
         return inputs
 
     def trimmed(self, tokens: Sequence[int]) -> list[int]:
-        """Without the end of text."""
+        """Tokens without end-of-text."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return list(tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))])
@@ -80,9 +80,9 @@ class Stock:
 
     @torch.inference_mode()
     def generate_short(self, inputs: dict[str, Any], kept: Tensor) -> tuple[list[int], list[float]]:
-        """Greedy answer of the short prompt, recomputed without a cache at each step, and the lead of each choice.
+        """Greedy answer to the short prompt, recomputed without a cache at each step, and the margin of each token.
 
-        ``kept`` are indices over the visual tokens. The lead is the difference of the two largest logits.
+        ``kept`` are indices among the visual tokens. The margin is the difference of the two largest logits.
         """
         model, ids = self.model, inputs["input_ids"][0]
         grids = {name: inputs[name] for name in ("image_grid_thw",) if name in inputs}
@@ -111,9 +111,7 @@ class Stock:
             hidden = model.model.language_model(
                 inputs_embeds=embeds[None],
                 position_ids=position_ids,
-                attention_mask=torch.ones_like(is_visual, dtype=torch.long)[
-                    None
-                ],  # no packed sequences, whatever skips
+                attention_mask=torch.ones_like(is_visual, dtype=torch.long)[None],  # no packed sequences despite gaps
                 use_cache=False,
                 **extra,
             ).last_hidden_state
@@ -133,14 +131,12 @@ class Stock:
 
 
 def joined(rows: Tensor | Sequence[Tensor]) -> Tensor:
-    """Rows [n_rows, d] of all images: the model returns one tensor [n_rows, d] or [n_images, n, d], or one an image."""
+    """Rows [n_rows, d] of all images, from one tensor [n_rows, d] or [n_images, n, d], or from one tensor per image."""
     return rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))
 
 
 def agree(found: Sequence[int], wanted: Sequence[int], leads: Sequence[float], tolerance: float) -> bool:
-    """Whether two answers are equal, or differ first at a token whose two best logits are within rounding of each
-    other.
-    """
+    """Whether two answers are equal, or first differ at a token whose margin is within rounding."""
     if list(found) == list(wanted):
         return True
     parting = next(
@@ -166,7 +162,7 @@ def check_full(adapter: Adapter, n_images: int) -> Iterator[Line]:
 
 
 def check_pruned(adapter: Adapter, n_images: int) -> Iterator[Line]:
-    """Compare pruned answers with a short prompt built here, in a batch, through `mipruner.prune` and the engine."""
+    """Compare pruned answers (in a batch, in `mipruner.prune`, in the engine) with a short prompt built here."""
     prompts, stock, decoding = draw_prompts(adapter, n_images), Stock(adapter), Decoding(max_new_tokens=NEW_TOKENS)
     pruner = PRUNERS["mi"]()
     pipeline = Pipeline(adapter, pruner, SHARE, decoding)

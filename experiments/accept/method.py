@@ -1,6 +1,4 @@
-"""Section 5: checks MI-Pruner's picks on stored features, and its fast path against the plain one at this model's
-sizes.
-"""
+"""Section 5: checks MI-Pruner's picks on stored features, and its fast path against the plain path."""
 
 import json
 from collections.abc import Iterator

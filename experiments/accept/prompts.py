@@ -1,8 +1,8 @@
-"""Section 3: compares token ids of fixed questions, visual tokens of fixed image sizes, and T with stored values.
+"""Section 3: compares token ids of fixed questions, numbers of visual tokens, and T with stored values.
 
-`prompts.json` holds, for each family whose rule is known, the ids before the image and those after it, made by the
-original code's rule and the published tokenizer. For another model the ids are compared with those of its own
-processor or chat template.
+`prompts.json` has, for each family with a known rule, the ids before and after the image, from the rule of the original
+code and the published tokenizer. For other models the ids are compared with those of the model's own processor or chat
+template.
 """
 
 import json
@@ -24,12 +24,12 @@ SIZES: list[tuple[int, int]] = [tuple(size) for size in STORED["sizes"]]
 
 
 def family_of(model: str) -> dict[str, Any] | None:
-    """The stored values of a model by its name on the command line."""
+    """Stored values of a model, by its name on the command line."""
     return next((family for family in STORED["families"] if model in family["models"]), None)
 
 
 def check_prompts(adapter: Adapter, model: str, folder: Path) -> Iterator[Line]:
-    """The lines of section 3, for a loaded model by its name on the command line."""
+    """Lines of section 3 for a loaded model, by its name on the command line."""
     family = family_of(model)
     plain = copy(adapter)
     plain.system = None
@@ -71,7 +71,7 @@ def stored_ids(family: dict[str, Any], question: int, n_rows: int) -> list[int]:
 def own_ids(
     adapter: Adapter, folder: Path, image: Image.Image, questions: Sequence[str], visuals: Sequence[Visual]
 ) -> tuple[list[list[int]], str]:
-    """Ids of the model's own processor, and that as words; of its chat template where the processor cannot load."""
+    """Ids of the model's own processor, and their source; of its chat template if the processor cannot load."""
     chats = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
     ]

@@ -1,4 +1,4 @@
-"""The acceptance report: lines with expected and found values, saved after each section, as JSON and Markdown."""
+"""Acceptance report: lines with expected and found values, saved as JSON and Markdown after each section."""
 
 import json
 import time
@@ -17,18 +17,18 @@ PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 
 @dataclass(frozen=True)
 class Line:
-    """One check.
+    """Result of one check.
 
     Attributes
     ----------
     name : str
     status : "pass", "fail" or "not run"
     expected, found : str
-        In words and numbers; of a line that was not run, ``found`` is the reason.
+        Values as text. If the check did not run, ``found`` is the reason.
     tolerance : str
-        What difference still passes; empty if there is none to allow.
+        Difference that passes; empty if values must be equal.
     source : str
-        Where the expected value comes from.
+        Source of the expected value.
     """
 
     name: str
@@ -49,17 +49,16 @@ def not_run(name: str, reason: str, expected: str = "", source: str = "") -> Lin
 
 
 class Report:
-    """The lines of one acceptance, by section, in ``folder``/report.json and report.md.
+    """Lines of one acceptance by section, in ``folder``/report.json and report.md.
 
-    A section that is in the file already and holds no failing line is not run again, so an interrupted acceptance goes
-    on where it stopped.
+    A stored section without a failed line is not run again, so an interrupted acceptance resumes.
 
     Parameters
     ----------
     folder : Path
     head : dict
-        What the lines are about: command, model, versions, device, commit. A stored report with another ``identity``
-        in its head is started anew.
+        Facts of the acceptance: command, model, versions, device, commit. A stored report with another ``identity`` in
+        its head is discarded.
     """
 
     def __init__(self, folder: Path, head: dict[str, Any]):
@@ -85,7 +84,7 @@ class Report:
         return [line for line in self.lines if line.status == FAIL]
 
     def run(self, section: str, checks: Callable[[], Iterable[Line]]) -> Iterator[Line]:
-        """Run the checks of a section, unless they are stored; an exception becomes a failing line."""
+        """Run the checks of a section, unless they are stored. An exception becomes a failed line."""
         if section in self.sections:
             yield from self.sections[section]
             return
@@ -97,7 +96,9 @@ class Report:
         except (InputError, ModelError, BenchmarkError) as error:
             lines.append(Line(f"{section} could be checked", FAIL, "no error", str(error)))
             yield lines[-1]
-        except Exception as error:  # a report hides no fault, and one section's fault does not hide another's lines
+        except (
+            Exception
+        ) as error:  # the report shows every error, and an error in one section does not hide the other sections
             lines.append(Line(f"{section} could be checked", FAIL, "no error", f"{type(error).__name__}: {error}"))
             yield lines[-1]
         self.sections[section] = lines

@@ -1,8 +1,8 @@
-"""Sections 6 and 7: benchmark scores of the model here against published ones, from records that `run.py` also reads.
+"""Sections 6 and 7: compares benchmark scores of the model with published scores.
 
-Each cell is an ordinary cell of the results folder, run on a fixed subset: `LIMIT` questions of whole images drawn by
-seed 0 (MME whole, since its score counts pairs and categories). A subset's score is compared with the score of the
-whole set, within an interval for the subset.
+Each cell is an ordinary cell of the results folder, so `run.py` uses its record too. It runs on a fixed subset: `LIMIT`
+questions of whole images drawn with seed 0 (all of MME, because its score counts pairs and categories). The score of
+the subset is compared with the score of the whole dataset, within the confidence interval of the subset.
 """
 
 import random
@@ -20,7 +20,7 @@ from mipruner.errors import InputError
 LIMIT = 500
 WHOLE = ("mme",)
 Z = 1.96
-"""Two-sided 95 % of a normal distribution."""
+"""Two-sided 95 % quantile of the normal distribution."""
 
 PAPER = ROOT / "analysis/paper.csv"
 PAPER_METHODS = ("mi", "vispruner", "cdpruner")
@@ -28,7 +28,7 @@ PAPER_BUDGETS = (64, 128, 192)
 
 
 def datasets(model: str) -> list[str]:
-    """Those with a published unpruned score that need no judge."""
+    """Datasets with a published unpruned score and without a judge."""
     names = dict.fromkeys(row["dataset"] for row in PUBLISHED if row["model"] == model)
     return [name for name in names if name not in ("mmvet", "tgif", "msvd", "msrvtt")]
 
@@ -43,7 +43,7 @@ def compose_cell(
 def check_scores(
     compose: Callable[[list[str]], dict[str, Any]], run: Callable[[dict[str, Any]], Any], model: str
 ) -> Iterator[Line]:
-    """Every published score of the unpruned model, under each protocol.
+    """Lines for every published score of the unpruned model, for each protocol.
 
     Parameters
     ----------
@@ -106,9 +106,9 @@ def interval(
     metric: str,
     expected: float,
 ) -> float:
-    """Half of the 95 % interval of a subset's score: the wider of bootstrap and, for a share, binomial.
+    """Half width of the 95 % interval of a subset's score: the larger of bootstrap and, for a share, binomial.
 
-    The binomial one takes the expected score for the truth, so it does not vanish where a subset is all right.
+    The binomial interval uses the expected score, so it is not 0 if all answers of the subset are right.
     """
     half = Z * standard_error(benchmark, samples, predictions, metric)
     full = 100 if "accuracy" in metric else 1 if metric in ("f1", "yes_rate") else None
@@ -121,7 +121,7 @@ def interval(
 def standard_error(
     benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[str | None], metric: str, draws: int = 200
 ) -> float:
-    """Of any metric, by drawing whole images with replacement."""
+    """Standard error of any metric, by bootstrap over whole images."""
     images: dict[str, list[int]] = {}
     for k, sample in enumerate(samples):
         images.setdefault(sample.image_id, []).append(k)
@@ -137,7 +137,7 @@ def standard_error(
 def check_paper(
     compose: Callable[[list[str]], dict[str, Any]], run: Callable[[dict[str, Any]], Any], model: str
 ) -> Iterator[Line]:
-    """Pruned scores against every number that the paper prints for these methods and budgets."""
+    """Lines for every number of the paper for these methods and budgets."""
     printed = [
         row
         for row in read(PAPER)

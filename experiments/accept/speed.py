@@ -1,7 +1,7 @@
-"""Section 8: time and memory beside the paper's Table 3, measured like `task=efficiency`.
+"""Section 8: compares time and memory with the paper's Table 3, measured like `task=efficiency`.
 
-Another GPU has other times, so a time is compared as its ratio to that of MI-Pruner with lam=1 at the same budget. Peak
-memory depends on the model and on what a method holds, and is compared as it is.
+Times depend on the GPU, so a time is compared as a ratio to the time of MI-Pruner with lam=1 at the same budget. Peak
+memory depends on the model and the method, and is compared directly.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from experiments.accept.report import Line, check, not_run
 
 TABLE, REFERENCE = "table3", "mi lam=1"
 TIME, MEMORY = 0.25, 0.1
-"""Relative differences that pass: the first of a ratio on another GPU, the second of a peak."""
+"""Relative differences that pass: for time ratios, and for peak memory."""
 
 
 def check_speed(
@@ -24,7 +24,7 @@ def check_speed(
     model: str,
     device: torch.device,
 ) -> Iterator[Line]:
-    """Every figure of Table 3.
+    """Lines for every number of Table 3.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def check_speed(
 
 
 def named(row: dict[str, str]) -> str:
-    """A method as `task=efficiency` names it."""
+    """Name of a method in `task=efficiency`."""
     return f"{row['method']} {row['setting']}".strip()
 
 
@@ -62,7 +62,7 @@ def compare(
     paper: dict[tuple[str, str, str], float],
     found: dict[tuple[str, str], dict[str, Any]],
 ) -> Line:
-    """One figure; ``found`` holds rows of an efficiency record."""
+    """Line for one number; ``found`` is the rows of an efficiency record."""
     printed, row, source = paper[method, keep, metric], found[method, keep], "the paper, table3"
     if metric == "peak_memory_gib":
         value = row["peak_memory_gib"]

@@ -1,4 +1,4 @@
-"""Base class of a benchmark: samples, their images, and a score from the predictions."""
+"""Base class of benchmarks: samples, their images, and scores of predictions."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from experiments.metrics import mean_percent, standard_error
 
 
 class SampleError(Exception):
-    """One sample cannot be used (a broken image, a missing video). It is recorded as failed; the run continues."""
+    """One sample cannot be used (a broken image, a missing video). It is recorded as failed and the run continues."""
 
 
 class BenchmarkError(Exception):
@@ -34,16 +34,16 @@ class Sample:
     question : str
         The part of ``text`` that is the question itself, its choices included; a substring of ``text``.
     answer : Any
-        The reference in the form that the metric takes (a string, ten strings, a letter).
+        The reference in the form that the metric needs (a string, ten strings, a letter).
     image_id : str
-        Samples with the same image_id share one image and one vision pass.
+        Samples with the same image_id share one image, which is encoded once.
     task : str
         Category within the benchmark (POPE's split, MME's category, the demo's task).
     content : str, optional
-        ``text`` without its answer-format sentence, where that is more than ``question`` (TextVQA's OCR line): what
-        CDPruner and MMTok read. A substring of ``text``.
+        ``text`` without its answer-format sentence, if it differs from ``question`` (TextVQA's OCR line). CDPruner and
+        MMTok read it. A substring of ``text``.
     meta : dict
-        Whatever else the metric or the judge needs, JSON only.
+        Other values that the metric or the judge needs, as JSON.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Sample:
 
 
 class Example(NamedTuple):
-    """A row of the data, a right answer to it, and a wrong one."""
+    """A row of the data with a right and a wrong answer."""
 
     row: dict[str, Any]
     right: str
@@ -65,16 +65,16 @@ class Example(NamedTuple):
 
 
 class Benchmark(ABC):
-    """A list of samples and the rule that scores them.
+    """A list of samples and their scoring rule.
 
-    ``samples`` are ordered so that those sharing an image are neighbours.
+    Samples with the same image are neighbours in ``samples``.
     """
 
     is_video: bool = False
     examples: Sequence[Example] = ()
-    """Rows that show what the data looks like, in the order of `samples`. Every benchmark is tested with its own."""
+    """Example rows of the data, in the order of `samples`. Every benchmark is tested with its examples."""
     skipped: Sequence[str] = ()
-    """What was wrong with each row that was left out, once `samples` was called."""
+    """Error messages of the skipped rows, after `samples` was called."""
 
     @classmethod
     def write_examples(cls, folder: Path) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class Benchmark(ABC):
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
-        """All samples, in the order in which they are run. Raises `BenchmarkError`."""
+        """All samples, in the order of the run. Raises `BenchmarkError`."""
 
     @abstractmethod
     def images(self, image_id: str) -> list[Image.Image]:
         """The RGB images (or the frames of the video) with this id. Raises `SampleError`."""
 
     def fingerprint(self, image_id: str) -> str | None:
-        """A digest of the image or video with this id; None if code generates it. A missing one raises nothing."""
+        """Digest of the image or video with this id; None if code generates it. A missing file raises no error."""
         return None
 
     @abstractmethod
@@ -102,32 +102,32 @@ class Benchmark(ABC):
         return True
 
     def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float]:
-        """Scores of all predictions, each in [0, 1]; a failed sample has the prediction None and scores 0.
+        """Scores of all predictions in [0, 1]. A failed sample has the prediction None and the score 0.
 
-        Called once, when every sample is answered: this is where a judge is asked, many questions at a time.
+        Called once, after all samples are answered. A judge is asked here, many questions in parallel.
         """
         return [0.0 if p is None else self.correct(s, p) for s, p in zip(samples, predictions, strict=True)]
 
     def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
-        """Those scores whose mean is a metric, by its name, the headline first. Empty groups are left out."""
+        """Scores whose mean is a metric, by name of the metric, headline first. Without empty groups."""
         return {"accuracy": list(scores)}
 
     def metrics(
         self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
     ) -> dict[str, float]:
-        """The benchmark's numbers, by name; accuracies in percent. The first entry is the headline.
+        """Metrics by name; accuracies in percent. The first entry is the headline.
 
-        ``scores`` are those of `score`. A failed sample has the prediction None and stays in the denominator.
+        ``scores`` is the result of `score`. A failed sample has the prediction None and counts in the denominator.
         """
         return {name: mean_percent(group) for name, group in self.groups(samples, scores).items() if group}
 
     def standard_errors(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
-        """Standard errors of those metrics that are a mean over two samples or more, in the same units."""
+        """Standard errors, in the same units, of metrics that are a mean over at least two samples."""
         groups = self.groups(samples, scores)
         return {name: 100 * standard_error(group) for name, group in groups.items() if len(group) > 1}
 
     def provenance(self) -> dict[str, Any]:
-        """Further facts for the record after scoring: the judge, its prompt."""
+        """Further facts for the record after scoring, such as the judge and its prompt."""
         return {}
 
 
@@ -137,7 +137,7 @@ def read_samples(benchmark: Benchmark) -> list[Sample]:
     Raises
     ------
     BenchmarkError
-        If two samples share an id: the answer to one would be scored as the answer to both.
+        If two samples have the same id, because the answer to one would count for both.
     """
     places: dict[str, int] = {}
     samples = list(benchmark.samples())
@@ -149,7 +149,7 @@ def read_samples(benchmark: Benchmark) -> list[Sample]:
 
 
 def digest(benchmark: Benchmark, samples: Sequence[Sample]) -> str | None:
-    """Twelve hex digits of all data that were read: questions, answers, images. None if code generates the images."""
+    """Digest, twelve hex digits, of all questions, answers and images. None if code generates the images."""
     contents = {sample.image_id: benchmark.fingerprint(sample.image_id) for sample in samples}
     if None in contents.values():
         return None
@@ -157,7 +157,7 @@ def digest(benchmark: Benchmark, samples: Sequence[Sample]) -> str | None:
 
 
 def sample_digest(benchmark: Benchmark, sample: Sample) -> str:
-    """Twelve hex digits of one question with its answer and image."""
+    """Digest, twelve hex digits, of one question with its answer and image."""
     return _hash(asdict(sample), benchmark.fingerprint(sample.image_id))
 
 

@@ -1,6 +1,6 @@
-"""The demo benchmark: rendered scenes with questions in the wording of five benchmarks, each with its own scoring rule.
+"""Demo benchmark: rendered scenes with questions in the wording and scoring rules of five benchmarks.
 
-It needs no download and no GPU, and says nothing about natural images.
+It needs no download and no GPU. Its results are no evidence for photographs.
 """
 
 from collections.abc import Sequence
@@ -35,27 +35,27 @@ SCORES = {
 class Demo(Benchmark):
     """Questions about ``n_scenes`` scenes: accuracy over all, accuracy of each task, and POPE's F1 and yes-rate.
 
-    MME's accuracy+ is left out: it wants two questions of a category about each image, and here there is one.
+    MME's accuracy+ is not computed: it needs two questions of a category per image, and here there is one.
 
     Parameters
     ----------
     density : str
-        ``crowded`` (10 to 14 objects tried) or ``sparse`` (2 to 8, and counting questions).
+        ``crowded`` (10 to 14 objects are tried) or ``sparse`` (2 to 8 objects, and counting questions).
     n_scenes : int
-        How many scenes. Scene i does not depend on it.
+        Number of scenes. Scene i does not depend on it.
     seed : int
-        Of the scenes and the questions.
+        Seed of the scenes and the questions.
     tasks : sequence of str, optional
-        Only these of pope, gqa, scienceqa, textvqa, mme. What is asked does not depend on it.
+        Some of pope, gqa, scienceqa, textvqa, mme; by default all. The questions of a task do not depend on it.
     canvases : sequence of (width, height)
-        In px; scene i has canvas i modulo their number.
+        Sizes in px; scene i has canvas i modulo their number.
     n_objects, sizes : sequence of int, optional
-        Instead of the density's: fewest and most objects tried, possible lengths of an object's longer side in px.
+        Override the density: minimum and maximum number of objects, possible lengths of an object's longer side in px.
 
     Raises
     ------
     BenchmarkError
-        For a density or a task that is not there.
+        For an unknown density or task.
     """
 
     examples = tuple(

@@ -1,4 +1,4 @@
-"""Reads a folder of your own: a table of questions, and images. See docs/own_data.md."""
+"""Reads a user's folder: a table of questions, and images. See docs/own_data.md."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from experiments.images import open_image
 from experiments.metrics import mme_answer, textvqa_normalize
 
 TABLES = ("questions.jsonl", "questions.csv", "questions.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Where questions are looked for, in this order; metadata.* is how the hub lays out an ImageFolder."""
+"""Names of the table, tried in this order. metadata.* is the layout of an ImageFolder on the hub."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SENTENCES = {"exact": SHORT_ANSWER, "vqa": SHORT_ANSWER, "yes_no": SHORT_ANSWER, "choice": OPTION_LETTER, "none": ""}
-"""What each scoring puts below the question."""
+"""Sentence after the question for each scoring rule."""
 
 
 def _as_list(value: Any) -> Any:
-    """A list in a cell of a CSV is JSON, or its parts stand between bars; null and nothing are the empty list."""
+    """Parse a list in a CSV cell: JSON, or parts separated by bars. null and an empty cell are the empty list."""
     if value is None or value == "":
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -60,14 +60,14 @@ class FolderRow(Row):
 
 
 def plain(text: str) -> str:
-    """Lower case, without the full stop at the end."""
+    """Lower case without a final full stop."""
     return text.strip().rstrip(".").lower()
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy for any number of answers: 1 if three of them agree, or all of fewer than three.
+    """VQA accuracy for any number of answers: 1 if three of them match, or all of fewer than three.
 
-    As in the official evaluator it is the mean over leaving each answer out, from four answers on.
+    As in the official evaluator, with four or more answers it is the mean over leaving one answer out.
     """
     said = textvqa_normalize(prediction)
     agrees = [textvqa_normalize(answer) == said for answer in answers]
@@ -77,7 +77,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def letter(text: str, choices: Sequence[str]) -> str | None:
-    """The option that an answer names: by its letter ("b", "B.", "(B) blue") or by its own words; None if neither."""
+    """The option that an answer names, by its letter ("b", "B.", "(B) blue") or its text; None if neither."""
     said = plain(text).lstrip("(")
     by_words = [LETTERS[k] for k, choice in enumerate(choices) if plain(choice) == plain(text)]
     if by_words:
@@ -88,26 +88,26 @@ def letter(text: str, choices: Sequence[str]) -> str | None:
 
 
 class Folder(Benchmark):
-    """Accuracy by one of four rules over all questions and by category; without answers nothing is scored.
+    """Own data: accuracy by one of four rules, over all questions and by category. Without answers nothing is scored.
 
     Parameters
     ----------
     path : str
-        The folder: one of `TABLES`, with the columns question and image, and optionally id, answer, answers, choices
-        and category; images anywhere in it, named relative to the table. Several images of a question are a list.
+        The folder. It has one of `TABLES`, with the columns question and image, and optionally id, answer, answers,
+        choices and category. Image paths are relative to the table. Several images of a question are a list.
     scoring : str
-        ``exact``: the answer, but for case and a full stop. ``vqa``: VQA accuracy. ``choice``: the letter of the right
-        choice, which ``answer`` names by its letter or its words. ``yes_no``: how the answer begins. ``none``: answers
-        only. ``auto``: choice if there are choices, vqa if ``answers``, yes_no if every answer is yes or no, exact if
-        there are others, none without.
+        ``exact``: equality except for case and a final full stop. ``vqa``: VQA accuracy. ``choice``: the letter of the
+        right choice, given in ``answer`` as letter or text. ``yes_no``: whether the answer begins with yes or no.
+        ``none``: no scores. ``auto``: choice if there are choices, vqa if there are ``answers``, yes_no if every answer
+        is yes or no, exact if there are other answers, else none.
     sentence : str, optional
-        Below each question; by default the one that suits the scoring.
+        Sentence after each question; by default the one of the scoring rule.
     on_bad_row : "stop" or "skip"
 
     Raises
     ------
     BenchmarkError
-        If the folder or its table is not there, a path leads out of it, or the scoring needs what a row lacks.
+        If the folder or its table is missing, a path is outside the folder, or a row lacks a value for the scoring.
     """
 
     examples = (
@@ -168,7 +168,7 @@ class Folder(Benchmark):
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
-        """The files of each image_id."""
+        """Files of each image_id."""
         return {" | ".join(row.image): row.image for _, row in self.rows}
 
     @cached_property
@@ -193,7 +193,7 @@ class Folder(Benchmark):
         )
 
     def _reference(self, number: int, row: FolderRow) -> Any:
-        """What `correct` compares with. Raises BenchmarkError if the row lacks it."""
+        """Reference for `correct`. Raises BenchmarkError if the row has none."""
         where = f"row {number + 1} of {self.table}"
         if self.scoring == "none":
             return None
@@ -212,14 +212,14 @@ class Folder(Benchmark):
         return right
 
     def _files(self, image_id: str) -> list[Path]:
-        """Raises SampleError for a path out of the folder, or one that the file system refuses."""
+        """Paths of the images. Raises SampleError for a path outside the folder or an invalid path."""
         names, root = self._names[image_id], Path(self.path).resolve()
         files = [self.table.parent / name.replace("\\", "/") for name in names]
         for name, file in zip(names, files, strict=True):
             try:
                 target = file.resolve()
                 file.is_file()
-            except (OSError, ValueError) as error:  # too long for a file's name, a folder that is closed, a null byte
+            except (OSError, ValueError) as error:  # name too long, folder not readable, null byte
                 raise SampleError(f"there is no image {name[:60]!r}: {getattr(error, 'strerror', error)}") from error
             if not target.is_relative_to(root) or os.path.isabs(name):
                 raise SampleError(f"the image {name} lies outside of {self.path}")

@@ -34,7 +34,7 @@ class GQA(ShortAnswers):
 
     config, split = "testdev_balanced_images", "testdev"
     questions = "testdev_balanced_instructions"
-    """The config of the other table; the first holds the images."""
+    """Config of the second table; the first table has the images."""
     row, image_column = GQAImage, "id"
     examples = (
         Example(

@@ -28,11 +28,10 @@ class MMERowOfFile(Row):
 
 
 class MME(ShortAnswers):
-    """Yes or no, scored by category as accuracy + accuracy+, where an image counts if both its questions are right.
+    """Yes or no, scored by category as accuracy + accuracy+ (share of images with both questions right).
 
-    ``prompt``: "short_answer" puts LLaVA's sentence in the place of "Please answer yes or no.", "plain" keeps it.
-    A run over part of the categories has no perception score, which is a sum over all ten; its headline is the plain
-    accuracy.
+    ``prompt``: "short_answer" replaces "Please answer yes or no." by LLaVA's sentence, "plain" keeps it. The perception
+    score is a sum over ten categories. A run without all of them has the accuracy as its headline.
     """
 
     row = MMERowOfFile

@@ -14,7 +14,7 @@ from experiments.metrics import bootstrap, textvqa_normalize
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 PAPER_ITEMS = 33
-"""Resampling so many of the 218 items gives the spread that MI-Pruner prints beside its MM-Vet scores."""
+"""Resampling this many of the 218 items gives the spread of the paper's MM-Vet scores."""
 
 PROMPT = """\
 You grade a predicted answer against the ground truth. Give one number from 0.0 (all wrong) over 0.1, 0.2, ... to 1.0 \
@@ -38,8 +38,9 @@ AGAIN = "\nAnswer with the number alone, such as 0.3."
 
 
 def grade_request(sample: Sample, prediction: str, attempt: int) -> dict[str, Any]:
-    """Request to the judge: temperature 0 and three tokens. Each retry raises the temperature by .5 and asks more
-    explicitly.
+    """Request to the judge, with temperature 0 and three tokens.
+
+    Each retry raises the temperature by 0.5 and asks more explicitly.
     """
     answer = sample.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     row = {"{question}": sample.question, "{answer}": answer, "{prediction}": prediction}
@@ -52,7 +53,7 @@ def grade_request(sample: Sample, prediction: str, attempt: int) -> dict[str, An
 
 
 def read_grade(reply: str) -> float:
-    """The first word as a number in [0, 1]. Raises ValueError; also for "nan", which the official reader lets pass."""
+    """The first word as a number in [0, 1]. Raises ValueError, also for "nan", which the official code accepts."""
     grade = float((reply.split() or [""])[0])
     if math.isnan(grade) or not 0 <= grade <= 1:
         raise ValueError(f"{grade} is no grade")
@@ -60,7 +61,7 @@ def read_grade(reply: str) -> float:
 
 
 def offline_grade(answer: str, prediction: str) -> float:
-    """Share of the <AND> parts that stand in the prediction as whole words, best over the <OR> alternatives."""
+    """Share of the <AND> parts that are in the prediction as whole words; maximum over the <OR> alternatives."""
     said = f" {textvqa_normalize(prediction)} "
 
     def contained(part: str) -> bool:
@@ -77,11 +78,11 @@ class MMVetRow(Row):
 
 
 class MMVet(TableBenchmark):
-    """The judge's mean grade in percent, over all and by capability and set of capabilities.
+    """Mean grade of the judge in percent, over all questions, by capability and by set of capabilities.
 
-    Differs from MM-Vet's own script in the wording of the judge's prompt, which has the same parts, and in the spread,
-    which is a bootstrap over items. Without a judge a word match gives ``offline_score`` and its like, which compare
-    with nothing.
+    Differs from MM-Vet's script in the wording of the judge's prompt, which has the same parts, and in the spread,
+    which is a bootstrap over items. Without a judge, words are matched: ``offline_score`` and similar metrics cannot be
+    compared with other scores.
     """
 
     row = MMVetRow

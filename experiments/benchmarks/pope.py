@@ -1,4 +1,4 @@
-"""POPE on COCO, the later version: 3,000 questions each in random, popular and adversarial, on 500 images.
+"""POPE on COCO, the later version: 3,000 random, popular and adversarial questions each, on 500 images.
 
 https://arxiv.org/abs/2305.10355
 """
@@ -27,9 +27,9 @@ class POPERowOfFile(Row):
 class POPE(ShortAnswers):
     """Object presence, yes or no: accuracy, F1 and yes-rate of each category, and the mean of the three.
 
-    ``prompt``: "short_answer" is LLaVA's; "plain" is the bare question, which the full-token row of MI-Pruner's tables
-    appears to be made with (yes-rate .56 where LLaVA's prompt gives about .42). LLaVA's own files are an earlier
-    version with 2,910 random questions.
+    ``prompt``: "short_answer" is LLaVA's prompt, "plain" is the question only. The paper's full-token row seems to use
+    the latter (yes-rate .56; LLaVA's prompt gives about .42). LLaVA's own files are an earlier version with 2,910
+    random questions.
     """
 
     row = POPERowOfFile
@@ -81,9 +81,7 @@ class POPE(ShortAnswers):
         return pope_correct(prediction, sample.answer, self.scoring)
 
     def is_readable(self, sample: Sample, prediction: str) -> bool:
-        """Whether the answer begins with yes or no, read as in MME. LLaVA's rule for POPE counts everything else as
-        yes.
-        """
+        """Whether the answer begins with yes or no, as in MME. LLaVA's rule for POPE counts everything else as yes."""
         return mme_answer(prediction, "lmms_eval") != "other"
 
     def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
@@ -97,10 +95,10 @@ class POPE(ShortAnswers):
         return pope_scores([POPERow(s.task, s.answer, prediction) for s, prediction in answered], self.scoring)
 
     def standard_errors(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, float]:
-        """Of the categories, and of their mean if each of them has one.
+        """Standard errors of the categories, and of their mean if all categories have one.
 
-        All three ask the same questions whose answer is yes, and the same answer is no new evidence: what a question
-        adds to the mean is summed over the categories first.
+        The three categories share their positive questions, so their scores are not independent. The contributions of a
+        question are summed over the categories first.
         """
         errors = super().standard_errors(samples, scores)
         groups = {name: group for name, group in self.groups(samples, scores).items() if group}

@@ -1,4 +1,4 @@
-"""Reads and checks every row of a benchmark's file before a model is loaded."""
+"""Reads and checks the rows of a benchmark's file before a model is loaded."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ YesNo = Annotated[Literal["yes", "no"], BeforeValidator(_lower)]
 
 
 class Row(BaseModel):
-    """The columns of a file with their types. A number is converted to its digits if a text is expected."""
+    """Columns of a file with their types. A number is converted to text if text is expected."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True, extra="ignore")
 
@@ -37,12 +37,12 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def read_rows(file: Path) -> list[Any]:
-    """The rows of a .parquet, .csv, .jsonl or .json file, a list or an object of rows; UTF-8, with or without its mark.
+    """Rows of a .parquet, .csv, .jsonl or .json file (a list or an object of rows); UTF-8 with or without a BOM.
 
     Raises
     ------
     BenchmarkError
-        If the file is not there or cannot be read.
+        If the file is missing or cannot be read.
     """
     try:
         if file.suffix.lower() == ".parquet":
@@ -50,7 +50,7 @@ def read_rows(file: Path) -> list[Any]:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() == ".csv":
             return list(csv.DictReader(io.StringIO(text, newline="")))
-        if file.suffix.lower() == ".jsonl":  # a line ends with \n alone: a text may hold other ends of line
+        if file.suffix.lower() == ".jsonl":  # only \n ends a line: a text may contain other line separators
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except (OSError, ValueError, csv.Error) as error:
@@ -74,12 +74,12 @@ def check_on_bad_row(on_bad_row: str) -> str:
 def check_rows(
     rows: Iterable[dict[str, Any]], schema: type[AnyRow], where: str, on_bad_row: str
 ) -> tuple[list[tuple[int, AnyRow]], list[str]]:
-    """The good rows, each with its number from 0, and what is wrong with the others.
+    """The valid rows with their numbers from 0, and error messages of the others.
 
     Raises
     ------
     BenchmarkError
-        At the first bad row, unless ``on_bad_row`` is skip; or if no row is good.
+        At the first bad row, unless ``on_bad_row`` is skip; or if no row is valid.
     """
     good, bad = [], []
     for number, row in enumerate(rows):
@@ -95,7 +95,7 @@ def check_rows(
 
 
 def _words(error: ValidationError) -> str:
-    """The first thing that is wrong, with its field and what stands there."""
+    """The first error, with its field and value."""
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "the row"
     said = first["msg"].removeprefix("Value error, ")

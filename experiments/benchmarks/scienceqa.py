@@ -14,7 +14,7 @@ LETTERS = "ABCDE"
 
 
 class ScienceQARow(Row):
-    """LLaVA's rule reads the letters A to E: the data set has no sixth choice."""
+    """Columns of a row. LLaVA's rule reads the letters A to E, because the dataset has at most five choices."""
 
     question: Text
     choices: Annotated[list[Text], Field(min_length=2, max_length=len(LETTERS))]
@@ -30,7 +30,7 @@ class ScienceQARow(Row):
 
 
 class ScienceQA(TableBenchmark):
-    """Multiple choice answered by a letter; an answer without one is wrong, never a random guess."""
+    """Multiple choice answered by a letter. An answer without a letter is wrong, without a random guess."""
 
     config = "ScienceQA-IMG"
     row = ScienceQARow

@@ -1,6 +1,7 @@
-"""Tables of questions with an image in each row, from the hub or from disk. Rows are checked, images decoded on demand.
+"""Benchmarks that are tables with an image in each row, from the hub or from disk.
 
-Only the parquet files of the wanted split are fetched (TextVQA: 0.9 of 8.1 GB). `datasets` maps them into memory.
+Rows are checked at once, images are decoded on demand. Only the parquet files of one split are downloaded (TextVQA: 0.9
+of 8.1 GB). `datasets` maps them into memory.
 """
 
 import hashlib
@@ -30,10 +31,10 @@ HUB_TIMEOUT_S = 5
 
 
 def _matching(names: Iterable[str], config: str | None, split: str, where: str) -> list[str]:
-    """The parquet files of a split: its word stands in the file's name or is its folder's, the config's in the path.
+    """Parquet files of a split. The split is in the name of the file or is its folder; the config is in the path.
 
-    Hidden files, such as the companions that macOS writes, are no data. Raises BenchmarkError if there is none, or if
-    of files named ..-00000-of-00003 some are missing.
+    Hidden files (macOS) are ignored. Raises BenchmarkError if there is no file, or if one of several parts
+    (..-00000-of-00003) is missing.
     """
     found = sorted(name for name in names if name.endswith(".parquet") and not re.search(r"(^|/)\.", name))
     names = [name for name in found if config in name] if config and any(config in name for name in found) else found
@@ -64,7 +65,7 @@ def _local_files(path: str, config: str | None, split: str) -> list[Path]:
 
 
 def _fetched(repository: str) -> Path | None:
-    """The newest copy of a repository in the hub's cache on this machine."""
+    """Newest copy of a repository in the local cache of the hub."""
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
@@ -75,10 +76,10 @@ def _fetched(repository: str) -> Path | None:
 
 
 def _hub_files(hub: Sequence[str], config: str | None, split: str) -> list[Path]:
-    """Fetch the split from the first repository that has it; without a network, take what an earlier run fetched.
+    """Download the split from the first repository that has it; without a network, use an earlier download.
 
-    The hub's client retries a dead connection for half a minute; asking once, with a short timeout, whether the
-    repository is there gives the answer at once.
+    First the hub is asked once, with a short timeout, whether the repository exists, because its client retries a dead
+    connection for half a minute.
     """
     problems: list[str] = []
     for repository in hub:
@@ -111,14 +112,14 @@ def load_table(
     config: str | None = None,
     image: str | None = "image",
 ) -> tuple[Dataset, list[Path]]:
-    """Rows with these columns and, undecoded, the image's; and the files they come from.
+    """Rows with these columns and the undecoded image column, and their files.
 
-    ``hub`` and ``path`` are as in `TableBenchmark`; ``image`` is None for a table without images.
+    See `TableBenchmark` for ``hub`` and ``path``. ``image`` is None for a table without images.
 
     Raises
     ------
     BenchmarkError
-        No network and no copy, no such split, a file that is no parquet file, a column that is not there.
+        If there is no network and no copy, no such split, an invalid parquet file, or a missing column.
     """
     files = _local_files(path, config, split) if path else _hub_files(hub, config, split)
     columns = [*columns, *([image] if image else [])]
@@ -138,7 +139,7 @@ def load_table(
 
 
 def find_source(content: dict[str, Any] | None, folders: Sequence[Path]) -> bytes | Path | None:
-    """What is in an image's file, or the file itself, in one of these folders; None if there is neither."""
+    """The content of an image, or its file in one of these folders; None if there is neither."""
     content = content or {}
     if content.get("bytes"):
         return content["bytes"]
@@ -147,15 +148,15 @@ def find_source(content: dict[str, Any] | None, folders: Sequence[Path]) -> byte
 
 
 def content_digest(source: bytes | Path | None) -> str:
-    """Sixteen hex digits of a file's content; of nothing if there is none."""
+    """Digest, sixteen hex digits, of a file's content; of empty content if the file is missing."""
     content = source.read_bytes() if isinstance(source, Path) else source or b""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 class StoredImages:
-    """The images of a table by id, each decoded when asked for, the last few kept.
+    """Images of a table by id, decoded on demand. The last few are cached.
 
-    An image lies in the table itself, or in a file beside it that the table names, as the hub's tools write it.
+    An image is in the table, or in a file that the table names, as written by the hub's tools.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class StoredImages:
 
 
 def first_rows(ids: Iterable[str]) -> dict[str, int]:
-    """The first row of each id."""
+    """First row of each id."""
     rows: dict[str, int] = {}
     for row, name in enumerate(ids):
         rows.setdefault(name, row)
@@ -194,13 +195,13 @@ def first_rows(ids: Iterable[str]) -> dict[str, int]:
 
 
 def group_by_image(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with those of one image side by side, otherwise in their order."""
+    """Samples sorted so that those of one image are neighbours, otherwise in their order."""
     order = first_rows(sample.image_id for sample in samples)
     return sorted(samples, key=lambda sample: order[sample.image_id])
 
 
 def numbered(names: Iterable[str]) -> list[str]:
-    """The names, with #2, #3 behind one that was there before."""
+    """Names with #2, #3, ... after repeated ones."""
     seen: dict[str, int] = {}
     unique = []
     for name in names:
@@ -210,7 +211,7 @@ def numbered(names: Iterable[str]) -> list[str]:
 
 
 def by_content(names: Iterable[str | None], digests: Iterable[str]) -> list[str]:
-    """An id for each image: its name, with #2, #3 for further images of that name; its digest if it has no name."""
+    """Id of each image: its name, with #2, #3 for other images of that name; its digest if it has no name."""
     known: dict[str, list[str]] = {}
     ids = []
     for name, digest in zip(names, digests, strict=True):
@@ -223,7 +224,7 @@ def by_content(names: Iterable[str | None], digests: Iterable[str]) -> list[str]
 
 
 def write_table(file: Path, rows: Sequence[dict[str, Any]], image: str | None = "image") -> None:
-    """A parquet file of rows, each with a small image of its own in the column ``image``."""
+    """Write a parquet file of rows, each with its own small image in the column ``image``."""
     rows = list(rows)
     for number, row in enumerate(rows if image else ()):
         content = io.BytesIO()
@@ -240,15 +241,15 @@ class TableBenchmark(Benchmark):
     hub : sequence of str
         Dataset repositories, tried in this order.
     path : str, optional
-        Instead: a parquet file, a pattern of them, or a folder laid out like the repository.
+        Instead of ``hub``: a parquet file, a glob pattern, or a folder laid out like the repository.
     on_bad_row : "stop" or "skip"
-        What a row does that does not fit ``row``.
+        What to do with a row that does not fit ``row``.
     row : type of Row
-        The columns, apart from the image.
+        Columns without the image.
     image_column : str, optional
-        The column that names the image. Rows share an image if name and content are the same.
+        Column with the name of the image. Rows share an image if name and content are equal.
 
-    A subclass says how a row becomes a `sample`, and what names it, if that is not its question_id.
+    A subclass defines `sample`, and `name` if the id of a row is not its question_id.
     """
 
     config: str | None = None
@@ -275,7 +276,7 @@ class TableBenchmark(Benchmark):
 
     @cached_property
     def folders(self) -> list[Path]:
-        """Where image files that the table names are looked for."""
+        """Folders with the image files that the table names."""
         root = [Path(self.path)] if self.path and Path(self.path).is_dir() else []
         return root + list(dict.fromkeys(file.parent for file in self._read[1]))
 
@@ -285,7 +286,7 @@ class TableBenchmark(Benchmark):
 
     @cached_property
     def image_ids(self) -> list[str]:
-        """Of each row."""
+        """Image id of each row."""
         column = self.image_column and self.table[self.image_column]
         names = [None if name is None else str(name) for name in column or [None] * len(self._digests)]
         return by_content(names, self._digests)
@@ -303,7 +304,7 @@ class TableBenchmark(Benchmark):
 
     @cached_property
     def rows(self) -> list[tuple[int, Any, str]]:
-        """The number of each good row, its columns, and its image's id."""
+        """Number, columns and image id of each valid row."""
         where = str(self.path or self.hub[0])
         rows = self.table.remove_columns("image").to_list()
         good, self.skipped = check_rows(rows, self.row, where, self.on_bad_row)
@@ -315,11 +316,11 @@ class TableBenchmark(Benchmark):
         return group_by_image([self.sample(row, id=name, image_id=image_id) for name, (_, row, image_id) in rows])
 
     def name(self, number: int, row: Any) -> str:
-        """What names a row; of several with one name the later ones are numbered."""
+        """Name of a row. Repeated names are numbered."""
         return row.question_id
 
     def sample(self, row: Any, **ids: str) -> Sample:
-        """The question of a row, given the ids of the sample and of its image."""
+        """The sample of a row, given the ids of the sample and of its image."""
         raise NotImplementedError
 
 
@@ -329,9 +330,9 @@ class ShortAnswers(TableBenchmark):
     Attributes
     ----------
     prompt : "short_answer" or "plain"
-        Whether LLaVA's sentence stands below the question.
+        Whether LLaVA's sentence follows the question.
     scoring : "llava" or "lmms_eval"
-        Whose rule reads the answer.
+        Rule that reads the answer.
     """
 
     def __init__(self, *args: Any, prompt: str = "short_answer", scoring: str = "llava", **options: Any):

@@ -20,10 +20,10 @@ class TextVQARow(Row):
 
 
 class TextVQA(TableBenchmark):
-    """VQA accuracy of short answers; LLaVA and lmms-eval score alike.
+    """VQA accuracy of short answers. LLaVA and lmms-eval have the same rule.
 
-    ``ocr`` shows the data set's OCR tokens to the model in a line of their own, as LLaVA does and lmms-eval by default
-    does not; without them LLaVA-1.5-7B loses about twelve points.
+    ``ocr`` adds a line with the dataset's OCR tokens to the question, as in LLaVA, but not by default in lmms-eval.
+    Without it LLaVA-1.5-7B loses about twelve points.
     """
 
     split = "validation"
@@ -60,7 +60,7 @@ class TextVQA(TableBenchmark):
         self.ocr = ocr
 
     def sample(self, row: TextVQARow, **ids: str) -> Sample:
-        question = row.question.capitalize()  # as in LLaVA's file, which lowers all other letters
+        question = row.question.capitalize()  # as in LLaVA's file, where all other letters are lower case
         content = f"{question}\nReference OCR token: {', '.join(row.ocr_tokens)}" if self.ocr else question
         text = f"{content}\n{SHORT_ANSWER}"
         return Sample(text=text, question=question, content=content, answer=row.answers, **ids)

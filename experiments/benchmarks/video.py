@@ -1,4 +1,4 @@
-"""TGIF-QA, MSVD-QA, MSRVTT-QA as Video-LLaVA tests them: short open answers, graded yes / no and 0 to 5 by a judge.
+"""TGIF-QA, MSVD-QA and MSRVTT-QA as in Video-LLaVA: open answers, graded yes or no and 0 to 5 by a judge.
 
 https://arxiv.org/abs/2311.10122; the judge is Video-ChatGPT's, https://arxiv.org/abs/2306.05424.
 """
@@ -39,17 +39,18 @@ For example: {{'pred': 'yes', 'score': 4}}"""
 
 
 class Grade(NamedTuple):
-    """A judge's reply: right or wrong, None if it said neither; and a score, 0 to 5."""
+    """Reply of a judge: right or wrong (None if neither), and a score from 0 to 5."""
 
     right: bool | None
     score: int
 
 
 def read_grade(reply: str) -> Grade:
-    """The first {...} of a reply. Raises ValueError if it is no dictionary of a verdict and a score from 0 to 5.
+    """Read the first {...} of a reply. Raises ValueError if it has no verdict and score from 0 to 5.
 
-    As in Video-LLaVA's script "yes" counts wherever it stands in the verdict, else "no" does, so "not sure" is no and
-    "maybe" neither; 4.8 is 4; and a score that is no number, such as "4.8", takes the verdict with it.
+    As in Video-LLaVA's script, a verdict that contains "yes" is yes; otherwise one that contains "no" is no. So "not
+    sure" is no, and "maybe" is neither. A score of 4.8 is 4. A score that is not a number, such as "4.8" in quotes,
+    invalidates the reply.
     """
     found = re.search(r"\{.*?\}", reply, re.DOTALL)
     try:
@@ -67,14 +68,14 @@ def read_grade(reply: str) -> Grade:
 
 
 def grade_request(sample: Sample, prediction: str, temperature: float | None) -> dict[str, Any]:
-    """What the judge is asked."""
+    """Request to the judge."""
     user = PROMPT.format(question=sample.question, answer=sample.answer, prediction=prediction)
     messages = [{"role": "system", "content": ROLE}, {"role": "user", "content": user}]
     return {"messages": messages} | ({} if temperature is None else {"temperature": temperature})
 
 
 def offline_grade(answer: str, prediction: str) -> Grade:
-    """Right and 5 if the answer stands in the prediction as whole words; else wrong and 5 x the F1 of their words."""
+    """Right and 5 if the prediction contains the answer as whole words; else wrong and 5 x the F1 of their words."""
     gold, said = textvqa_normalize(answer), textvqa_normalize(prediction)
     if f" {gold} " in f" {said} ":
         return Grade(True, 5)
@@ -84,7 +85,7 @@ def offline_grade(answer: str, prediction: str) -> Grade:
 
 
 def decoded(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
-    """The frames that decode: a damaged packet loses its own and no other."""
+    """Decodable frames of a video. A damaged packet loses only its own frames."""
     for packet in container.demux(video=0):
         try:
             yield from packet.decode()
@@ -93,12 +94,12 @@ def decoded(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
 
 
 def frames(path: Path, n_frames: int) -> list[Image.Image]:
-    """``n_frames`` RGB frames, upright, at linspace(0, n - 1) of the n that decode.
+    """``n_frames`` upright RGB frames at linspace(0, n - 1) of the n decodable frames.
 
     Raises
     ------
     SampleError
-        For a video of which nothing decodes.
+        If no frame can be decoded.
     """
     try:
         with av.open(str(path)) as container:
@@ -138,30 +139,30 @@ QuestionWithAnswer = create_model(
 class VideoQA(Benchmark):
     """Accuracy in percent and mean score, 0 to 5.
 
-    Differs from Video-LLaVA's script in that no frame is flipped at random, in that answers are paired by question_id
-    instead of by position, and in the wording of the judge's prompt, which has the same parts. A verdict that is
-    neither yes nor no takes its question out of the accuracy, as there; a reply that cannot be read five times counts
-    as no and 0. Without a judge a word match gives ``offline_accuracy`` and ``offline_score``, which compare with
-    nothing.
+    Differs from Video-LLaVA's script in three ways: frames are not flipped at random, answers are paired by question_id
+    instead of by position, and the judge's prompt has the same parts in another wording. As there, a question whose
+    verdict is neither yes nor no does not count in the accuracy. After five unreadable replies the verdict is no with
+    score 0. Without a judge, words are matched: ``offline_accuracy`` and ``offline_score`` cannot be compared with
+    other scores.
 
     Parameters
     ----------
     path : str
-        Folder of the data set.
+        Folder of the dataset.
     questions, answers : str
-        Files in it, ``.json``, ``.jsonl`` or ``.parquet``, of rows with video_name (or video_id, or video), question
-        and question_id, and of rows with answer and question_id. ``answers`` is None where the questions have theirs
-        with them; these need no question_id.
+        Files in it (``.json``, ``.jsonl`` or ``.parquet``). Rows of questions have video_name (or video_id, or video),
+        question and question_id. Rows of answers have answer and question_id. ``answers`` is None if the questions
+        include the answers; then no question_id is needed.
     videos : str
-        Folder in it; a video is named as in the questions, with or without one of the usual suffixes.
+        Folder of the videos in it. File names are those of the questions, with or without a usual suffix.
     n_frames : int
-        Evenly spaced, the first and the last among them.
+        Number of evenly spaced frames, including the first and the last.
     first : int, optional
-        So many questions, in the order of the file.
+        Use only this many questions, in the order of the file.
     on_bad_row : "stop" or "skip"
-        What a row does that lacks something.
+        What to do with an invalid row.
     temperature : float, optional
-        Of the judge. Video-ChatGPT sends none, which means 1; lmms-eval sends 0.
+        Temperature of the judge. Video-ChatGPT sends none, which means 1; lmms-eval sends 0.
     """
 
     is_video = True
@@ -235,7 +236,7 @@ class VideoQA(Benchmark):
         return check_rows(read_rows(file)[: self.first], schema, str(file), self.on_bad_row)
 
     def _answers(self) -> dict[str, str] | None:
-        """The answer to each question. Raises BenchmarkError if there are two different ones."""
+        """Answer to each question. Raises BenchmarkError if a question has two different answers."""
         if self.answers is None:
             return None
         file = Path(self.path) / self.answers
@@ -246,7 +247,7 @@ class VideoQA(Benchmark):
         return answers
 
     def _find(self, name: str) -> Path | None:
-        """The file of a video: of this name, or with one of the suffixes in any case."""
+        """File of a video: with this name, or with one of the suffixes in any case."""
         video = Path(self.path) / self.videos / name
         if video.is_file():
             return video
@@ -261,7 +262,7 @@ class VideoQA(Benchmark):
         return file
 
     def fingerprint(self, image_id: str) -> str:
-        """Name and size of the file: a video is too large to be read for its name alone."""
+        """Name and size of the file. Videos are too large for a digest of their content."""
         file = self._find(image_id)
         return f"{file.name} {file.stat().st_size}" if file else ""
 
