@@ -4,7 +4,7 @@ All classes except Batch hold one sample without padding. `collate` pads the sho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -159,6 +159,13 @@ class Visual:
     is_candidate: Tensor | None = None
     times: tuple[float, ...] = ()
     held: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def first(self, n: int) -> "Visual":
+        """The first n rows, if the others are padding."""
+        if n == len(self.rows):
+            return self
+        signals = {name: x[:n] for name, x in self.signals.items()}
+        return replace(self, rows=self.rows[:n], signals=signals, deepstack=tuple(x[:n] for x in self.deepstack))
 
     @property
     def is_video(self) -> bool:

@@ -1,7 +1,9 @@
 """The engine against the pipeline: the same tokens from static shapes, padded prompts and its own cache."""
 
 from contextlib import nullcontext
+from copy import copy, deepcopy
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,28 +11,34 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
+import tiny as families
 from experiments.benchmarks.demo import Demo
 from mipruner import engine as engines
 from mipruner import fused
 from mipruner.decoding import Decoding
-from mipruner.engine import LOOK, Graph
+from mipruner.engine import LOOK
 from mipruner.errors import InputError
+from mipruner.graphs import Graph
 from mipruner.models import load
 from mipruner.models.llava import LlavaAdapter
 from mipruner.pipeline import Pipeline
 from mipruner.prompt import Prompt
 from mipruner.pruners import (
     PRUNERS,
+    AttentionPruner,
     DownsamplePruner,
     FastVPruner,
     MIAttentionPruner,
     MIPruner,
     NoPruner,
     Pruner,
+    SimilarityPruner,
     VisionZipPruner,
 )
 
 DEMO = Path(__file__).resolve().parents[1] / "experiments/demo/llava"
+DEMO_QWEN = DEMO.parent / "qwen3vl"
+QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Engine = partial(engines.Engine, static=True)
 """As on a GPU."""
@@ -66,9 +74,87 @@ def prompts(n):
     return [Prompt(s.text, loaded[s.image_id], sample=s.id) for s in samples]
 
 
+def of_many_sizes():
+    """Questions of different lengths about images of other sizes each, two of them in one bucket."""
+    sizes = [(140, 84), (84, 84), (84, 140), (56, 140), (112, 112), (84, 84)]
+    texts = ["What color is it ?", "Which of the two is larger, the first or the second ?", "Why ?"]
+    return [Prompt(texts[k % 3], [families.make_image(k, *size)], sample=str(k)) for k, size in enumerate(sizes)]
+
+
+def check_alike(engine, plain, asked):
+    for prompt in asked:
+        answer, truth = engine(prompt), plain([prompt])[0]
+        assert answer.tokens == truth.tokens and answer.text == truth.text
+        assert torch.equal(answer.selections[0].indices, truth.selections[0].indices)
+        assert answer.visual_tokens_per_layer == truth.visual_tokens_per_layer
+        assert (answer.n_visual, answer.n_keep, answer.grids, answer.boxes) == (
+            truth.n_visual, truth.n_keep, truth.grids, truth.boxes
+        )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def demo():
     return load(DEMO, dtype="float32", device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def demo_qwen():
+    return load(DEMO_QWEN, dtype="float32", device=DEVICE)
+
+
+@pytest.mark.parametrize("name", ["none", "mi", "similarity", "divprune", "attention", "mi_attention", "vispruner"])
+@pytest.mark.parametrize("family", QWEN)
+def test_images_of_any_size_give_the_pipelines_tokens(family, name):
+    """With windows in the encoder, and rows for several layers of the language model, where the family has them."""
+    adapter, decoding = families.tiny(family), Decoding(max_new_tokens=6)
+    pruner = PRUNERS[name]()
+    check_alike(
+        Engine(adapter, pruner, 0.4, decoding, bucket=8), Pipeline(adapter, pruner, 0.4, decoding), of_many_sizes()
+    )
+
+
+@pytest.mark.parametrize(("pruner", "keep"), [(MIPruner(), 0.25), (MIPruner(), 9), (NoPruner(), 1.0)])
+def test_the_demo_of_any_size_answers_alike(demo_qwen, pruner, keep):
+    canvases = [[336, 336], [280, 280], [336, 252], [252, 336]]
+    benchmark, decoding = Demo(n_scenes=4, canvases=canvases), Decoding(max_new_tokens=4)
+    by_image = {sample.image_id: sample for sample in benchmark.samples()}
+    asked = [Prompt(sample.text, benchmark.images(name), sample=sample.id) for name, sample in by_image.items()]
+    assert len({prompt.images[0].size for prompt in asked}) == 4
+    check_alike(Engine(demo_qwen, pruner, keep, decoding), Pipeline(demo_qwen, pruner, keep, decoding), asked)
+
+
+def test_images_of_one_bucket_share_a_graph():
+    """Nothing is recorded anew for another size, number of kept tokens or question in it."""
+    engine = Engine(families.tiny("qwen3_vl"), MIPruner(lam=1), 0.5, Decoding(max_new_tokens=2), bucket=128)
+    asked = of_many_sizes()
+    counts = {engine(prompt).n_keep for prompt in asked}
+    names = [name for name, *_ in engine.graphs]
+    assert len(counts) > 2
+    assert [names.count(name) for name in ("see", "prefill", "step", "score")] == [1, 1, 1, 0]
+
+
+def test_a_large_image_is_padded_by_at_most_an_eighth():
+    engine = Engine(families.tiny("qwen3_vl"), MIPruner(), 0.5, Decoding(max_new_tokens=2), bucket=64)
+    sizes = [engine._padded(n) for n in range(1, 16385)]
+    assert sizes == sorted(sizes) and len(set(sizes)) < 64
+    assert all(n <= size < max(n + 64, n * 1.125 + 1) for n, size in enumerate(sizes, 1))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_repetition_penalty_is_the_pipelines(family):
+    adapter = tiny() if family == "llava" else families.tiny(family)
+    asked, decoding = prompts(3) if family == "llava" else of_many_sizes()[:3], Decoding(max_new_tokens=8)
+    engine = Engine(adapter, MIPruner(), 5, decoding, bucket=8)
+    free = [engine(prompt).tokens for prompt in asked]
+    generation = adapter.model.generation_config
+    before = generation.repetition_penalty
+    try:
+        generation.repetition_penalty = 1.7
+        engine, plain = Engine(adapter, MIPruner(), 5, decoding, bucket=8), Pipeline(adapter, MIPruner(), 5, decoding)
+        check_alike(engine, plain, asked)
+        assert [engine(prompt).tokens for prompt in asked] != free
+    finally:
+        generation.repetition_penalty = before
 
 
 @pytest.mark.parametrize(
@@ -86,13 +172,8 @@ def test_tiny_models_give_the_pipelines_tokens(name, positions):
     decoding = Decoding(max_new_tokens=2 * LOOK + 3)
     plain = Pipeline(adapter, PRUNERS[name](), 5, decoding)
     engine = Engine(adapter, PRUNERS[name](), 5, decoding, bucket=8, longest=40)
-    expected = [plain([prompt])[0] for prompt in prompts(5)]
+    check_alike(engine, plain, prompts(5))
     answers = [engine(prompt) for prompt in prompts(5)]
-    for answer, truth in zip(answers, expected, strict=True):
-        assert answer.tokens == truth.tokens and answer.text == truth.text
-        assert torch.equal(answer.selections[0].indices, truth.selections[0].indices)
-        assert answer.visual_tokens_per_layer == truth.visual_tokens_per_layer
-        assert (answer.n_visual, answer.grids, answer.boxes) == (truth.n_visual, truth.grids, truth.boxes)
     assert len({tuple(answer.tokens) for answer in answers}) > 1
 
 
@@ -132,8 +213,8 @@ def test_compiled_and_recorded_the_demo_answers_alike(demo):
         assert engine(prompt).tokens == plain([prompt])[0].tokens
 
 
-@pytest.mark.parametrize("pruner", [NoPruner(), MIPruner(), MIAttentionPruner()])
-def test_what_is_compiled_compiles_whole(pruner, monkeypatch):
+@pytest.mark.parametrize(("family", "pruner"), [("llava", MIAttentionPruner()), ("qwen3_vl", MIPruner())])
+def test_what_is_compiled_compiles_whole(family, pruner, monkeypatch):
     """And each layer's cache lies in memory of its own, or compiled steps would copy all of it."""
     compiled = []
 
@@ -143,52 +224,63 @@ def test_what_is_compiled_compiles_whole(pruner, monkeypatch):
 
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", whole)
-    adapter, decoding = tiny(), Decoding(max_new_tokens=4)
-    engine = Engine(adapter, pruner, 5, decoding, bucket=8, compiled=True)
+    adapter, decoding = tiny() if family == "llava" else families.tiny(family), Decoding(max_new_tokens=4)
+    engine = Engine(adapter, pruner, 5, decoding, bucket=64, compiled=True)
     assert len({x.untyped_storage().data_ptr() for pair in engine.cache.layers for x in pair}) == 2 * len(
         engine.cache.layers
     )
-    for prompt in prompts(3):
+    for prompt in prompts(2) if family == "llava" else of_many_sizes()[:2]:
         assert engine(prompt).tokens == Pipeline(adapter, pruner, 5, decoding)([prompt])[0].tokens
     assert set(compiled) == {"prefill", "step"}
 
 
-WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_unique2", "lift_fresh")
-"""Operations at which the host waits for a GPU, whose shape depends on a value, or that begin on the host."""
-
-
-class Operations(TorchDispatchMode):
-    """Notes the names of all that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
+class OnDevice(TorchDispatchMode):
+    """Refuses what a recording may not hold: data that begins on the host and comes to the device."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.add(operation._schema.name.removeprefix("aten::"))
-        return operation(*args, **(kwargs or {}))
+        out = operation(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_meta:
+            from_host = [x for x in args if isinstance(x, torch.Tensor) and not x.is_meta and x.dim()]
+            assert not from_host and "lift_fresh" not in str(operation), operation
+        return out
 
 
 @pytest.mark.parametrize(
-    "pruner",
-    [NoPruner(), MIPruner(lam=1), MIPruner(aggregation="global"), MIAttentionPruner(lam=1), PRUNERS["similarity"](),
-     PRUNERS["attention"]()],
-    ids=lambda pruner: type(pruner).__name__,
-)  # fmt: skip
-def test_nothing_that_is_recorded_waits_for_the_device(pruner, monkeypatch):
-    """With lam below 1 a GPU takes the kernels instead, and test_kernels looks at those."""
-    seen = []
+    ("family", "pruner"),
+    [
+        *product(
+            ["llava"],
+            [NoPruner(), MIPruner(lam=1), MIPruner(aggregation="global"), MIAttentionPruner(lam=1), SimilarityPruner()],
+        ),
+        *product(QWEN, [NoPruner(), AttentionPruner()]),
+    ],
+)
+def test_nothing_that_is_recorded_reads_a_value(family, pruner, monkeypatch):
+    """On a device without values, nothing can: neither wait for one nor take a shape from it.
 
-    def watched(graph, *inputs):
-        with Operations() as operations:
-            out = graph.function(*inputs)
-        seen.append(graph.function.__name__)
-        assert not operations.names.intersection(WAITS)
-        return out
+    With lam below 1 a GPU takes the kernels instead, and test_kernels looks at those.
+    """
+    adapter, decoding = tiny() if family == "llava" else families.tiny(family), Decoding(max_new_tokens=3)
+    adapter.model.generation_config.repetition_penalty = 1.3
+    twin = copy(adapter)
+    twin.model = deepcopy(adapter.model).to("meta")
+    empty, seen = Engine(twin, pruner, 5, decoding, bucket=8), []
+
+    def watched(graph, *inputs, **named):
+        name = graph.function.__name__
+        blank, blank_named = [x.to("meta") for x in inputs], {key: x.to("meta") for key, x in named.items()}
+        with OnDevice():
+            getattr(empty, name)(*blank, **blank_named)
+        seen.append(name)
+        return graph.function(*inputs, **named)
 
     monkeypatch.setattr(Graph, "__call__", watched)
-    Engine(tiny(), pruner, 5, Decoding(max_new_tokens=3), bucket=8)(prompts(1)[0])
-    assert set(seen) == {"see", "score", "prefill", "step"}
+    prompt = prompts(1)[0] if family == "llava" else of_many_sizes()[0]
+    try:
+        Engine(adapter, pruner, 5, decoding, bucket=8)(prompt)
+    finally:
+        adapter.model.generation_config.repetition_penalty = None
+    assert set(seen) == {"see", "prefill", "step"} | ({"score"} if family == "llava" else set())
 
 
 def test_after_features_that_are_not_finite_answers_are_as_before():
@@ -209,7 +301,8 @@ def test_after_features_that_are_not_finite_answers_are_as_before():
 def test_prompts_of_one_bucket_share_a_graph():
     engine = Engine(tiny(), MIPruner(), 5, Decoding(max_new_tokens=2), bucket=32, longest=64)
     several = prompts(8)
-    lengths = {len(engine.adapter.tokenize(prompt, [engine.visual]).ids) for prompt in several}
+    outline = engine.adapter.outline({})
+    lengths = {len(engine.adapter.tokenize(prompt, [outline]).ids) for prompt in several}
     for prompt in several:
         engine(prompt)
     names = [name for name, *_ in engine.graphs]
@@ -232,6 +325,12 @@ def test_what_the_engine_cannot_do_it_says():
         Engine(adapter, MIPruner(), 5, Decoding())(Prompt(prompt.text, [*prompt.images] * 2))
     with pytest.raises(InputError, match="raise longest"):
         Engine(adapter, MIPruner(), 5, Decoding(), longest=4)(prompt)
+    with pytest.raises(InputError, match="does not run qwen3_5 models"):
+        Engine(families.tiny("qwen3_5"), MIPruner(), 5, Decoding())
+    with pytest.raises(InputError, match="not a video"):
+        Engine(families.tiny("qwen3_vl"), MIPruner(), 5, Decoding())(Prompt("Why ?", [families.video(4, 3)]))
+    with pytest.raises(InputError, match="takes no video"):
+        Engine(adapter, MIPruner(), 5, Decoding())(Prompt("Why ?", [families.video(4, 3)]))
     with pytest.raises(InputError, match="merges tokens"):
         Engine(adapter, VisionZipPruner(), 5, Decoding())(prompt)
     with pytest.raises(InputError, match="use the pipeline"):

@@ -27,10 +27,10 @@ from experiments import build, results
 from experiments.flops import Decoder, architecture
 from experiments.machine import Memory, machine, spread
 from mipruner import pmi
-from mipruner.engine import Graph
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import mi_picks
+from mipruner.graphs import Graph
 from mipruner.pruners import CDPruner, DARTPruner, DivPruner
 from mipruner.pruners.base import DecoderView
 from mipruner.selection import budget, greedy

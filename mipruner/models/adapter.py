@@ -72,6 +72,8 @@ class Adapter(ABC):
     default_positions: ClassVar[str] = "repack"
     any_size: ClassVar[bool] = False
     """Whether the number of visual tokens follows the image size, so that `ImagePruner` can resize images."""
+    static_types: ClassVar[frozenset[str]] = frozenset()
+    """Values of ``model_type`` that `Engine` supports: those with `outline`, `most_visual` and `pad`."""
     reads_inside: ClassVar[bool] = True
     """Whether signals of the vision encoder and layers of the language model are supported."""
 
@@ -147,6 +149,23 @@ class Adapter(ABC):
     def n_visual(self, image: Media) -> int:
         """Number of visual tokens of an image, for families with ``any_size``. Their `preprocess` also accepts
         `Smaller`.
+        """
+        raise NotImplementedError
+
+    @property
+    def most_visual(self) -> int:
+        """Visual tokens of the largest image."""
+        raise NotImplementedError
+
+    def outline(self, pixels: dict[str, Any]) -> Visual:
+        """What `encode` makes of one image, with rows of width 0: grid and number of visual tokens."""
+        raise NotImplementedError
+
+    def pad(self, pixels: dict[str, Any], n_visual: int) -> dict[str, Tensor]:
+        """``pixels`` of an image of at most ``n_visual`` tokens as tensors whose shapes depend on ``n_visual`` alone.
+
+        `encode` takes them instead; of the result only the first rows count, as many as the image has tokens. Where
+        all images have one size, they are what they are.
         """
         raise NotImplementedError
 

@@ -17,16 +17,20 @@ def cls_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return weights[..., 0, 1:].mean(-2)
 
 
-def received_attention(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def received_attention(q: Tensor, k: Tensor, scale: float, is_real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention that each token receives from all other tokens (eq. 5) and from itself, both [.., n], mean over heads.
 
-    q, k [.., n, heads, d_head].
+    q, k [.., n, heads, d_head]. ``is_real`` [n] is False for padding, which neither pays nor receives any.
     """
     q, k = (x.float().transpose(-3, -2) for x in (q, k))
     received, parts = torch.zeros_like(k[..., 0]), []
     step = max(1, BLOCK // k[..., 0].numel())
     for start in range(0, q.shape[-2], step):
-        weights = (q[..., start : start + step, :] @ k.mT * scale).softmax(-1)
+        logits = q[..., start : start + step, :] @ k.mT * scale
+        if is_real is None:
+            weights = logits.softmax(-1)
+        else:
+            weights = logits.masked_fill(~is_real, -torch.inf).softmax(-1) * is_real[start : start + step, None]
         received += weights.sum(-2)
         parts.append(weights.diagonal(start, -2, -1))
     own = torch.cat(parts, -1)

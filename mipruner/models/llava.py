@@ -42,6 +42,7 @@ class LlavaAdapter(Adapter):
     """
 
     model_types = ("llava",)
+    static_types = frozenset({"llava"})
     prompts: ClassVar[dict[str, str]] = {"vicuna_v1": VICUNA_V1}
     image_processor_class: ClassVar[type[ImageProcessingMixin]] = CLIPImageProcessorPil
     signals: ClassVar[frozenset[str]] = frozenset(
@@ -101,6 +102,16 @@ class LlavaAdapter(Adapter):
     def side(self) -> int:
         """Number of patches along one side of a tile."""
         return _first(self.model.config.vision_config.image_size) // self.patch
+
+    @property
+    def most_visual(self) -> int:
+        return self.side**2
+
+    def outline(self, pixels: dict[str, Any]) -> Visual:
+        return Visual(rows=torch.empty(self.side**2, 0), grid=self.grid(pixels))
+
+    def pad(self, pixels: dict[str, Any], n_visual: int) -> dict[str, Tensor]:
+        return pixels | {"pixel_values": pixels["pixel_values"].to(self.model.dtype)}
 
     def tower(self, is_video: bool) -> Any:
         """The vision encoder, a model of transformers."""

@@ -5,20 +5,25 @@ destroy the grid. The position of a new token is computed from the last position
 """
 
 from collections.abc import Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.utils import ModelOutput
-from transformers.vision_utils import get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from mipruner.errors import InputError
-from mipruner.intercept import Call, captured
+from mipruner.intercept import Arguments, Call, Step, captured, intercept
 from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.models.encoder_attention import received_attention
 from mipruner.prompt import Media, Smaller, Video, Visual
@@ -39,6 +44,7 @@ class QwenVLAdapter(Adapter):
     image_processor_class: ClassVar[type[ImageProcessingMixin]] = Qwen2VLImageProcessorPil
     default_positions = "keep"
     any_size = True
+    static_types = frozenset({"qwen2_vl", "qwen2_5_vl"})
     signals: ClassVar[frozenset[str]] = frozenset({"attention", "attention_to_self", "hidden", "keys"})
 
     def __init__(
@@ -109,11 +115,84 @@ class QwenVLAdapter(Adapter):
         watched = (attn, attn.qkv, self.vision.blocks[-1])
         return captured(*watched) if signals & self.signals else nullcontext([])
 
+    @property
+    def most_visual(self) -> int:
+        return int(self.image_size["longest_edge"] // (self.patch_area * self.merge**2))
+
+    def outline(self, pixels: dict[str, Any]) -> Visual:
+        if "times" in pixels:
+            raise InputError("the engine answers about one image, not a video: use the pipeline")
+        _, height, width = (pixels["grid_thw"][0] // self.merge).tolist()
+        return Visual(rows=torch.empty(height * width, 0), grid=(height, width))
+
+    def pad(self, pixels: dict[str, Any], n_visual: int) -> dict[str, Tensor]:
+        """Patches in the encoder's order with all that it would compute from the grid, which a CUDA graph cannot.
+
+        Keys are transformers' own names, except for ``is_real`` [n_patches] and ``windows`` [n_patches], the number of
+        the window in which a patch sees others (Qwen2.5-VL).
+        """
+        grids, vision = pixels["grid_thw"], self.vision
+        values = pixels["pixel_values"].to(self.model.dtype)
+        more = n_visual * self.merge**2 - len(values)
+        rows = {
+            "pixel_values": values,
+            "is_real": torch.ones(len(values), dtype=torch.bool),
+            "position_ids": get_vision_position_ids(grids, self.merge),
+        }
+        if hasattr(vision, "interpolation_mode"):
+            side, how = vision.num_grid_per_side, (vision.interpolation_mode, vision.interpolation_align_corners)
+            taps = get_vision_interpolation_indices_and_weights(grids, side, *how, self.merge)
+            rows |= zip(("interp_indices", "interp_weights"), taps, strict=True)
+        padded = {name: pad(x, (0, 0) * (x.dim() - 1) + (0, more)) for name, x in rows.items()}
+        if hasattr(vision, "window_size"):
+            order, ends = self.windows(grids)
+            numbers = torch.arange(len(ends) - 1).repeat_interleave(ends.diff().long())
+            padded["windows"] = pad(numbers, (0, more), value=-1)
+            padded["window_index"] = torch.cat([order, torch.arange(len(order), n_visual)])
+        return padded
+
+    def windows(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Order of the tokens inside the blocks, sorted by window, and the patches before the end of each window."""
+        patch = self.model.config.vision_config.patch_size
+        return get_vision_window_index(grids, self.merge, self.vision.window_size, patch)
+
     def run_encoder(self, pixels: Sequence[dict[str, Any]]) -> ModelOutput:
+        if "is_real" in pixels[0]:
+            return self.run_padded(pixels[0])
         values = torch.cat([one["pixel_values"] for one in pixels]).to(self.device)
         return self.model.model.get_image_features(values, self.join_grids(pixels))
 
+    def run_padded(self, one: dict[str, Tensor]) -> ModelOutput:
+        """The encoder on what `pad` made: one segment of attention, in which no patch sees padding.
+
+        Lengths stand on the host, so that nothing is read back.
+        """
+        whole = torch.tensor([0, len(one["is_real"])], dtype=torch.int32)
+        named = {"cu_seqlens": whole, "position_bias": self.bias(one["is_real"])}
+        if "windows" in one:
+            named["cu_window_seqlens"] = whole
+        named |= {name: x for name, x in one.items() if name not in ("pixel_values", "is_real", "windows")}
+        with ExitStack() as stack:
+            if "windows" in one:
+                own = {"position_bias": self.bias(one["windows"][:, None] == one["windows"])}
+
+                def within(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+                    return args, kwargs | own
+
+                for k, block in enumerate(self.vision.blocks):
+                    if k not in self.vision.fullatt_block_indexes:
+                        stack.enter_context(intercept(block.attn, Step(within)))
+            given = {f"image_{name}": x for name, x in named.items()}
+            return self.model.model.get_image_features(one["pixel_values"], self.join_grids([one]), **given)
+
+    def bias(self, sees: Tensor) -> Tensor:
+        """What is added to the attention logits: sees [.., n] -> [1, 1, .., n] of 0 and -inf."""
+        zeros = torch.zeros(sees.shape, dtype=self.model.dtype, device=sees.device)
+        return zeros.masked_fill(~sees, -torch.inf).view(1, 1, -1, len(sees))
+
     def join_grids(self, pixels: Sequence[dict[str, Any]]) -> Tensor:
+        if "is_real" in pixels[0]:  # any of so many patches, on the host
+            return torch.tensor([[1, self.merge, len(pixels[0]["is_real"]) // self.merge]])
         return torch.cat([one["grid_thw"] for one in pixels]).to(self.device)
 
     def split_pixels(self, is_video: bool, inputs: dict[str, Any], runs: Sequence[int]) -> list[dict[str, Any]]:
@@ -132,7 +211,7 @@ class QwenVLAdapter(Adapter):
         names, grids = signals & self.signals, self.join_grids(pixels)
         counts = (grids.prod(-1) // self.merge**2).tolist()
         attn = self.vision.blocks[self.attention_block].attn
-        found = self.vision_signals(calls, attn, grids, names) if names else {}
+        found = self.vision_signals(calls, attn, pixels, names) if names else {}
         found = {name: rows.split(counts) for name, rows in found.items()}
         deepstack = [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in output.deepstack]
         deepstack_of_each = [layer.split(counts) for layer in deepstack]
@@ -152,7 +231,9 @@ class QwenVLAdapter(Adapter):
         """The last vision block with attention over all patches of an image; other blocks of Qwen2.5-VL use windows."""
         return max(getattr(self.vision, "fullatt_block_indexes", None) or [len(self.vision.blocks) - 1])
 
-    def vision_signals(self, calls: Sequence[Call], attn: Any, grids: Tensor, names: Set[str]) -> dict[str, Tensor]:
+    def vision_signals(
+        self, calls: Sequence[Call], attn: Any, pixels: Sequence[dict[str, Any]], names: Set[str]
+    ) -> dict[str, Tensor]:
         """Named fields of `Features` for all images together, averaged over the patches of a token.
 
         Attention is within an image, or within a time step of a video: the segments of ``cu_seqlens``.
@@ -162,25 +243,23 @@ class QwenVLAdapter(Adapter):
         q, k = apply_rotary_pos_emb_vision(q, k, *inside.kwargs["position_embeddings"])
         found = {"hidden": hidden.output, "keys": k.mean(-2)}
         if names & {"attention", "attention_to_self"}:
-            lengths = inside.kwargs["cu_seqlens"].diff().tolist()
+            lengths, is_real = inside.kwargs["cu_seqlens"].diff().tolist(), pixels[0].get("is_real")
             segments = zip(q.split(lengths), k.split(lengths), strict=True)
-            received = [received_attention(*segment, attn.scaling) for segment in segments]
+            received = [received_attention(*segment, attn.scaling, is_real) for segment in segments]
             found |= {
                 name: torch.cat(rows)[:, None]
                 for name, rows in zip(("attention", "attention_to_self"), zip(*received, strict=True), strict=True)
             }
-        order = self.raster_order(grids)
+        order = self.raster_order(pixels)
         tokens = {name: found[name].unflatten(0, (-1, self.merge**2)).mean(1)[order] for name in names}
         return {name: rows[:, 0] if name.startswith("attention") else rows for name, rows in tokens.items()}
 
-    def raster_order(self, grids: Tensor) -> Tensor | slice:
+    def raster_order(self, pixels: Sequence[dict[str, Any]]) -> Tensor | slice:
         """Index of each token inside the vision blocks, where Qwen2.5-VL sorts tokens by window."""
         if not hasattr(self.vision, "window_size"):
             return slice(None)
-        window_index, _ = get_vision_window_index(
-            grids, self.merge, self.vision.window_size, self.model.config.vision_config.patch_size
-        )
-        return window_index.argsort()
+        order = pixels[0].get("window_index")
+        return (self.windows(self.join_grids(pixels))[0] if order is None else order).argsort()
 
     def position_ids(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
         """Positions [4, S]: token number, time, height, width."""
@@ -213,6 +292,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
     """
 
     model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+    static_types = frozenset({"qwen3_vl"})
 
     def write_placeholders(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         config = self.model.config
