@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-if sys.argv[:1] == ["-m"]:  # python is looking for the module of `python -m experiments.x`, which was a command once
+if sys.argv[:1] == ["-m"]:  # python looks for the module of `python -m experiments.x`, a former command
     module, *words = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
     task = module.rpartition(".")[2]
     if words[:1] == ["estimate"]:

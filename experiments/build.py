@@ -28,16 +28,16 @@ from mipruner.selection import budget as n_tokens
 
 
 def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    """The resolved config. Keys that cannot change a number are set to one value, so that they do not create a second
-    cell.
+    """The resolved config, with one value for keys that cannot change a number.
 
-    These are the budget of a pruner that keeps everything, the seed where nothing is drawn, and what only keep=auto
-    or a single image reads.
+    So these keys do not create a second cell.
+
+    They are the budget of ``none``, the seed if nothing is random, and keys that only keep=auto or a single image uses.
 
     Raises
     ------
     InputError
-        If a value is of the wrong type or out of range.
+        If a value has the wrong type or is out of range.
     """
     config = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else deepcopy(cfg)
     settings.check(config)
@@ -57,7 +57,7 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def budget(config: dict[str, Any]) -> int | float | Auto:
-    """The budget of a resolved config. Raises `InputError` if it is valid for no image."""
+    """Budget of a resolved config. Raises `InputError` if it is not valid for any image."""
     keep = Auto(config["quality"], config["keep_max"]) if config["keep"] == "auto" else config["keep"]
     n_tokens(keep, sys.maxsize)
     return keep
@@ -70,21 +70,21 @@ def device(config: dict[str, Any]) -> str:
 
 
 def _name(path: str | None) -> str:
-    """The name in records of a model that is given by its path."""
+    """Name, in records, of a model that is given by its path."""
     if not path:
         raise InputError("model=any needs a model: model.path=google/gemma-3-4b-it, or a folder")
     return Path(path).name
 
 
 def model(config: dict[str, Any]) -> Adapter:
-    """The adapter of a resolved config; a sweep over pruners loads its model once.
+    """Adapter of a resolved config. A sweep over pruners loads its model once.
 
     Raises
     ------
     ModelError
-        If it does not load.
+        If the model cannot be loaded.
     InputError
-        If it has no adapter of its own.
+        If the model type has no adapter.
     """
     adapter = any_model(config)
     if not adapter.reads_inside:
@@ -97,8 +97,8 @@ def model(config: dict[str, Any]) -> Adapter:
 
 
 def any_model(config: dict[str, Any]) -> Adapter:
-    """Like `model`, also for a type without an adapter."""
-    _name(config["model"]["path"])  # says what to do where there is none
+    """Like `model`, but also for a model type without an adapter."""
+    _name(config["model"]["path"])  # raises an error that says what to do if there is none
     options = config["model"] | {key: config[key] for key in ("positions",) if key in config}
     return _model(json.dumps(options), device(config))
 
@@ -112,17 +112,17 @@ def _model(options: str, where: str) -> Adapter:
 
 
 def weights(path: str) -> str:
-    """The folder of a model that is part of the repository, or the name on the hub."""
+    """Folder of a model that is part of the repository, or the name on the hub."""
     return str(ROOT / path) if (ROOT / path).is_dir() else path
 
 
 def benchmark(config: dict[str, Any]) -> Benchmark:
-    """The benchmark of a resolved config or record; the next cell with the same benchmark gets the same object.
+    """Benchmark of a resolved config or record. The next cell with the same benchmark reuses the object.
 
     Raises
     ------
     BenchmarkError
-        If its options do not fit.
+        If its options are invalid.
     """
     return _benchmark(json.dumps(config["dataset"]["benchmark"]))
 
@@ -133,12 +133,12 @@ def _benchmark(options: str) -> Benchmark:
 
 
 def make_benchmark(name: str, **options: Any) -> Benchmark:
-    """The benchmark called ``name``, see `benchmark_class`; the options of a judge become a judge.
+    """Create the benchmark ``name``, see `benchmark_class`, and its judge from the options of the judge.
 
     Raises
     ------
     BenchmarkError
-        If there is no such benchmark, or it does not take the options or refuses a value.
+        If there is no such benchmark or option, or a value is invalid.
     """
     cls = benchmark_class(name)
     if options.get("judge"):
@@ -147,9 +147,9 @@ def make_benchmark(name: str, **options: Any) -> Benchmark:
 
 
 def benchmark_class(name: str) -> type[Benchmark]:
-    """The benchmark of a file of experiments/benchmarks, or of an entry point of the group `mipruner.benchmarks`.
+    """Benchmark class of a file in experiments/benchmarks, or of an entry point of the group `mipruner.benchmarks`.
 
-    Records of other people name benchmarks too: nothing else is imported. Raises `BenchmarkError`.
+    Nothing else is imported, because records of other people also name benchmarks. Raises `BenchmarkError`.
     """
     values = []
     if name in [module.name for module in iter_modules(benchmarks.__path__)]:
@@ -170,22 +170,22 @@ def pruner(config: dict[str, Any]) -> Method:
 
 
 def method(words: str, config: dict[str, Any]) -> Method:
-    """The pruner that words such as ``mi lam=1`` name, with its file's options for the config's model, data and seed.
+    """Pruner from words such as ``mi lam=1``, with the options of its YAML file for the model, dataset and seed.
 
     Raises
     ------
     InputError
-        If there is no such pruner, or it has no such option or refuses its value.
+        If there is no such pruner or option, or the value is invalid.
     """
     name, given = parse_method(words)
     shared = {key: config[key] for key in ("model", "dataset", "seed")}
-    file = conf.read("pruner", name) if name in conf.names("pruner") else {"name": name}  # another package's
+    file = conf.read("pruner", name) if name in conf.names("pruner") else {"name": name}  # of another package
     options = OmegaConf.to_container(OmegaConf.create(shared | {"pruner": file}), resolve=True)["pruner"]
     return make(**options | {key: yaml.safe_load(value) for key, value in given.items()})
 
 
 def decoding(config: dict[str, Any]) -> Decoding:
-    """The decoding settings of a resolved config. Raises `InputError`."""
+    """Decoding settings of a resolved config. Raises `InputError`."""
     return _construct(Decoding, config["decoding"], InputError)
 
 

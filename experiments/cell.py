@@ -1,4 +1,4 @@
-"""One cell of a sweep: runs it, resumes it, names its folder, prints its record."""
+"""Runs or resumes one cell of a sweep, names its folder, and prints its record."""
 
 import os
 import sys
@@ -21,16 +21,16 @@ from mipruner.models import Video
 from mipruner.processed import pipeline_of
 
 Draw = Callable[[dict[str, Any], list[dict[str, Any]], Benchmark, Path], None]
-"""Draws some samples of a cell, whose record and rows are given, into a file."""
+"""Function of a record, its rows and a file. Draws some samples into the file."""
 
 WARN_WAITED = 0.2
-"""The share of its time that a model may wait for images without a word."""
+"""Share of waiting time for images above which a warning is printed."""
 
 
 def differs(overrides: Sequence[str], seed: int = 0) -> str:
-    """The overrides that a folder's name should show, without groups and what names the folder already.
+    """Overrides for the folder's name, without groups and without what the name already contains.
 
-    ``seed`` is that of the resolved config, which is 0 where nothing is drawn, whatever the command line said.
+    ``seed`` is that of the resolved config, which is 0 if nothing is random.
     """
     shown = [f"seed={seed}"] if seed else []
     for override in overrides:
@@ -43,7 +43,7 @@ def differs(overrides: Sequence[str], seed: int = 0) -> str:
 
 
 def check_swept(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> None:
-    """Raise `InputError` where a file of conf names values to sweep that Hydra did not take one by one."""
+    """Raise `InputError` if a file of conf defines a sweep, but the command has no ``-m``."""
     given = {override.partition("=")[0].strip("+~") for override in overrides}
     if missing := [key for key in params or {} if key not in given]:
         words = [word for word in overrides if word.startswith(("experiment=", "ablation="))]
@@ -53,9 +53,9 @@ def check_swept(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> N
 def run_cell(
     config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks = ALONE, draw: Draw | None = None
 ) -> dict[str, Any] | None:
-    """Run or resume the cell of a config, which these overrides made; returns its record, None for later ranks.
+    """Run or resume the cell of a config made by ``overrides``. Returns its record; None on other ranks than the first.
 
-    ``draw`` writes the image of ``n_masks`` samples into the folder of the finished cell.
+    ``draw`` writes an image of ``n_masks`` samples into the folder of the finished cell.
     """
     benchmark = build.benchmark(config)
     samples = read_samples(benchmark)
@@ -72,7 +72,7 @@ def run_cell(
             draw_masks(draw, record, cell, benchmark)
         return record
     samples = subset(samples, config["limit"], config["shard"], config["seed"])
-    choices = build.pruner(config), build.budget(config), build.decoding(config)  # what is wrong ends here
+    choices = build.pruner(config), build.budget(config), build.decoding(config)  # errors end here
     if "engine" in config:
         if ranks.n > 1:
             raise InputError("engine=server needs one process: set engine.concurrency instead")
@@ -99,7 +99,7 @@ def run_cell(
 
 
 def draw_masks(draw: Draw, record: dict[str, Any], cell: Cell, benchmark: Benchmark) -> None:
-    """Draw the kept tokens of some samples; an error while drawing does not lose answers."""
+    """Draw the kept tokens of some samples. An error while drawing does not lose answers."""
     try:
         draw(record, cell.rows(), benchmark, cell.path / "masks.png")
     except Exception as error:
@@ -107,7 +107,7 @@ def draw_masks(draw: Draw, record: dict[str, Any], cell: Cell, benchmark: Benchm
 
 
 def warnings(record: dict[str, Any]) -> list[str]:
-    """Warnings for a reader of the metrics: failed samples, skipped rows, unusable answers."""
+    """Warnings about the metrics: failed samples, skipped rows, unusable answers."""
     lines = []
     if failed := record["failed"]:
         lines.append(f"  {len(failed)} samples failed and count as wrong, see failed in record.json")
@@ -122,7 +122,7 @@ def warnings(record: dict[str, Any]) -> list[str]:
 
 
 def show(record: dict[str, Any], path: str) -> str:
-    """The record as text for the terminal."""
+    """A record as text for the terminal."""
     cell, tokens, ms = record["cell"], record["tokens"], record["latency_ms"]
     lines = [
         f"{cell['model']}  {cell['dataset']}  {cell['pruner']}  keep={cell['keep']}  ({record['n_samples']} samples)"
@@ -149,7 +149,7 @@ def show(record: dict[str, Any], path: str) -> str:
 
 
 def beside_published(record: dict[str, Any]) -> list[str]:
-    """Published scores of the same model and data set with all tokens, for a record with keep=1.0."""
+    """Published scores of the same model and dataset with all tokens, for a record with keep=1.0."""
     cell = record["cell"]
     if cell["keep"] != 1.0 or cell["model"].startswith("demo"):
         return []

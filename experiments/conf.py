@@ -1,4 +1,4 @@
-"""Reads files of conf without a run: a file merged over its defaults, titles, shapes."""
+"""Reads YAML files of conf without Hydra: a file merged with its defaults, titles, shapes."""
 
 import re
 from functools import cache
@@ -11,7 +11,7 @@ from experiments.results import ROOT
 
 CONF = ROOT / "conf"
 ABOUT = ("title", "shown", "shape")
-"""Keys of a model or data set that describe it and change no run."""
+"""Keys of a model or dataset that describe it and do not change a run."""
 
 
 def names(group: str) -> list[str]:
@@ -20,7 +20,7 @@ def names(group: str) -> list[str]:
 
 @cache
 def read(group: str, name: str) -> dict[str, Any]:
-    """conf/<group>/<name>.yaml over those files of the group that its defaults name; interpolations stay as they are.
+    """conf/<group>/<name>.yaml merged over the files that its defaults name. Interpolations are not resolved.
 
     Raises
     ------
@@ -37,13 +37,13 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 
 def title(group: str, name: str) -> str:
-    """Title of a model or data set in tables and figures; its name if conf has no such file."""
+    """Title of a model or dataset in tables and figures; its name if conf has no such file."""
     return read(group, name).get("title", name) if name in names(group) else name
 
 
 @cache
 def experiment_title(name: str) -> str:
-    """The first sentence at the head of a file of conf/experiment, after its ``@package`` line; the name if none."""
+    """First sentence of a file in conf/experiment, after its ``@package`` line; the name if there is no file."""
     path = CONF / "experiment" / f"{name}.yaml"
     if not path.exists():
         return name
@@ -57,12 +57,12 @@ def experiment_title(name: str) -> str:
 
 
 def without_about(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a model or data set that a run takes."""
+    """Options of a model or dataset for a run."""
     return {key: value for key, value in options.items() if key not in ABOUT}
 
 
 def by_family(default: Any, others: dict[str, Any], *, _root_: DictConfig) -> Any:
-    """``${by_family:a,{qwen_vl:b}}`` in a file of conf/pruner: a, but b for models whose file says family: qwen_vl."""
+    """Value of ``${by_family:a,{qwen_vl:b}}`` in conf/pruner: b for models with ``family: qwen_vl``, else a."""
     return others.get(_root_.model.get("family"), default)
 
 

@@ -1,4 +1,4 @@
-"""Three ways to answer one prompt with a pruner: the pipeline, the engine, and transformers' `generate`."""
+"""Engines that answer one prompt with a pruner: the pipeline, `mipruner.engine`, and transformers' `generate`."""
 
 from collections.abc import Callable
 

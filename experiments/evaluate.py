@@ -1,9 +1,8 @@
-"""Evaluates a benchmark in batches. The evaluation can resume after any batch.
+"""Evaluates a benchmark in batches. An interrupted evaluation resumes after the last finished batch.
 
-Batches are cut from the sample list before anything runs, so a run that was killed and started again feeds the model
-the same batches, and ends in the same record, as one that never was. While the model answers one batch, threads load
-and process the images of the next. Several processes share out those same batches, so that their record is the single
-process's; how many there are may change from one start to the next.
+Batches are formed before the run starts. So a resumed run has the same batches and the same record as an uninterrupted
+run. While the model answers one batch, threads load and process the images of the next batch. Several processes share
+the same batches, so the record does not depend on their number, which may change between starts.
 """
 
 import random
@@ -29,19 +28,19 @@ from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Media
 
 WINDOW = 256
-"""Samples that are sorted by length among themselves. No larger, so that those sharing an image stay close."""
+"""Number of samples that are sorted by length together. It is small, so that samples of one image stay close."""
 
 MAX_IMAGES = 128
-"""Loaded images that are kept for the samples that follow."""
+"""Number of loaded images in the cache."""
 
 
 def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed: int) -> list[Sample]:
-    """About ``limit`` samples, whole images drawn by ``seed``; of these the images of one shard, ``"0/4"``.
+    """About ``limit`` samples of whole images drawn by ``seed``; of these the images of one shard, such as ``"0/4"``.
 
     Raises
     ------
     InputError
-        If the shard is not of the form k/n, or nothing is left.
+        If the shard is not of the form k/n, or no sample is left.
     """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -67,15 +66,15 @@ def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed
 
 
 def by_length(samples: Sequence[Sample]) -> list[Sample]:
-    """Sort samples of each `WINDOW` by question length, longest first: prompts of equal length need little padding."""
+    """Sort the samples of each `WINDOW` by question length, longest first, so that batches have little padding."""
     windows = (samples[start : start + WINDOW] for start in range(0, len(samples), WINDOW))
     return [sample for window in windows for sample in sorted(window, key=lambda sample: -len(sample.text))]
 
 
 class ImageLoader:
-    """Loads the images of a batch and has the pipeline process them; keeps the last `MAX_IMAGES`.
+    """Loads the images of a batch and runs the pipeline's image processor on them; caches the last `MAX_IMAGES`.
 
-    That an image stays the same object is what lets the pipeline's vision cache know it.
+    The pipeline's vision cache needs an image to stay the same object.
     """
 
     def __init__(self, benchmark: Benchmark, pipeline: Pipeline, pool: ThreadPoolExecutor):
@@ -101,7 +100,7 @@ class ImageLoader:
         return images, errors
 
     def _prepared(self, image_id: str) -> list[Media]:
-        """One image or video, processed. Raises SampleError if it cannot be read or the processor refuses it."""
+        """Load and process one image or video. Raises SampleError if it cannot be read or the processor refuses it."""
         frames = self.benchmark.images(image_id)
         images = [Video(frames)] if self.benchmark.is_video else frames
         self.pipeline.adapter.kinds(images)
@@ -116,7 +115,7 @@ class ImageLoader:
 def prompts_of(
     pipeline: Pipeline, samples: Sequence[Sample], images: dict[str, list[Media]], text_scope: str
 ) -> tuple[dict[str, Prompt], dict[str, str]]:
-    """The prompts of the samples that have an image, and what is wrong with the text of others, by sample id."""
+    """Prompts of the samples with an image, and error messages for invalid texts, by sample id."""
     prompts, errors = {}, {}
     for sample in samples:
         if sample.image_id not in images:
@@ -143,7 +142,7 @@ def answer_batch(
     errors: dict[str, str],
     text_scope: str,
 ) -> list[dict[str, Any]]:
-    """Rows of samples.jsonl for one batch, ``correct`` still open."""
+    """Rows of samples.jsonl for one batch, without ``correct``."""
     prompts, text_errors = prompts_of(pipeline, samples, images, text_scope)
     before = dict(pipeline.watch.ms)
     answers: dict[str, Answer] = {}
@@ -179,7 +178,7 @@ def answer_batch(
 def answer_rest(
     cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks
 ) -> float | None:
-    """Answer this process's share of the open samples; returns the share of time spent waiting for images."""
+    """Answer this process's share of the open samples. Returns the share of time spent waiting for images."""
     digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
     if ranks.rank == 0:
         cell.keep_answers(digests)
@@ -209,9 +208,9 @@ def answer_rest(
 def evaluate(
     cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Answer the open samples, score all and return the record; None for all ranks but the first.
+    """Answer the open samples, score all and return the record; None on other ranks than the first.
 
-    The record is not written: its presence says that nothing is left to do, so it is written last.
+    The record is not written here. It is written last, because its presence means that the cell is finished.
 
     Raises
     ------
@@ -238,7 +237,7 @@ def evaluate_server(
     Raises
     ------
     BenchmarkError
-        If the server cannot be reached or refuses; what was answered is kept.
+        If the server cannot be reached or refuses. The answers so far are kept.
     """
     samples = by_length(samples)
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -251,7 +250,7 @@ def evaluate_server(
 
 
 def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:
-    """Score the answered samples and return the record, which says ``run`` of how they were answered."""
+    """Score the answered samples and return the record, with the entries of ``run``."""
     answered = {row["id"]: row for row in cell.rows()}
     rows = [answered[sample.id] for sample in samples]
     if all("error" in row for row in rows):
@@ -282,7 +281,7 @@ def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dic
 
 
 def unusable(benchmark: Benchmark, samples: Sequence[Sample], predictions: Sequence[str | None]) -> dict[str, int]:
-    """Number of empty answers, and of other answers without the requested form."""
+    """Number of empty answers, and number of other answers without the requested form."""
     answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
     said = [(sample, prediction) for sample, prediction in answered if prediction]
     unread = sum(not benchmark.is_readable(sample, prediction) for sample, prediction in said)

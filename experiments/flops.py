@@ -1,7 +1,7 @@
 """Computes FLOPs and KV cache of a model from its config.
 
-Multiply-adds count as two FLOPs, attention as the full square (kernels that skip the
-causal half do less), in the way of torch's FlopCounterMode, which the tests compare with.
+A multiply-add counts as two FLOPs, and attention as the full square (causal kernels compute less), as in torch's
+FlopCounterMode. Tests compare with it.
 """
 
 from copy import deepcopy
@@ -18,12 +18,12 @@ from mipruner.errors import InputError
 
 
 def architecture(name: str | None) -> PreTrainedConfig:
-    """The transformers config of a model by its name on the command line, or of a folder.
+    """transformers config of a model, by its name on the command line, or of a folder.
 
     Raises
     ------
     InputError
-        If the name is neither a folder nor a file of conf/model with a shape.
+        If the name is neither a folder nor a file in conf/model with a shape.
     """
     models = {known: read("model", known) for known in names("model")}
     options = models.get(name, {"path": name})
@@ -37,16 +37,16 @@ def architecture(name: str | None) -> PreTrainedConfig:
 
 
 STAND_INS = {"llava": "experiments/demo/llava", "qwen3_vl": "experiments/demo/qwen3vl"}
-"""Whose tokenizer and image processor serve a model of random weights: the costs do not depend on which words."""
+"""Demo models whose tokenizer and image processor are used for random weights; costs do not depend on them."""
 
 
 def stand_in(name: str) -> tuple[PreTrainedConfig, Path]:
-    """The shape of ``name`` with the special ids of a demo, and the folder with that demo's tokenizer and processor.
+    """Config of ``name`` with the special ids of a demo model, and the folder of that demo's tokenizer and processor.
 
     Raises
     ------
     InputError
-        If no demo is of the family.
+        If there is no demo model of the family.
     """
     config = architecture(name)
     if config.model_type not in STAND_INS:
@@ -59,7 +59,7 @@ def stand_in(name: str) -> tuple[PreTrainedConfig, Path]:
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, device: str = "meta", **options: Any) -> PreTrainedModel:
-    """The model of a config without its weights: nothing on the meta device, whatever lay in memory elsewhere."""
+    """Model of a config without weights: on the meta device, or uninitialised memory on another device."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
     return model.eval() if device == "meta" else model.to_empty(device=device).eval()
@@ -67,7 +67,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, device: str = "meta", **
 
 @dataclass(frozen=True)
 class Decoder:
-    """The numbers of a decoder-only transformer that its cost depends on, and the closed forms."""
+    """Dimensions of a decoder-only transformer, and closed formulas of its cost."""
 
     layers: int
     width: int
@@ -75,12 +75,12 @@ class Decoder:
     kv_heads: int
     head_dim: int
     ffn: int
-    """FFN multiply-adds a token and layer: 3 d I, or for a mixture of experts k times that and the router's."""
+    """FFN multiply-adds per token and layer: 3 d I; for a mixture of experts, k times that plus the router."""
     vocabulary: int
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Decoder":
-        """From a ``text_config``. Raises `InputError` if some layers are not full attention."""
+        """Read a ``text_config``. Raises `InputError` if some layers do not have full attention."""
         if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
             raise InputError(f"the closed form is for full attention; {config.model_type!r} mixes in other layers")
         width = config.hidden_size
@@ -100,18 +100,18 @@ class Decoder:
         )
 
     def prefill_flops(self, n: int) -> int:
-        """FLOPs of n prompt tokens, with the head on the last one."""
+        """FLOPs of n prompt tokens, with the head on the last token only."""
         projections = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = 2 * n * (projections + self.ffn) + 4 * self.heads * self.head_dim * n**2
         return self.layers * layer + 2 * self.width * self.vocabulary
 
     def kv_cache_bytes(self, n: int, element_size: int) -> int:
-        """Bytes that the keys and values of n tokens take."""
+        """Bytes of the keys and values of n tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * n * element_size
 
 
 def vision_flops(config: PreTrainedConfig, n_visual: int) -> int | None:
-    """FLOPs of vision encoder and projector for one image of ``n_visual`` tokens; None for a family not listed."""
+    """FLOPs of vision encoder and projector for one image of ``n_visual`` tokens; None for other families."""
     vision, kind = config.vision_config, config.model_type
     if kind == "llava":
         n, d, width = (

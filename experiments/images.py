@@ -1,7 +1,6 @@
-"""Opens the images of benchmarks and of the command line: upright, RGB, 8 bits. Conversions that lose information are
-reported.
+"""Opens images of benchmarks and of the command line as upright 8-bit RGB, and reports lossy conversions.
 
-What is done to each kind of file is in docs/own_data.md. Whatever is not plain is said in ``image.info["note"]``.
+docs/own_data.md lists the conversion of each kind of file. ``image.info["note"]`` describes a lossy conversion.
 """
 
 import io
@@ -15,19 +14,19 @@ WHITE = (255, 255, 255, 255)
 
 
 def open_image(source: Path | bytes, name: str = "") -> Image.Image:
-    """The image [height, width] in RGB; animated files show their first frame.
+    """Open an image as RGB [height, width]. Animated files give their first frame.
 
     Parameters
     ----------
     source : Path or bytes
-        A file, or what is in it.
+        A file or its content.
     name : str
-        What the error calls the image; its path by default.
+        Name of the image in errors; by default its path.
 
     Raises
     ------
     ValueError
-        If it is no image, cut short, or larger than Pillow opens.
+        If it is not an image, is truncated, or is larger than Pillow's limit.
     """
     try:
         with warnings.catch_warnings():
@@ -42,14 +41,14 @@ def open_image(source: Path | bytes, name: str = "") -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name or source} cannot be decoded: {error}") from error
     notes = [note] if note else []
-    if n_frames > 1 and image.format != "MPO":  # the further frames of an MPO are a preview or the other eye
+    if n_frames > 1 and image.format != "MPO":  # further frames of an MPO are a preview or a stereo image
         notes.append(f"first of {n_frames} frames")
     rgb.info = {"note": ", ".join(notes)} if notes else {}
     return rgb
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """The image in RGB, and what was done if that is more than naming the same colours."""
+    """The image in RGB, and a note if the conversion is lossy."""
     if image.mode[0] in "IF":
         return scaled(image)
     if image.has_transparency_data:
@@ -62,9 +61,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def scaled(image: Image.Image) -> tuple[Image.Image, str]:
-    """A grey image of more than 8 bits, scaled: its smallest value black and its largest white.
+    """Scale a grey image of more than 8 bits: the smallest value to black, the largest to white.
 
-    What already lies in 0..255 stays as it is; floats in 0..1 are taken for shares of white.
+    Values in 0..255 are not changed. Floats in 0..1 are shares of white.
     """
     values = np.asarray(image, dtype=np.float64)
     finite = np.isfinite(values)

@@ -1,8 +1,7 @@
-"""A judge: a chat model behind an OpenAI-compatible endpoint. Every reply is stored on disk.
+"""Judge: a chat model behind an OpenAI-compatible endpoint. Every reply is stored on disk.
 
-A reply is found again by what was asked, so that a rerun, or one that goes on after a kill, asks nothing twice. What is
-asked, and how a reply reads, belongs to the benchmark. The key comes from the environment, OPENAI_API_KEY, and is
-written nowhere.
+Replies are stored by request, so a rerun or a resumed run sends no request twice. The benchmark defines requests and
+reads replies. The key is read from the environment, OPENAI_API_KEY, and is not stored.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from experiments.benchmarks.base import BenchmarkError
 
 Reading = TypeVar("Reading")
 ATTEMPTS = 5
-"""How often a question is asked whose reply cannot be read."""
+"""Number of attempts for a question whose reply cannot be read."""
 
 
 def prompt_hash(*texts: str) -> str:
@@ -33,9 +32,9 @@ def prompt_hash(*texts: str) -> str:
 
 
 class Replies:
-    """Replies by the hash of what was asked, in a file of one JSON object a line.
+    """Replies by hash of the request, in a file with one JSON object per line.
 
-    A line is appended in one write, so that processes can share the file; a last line cut off by a kill is ignored.
+    Each line is appended in one write, so processes can share the file. An incomplete last line is ignored.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +49,7 @@ class Replies:
                     continue
 
     def add(self, reply: dict[str, Any]) -> None:
-        line = b"\n" + json.dumps(reply, ensure_ascii=False).encode() + b"\n"  # the first ends a line that was cut off
+        line = b"\n" + json.dumps(reply, ensure_ascii=False).encode() + b"\n"  # the first \n ends an incomplete line
         with self.lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -67,22 +66,22 @@ class Judge:
     Parameters
     ----------
     model : str
-        As the endpoint calls it.
+        Name of the model at the endpoint.
     base_url : str, optional
-        Of the endpoint; OpenAI's if None. Any server of chat/completions will do, a local one without a key.
+        URL of the endpoint; None is OpenAI. Any chat/completions server works; a local one needs no key.
     cache : str
-        Folder of the replies, one file a model.
+        Folder of the replies, one file per model.
     concurrency : int
-        Questions under way at a time.
+        Number of parallel requests.
     max_retries : int
-        Of a request that failed for a reason that may pass (429, 5xx, no connection), with growing waits.
+        Retries of a request after a temporary failure (429, 5xx, no connection), with growing waits.
     max_tokens : int, optional
-        Instead of the benchmark's own bound, for a judge that thinks aloud.
+        Overrides the benchmark's limit, for a judge with thinking.
 
     Raises
     ------
     BenchmarkError
-        If OpenAI itself is to be asked and there is no key.
+        If the endpoint is OpenAI and there is no key.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Judge:
         self.unreadable = 0
 
     def provenance(self, prompt: str) -> dict[str, Any]:
-        """Description of the judge for the record: its name, the exact models that answered, the hash of the prompt."""
+        """Facts for the record: name of the judge, exact models that answered, hash of the prompt."""
         return {
             "judge": self.model,
             "judge_base_url": self.base_url,
@@ -121,14 +120,14 @@ class Judge:
     def grade(
         self, requests: Sequence[Callable[[int], dict[str, Any]]], read: Callable[[str], Reading]
     ) -> list[Reading | None]:
-        """The reading of each reply, None if none of five could be read. Equal requests are asked once.
+        """The read value of each reply; None after five unreadable replies. Equal requests are sent once.
 
         Parameters
         ----------
         requests : sequence of callable
-            Each gives the arguments of chat/completions, but the model, for attempt 0, 1, ...
+            Each returns the arguments of chat/completions, without the model, for attempt 0, 1, ...
         read : callable
-            The reading of a reply; ValueError if it cannot be read.
+            Reads the value of a reply. Raises ValueError if it cannot be read.
 
         Raises
         ------

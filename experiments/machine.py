@@ -1,4 +1,4 @@
-"""Describes the machine of a measurement: name, speed limits, memory, and clocks."""
+"""Describes the machine of a measurement: name, speed limits, memory and clocks."""
 
 import os
 import shutil
@@ -17,11 +17,11 @@ from experiments import results
 from mipruner.timing import Stopwatch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""CPU time of the process is for one thread on a busy CPU: what others do there does not count."""
+"""Clocks by name. CPU time of the process is for one thread on a busy CPU: it does not count other processes."""
 
 
 def spread(ms: list[float]) -> dict[str, float]:
-    """Median, and the 20th and 80th percentile."""
+    """Median, 20th and 80th percentile."""
     cuts = quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else [ms[0]] * 4
     return {"median": round(median(ms), 3), "p20": round(cuts[0], 3), "p80": round(cuts[3], 3)}
 
@@ -36,7 +36,7 @@ class Memory:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_bytes(b"5")  # forgets the high-water mark of resident memory
+            Path("/proc/self/clear_refs").write_bytes(b"5")  # resets the peak of resident memory
 
     def peak(self) -> float:
         return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else self._of_process("VmHWM")
@@ -45,7 +45,7 @@ class Memory:
         return torch.cuda.memory_allocated() / 2**30 if self.on_gpu else self._of_process("VmRSS")
 
     def reserved(self) -> float:
-        """With what recorded graphs keep for themselves, which no tensor holds."""
+        """Memory including that of recorded graphs, which belongs to no tensor."""
         if not self.on_gpu:
             return self.now()
         torch.cuda.empty_cache()
@@ -71,7 +71,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, clock: Callable[[],
 
 
 def fastest(watch: Stopwatch, function: Callable[[], Any], repetitions: int = 10) -> float:
-    """Shortest time of a call in ms."""
+    """Shortest time of a call, in ms."""
     for repetition in range(repetitions):
         with watch(str(repetition)):
             function()
@@ -79,7 +79,7 @@ def fastest(watch: Stopwatch, function: Callable[[], Any], repetitions: int = 10
 
 
 def provenance(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What every measurement says of itself: command, commit, date, versions and `machine`."""
+    """Facts for every measurement: command, commit, date, versions and `machine`."""
     return {
         "command": results.command(overrides),
         "git_commit": results.git_commit(),
@@ -90,12 +90,12 @@ def provenance(overrides: Sequence[str], device: torch.device) -> dict[str, Any]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Properties of the machine and software that the numbers depend on."""
+    """Properties of machine and software that the numbers depend on."""
     found = {"device": results.device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         fields = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"
         found["cuda"] = torch.version.cuda
-        if shutil.which("nvidia-smi"):  # many containers are without it
+        if shutil.which("nvidia-smi"):  # missing in many containers
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={uuid}"]
             values = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")

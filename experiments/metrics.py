@@ -1,10 +1,10 @@
-"""Scores of single answers and of whole benchmarks, as pure functions.
+"""Scores of single answers and of benchmarks, as pure functions.
 
 ``scoring="llava"`` follows the scripts of LLaVA-1.5 (https://github.com/haotian-liu/LLaVA, ``llava/eval`` and
-``scripts/v1_5/eval``) to the letter, oddities included, because published pruning results were made with them.
-``scoring="lmms_eval"`` gives the rule of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) where it differs.
-LLaVA strips an answer once, when it is generated, and never again while scoring; neither do these functions.
-Accuracies of single answers lie in [0, 1]; those of benchmarks are in percent.
+``scripts/v1_5/eval``) exactly, because published pruning results were made with them. ``scoring="lmms_eval"`` is the
+rule of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) where it differs. As in LLaVA, answers are stripped of
+blanks after generation and not again for scoring. Accuracies of single answers are in [0, 1], those of benchmarks in
+percent.
 """
 
 import re
@@ -37,8 +37,8 @@ def mean_percent(scores: Sequence[float]) -> float:
 def gqa_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
     """1 if the prediction is the answer.
 
-    LLaVA: lower case and no full stops at the end, then equality; "the chair" is not "chair". lmms-eval: equality once
-    both are lower-case and rid of ASCII punctuation, so that "T-shirt!" is "tshirt".
+    LLaVA: equality after lower-casing and removing final full stops; "the chair" is not "chair". lmms-eval: equality
+    after lower-casing and removing ASCII punctuation from both, so "T-shirt!" equals "tshirt".
     """
     if check_scoring(scoring) == "llava":
         return float(prediction.rstrip(".").lower() == answer)
@@ -50,10 +50,11 @@ def gqa_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
 
 
 def scienceqa_letter(prediction: str) -> str | None:
-    """The option letter that LLaVA reads in a prediction, or None.
+    """Option letter that LLaVA's rule reads in a prediction, or None.
 
-    A lone A-E, or "B. " at the start, or exactly one "The answer is " + capital + any one character of the same line.
-    So "B.", "(B)", "b" and a final "The answer is B" are not read. LLaVA's random fallback is unreachable code.
+    It reads a single letter A-E, or "B. " at the start, or exactly one "The answer is " + capital letter + one
+    character of the same line. So it does not read "B.", "(B)", "b" or a final "The answer is B". LLaVA's random
+    fallback is unreachable code.
     """
     if prediction in ("A", "B", "C", "D", "E"):
         return prediction
@@ -71,7 +72,7 @@ def scienceqa_correct(prediction: str, answer: str, n_choices: int, scoring: str
     answer : str
         Letter of the right option, A-E.
     n_choices : int
-        Options of this question; LLaVA counts a letter beyond them as wrong.
+        Number of options. LLaVA counts a letter beyond them as wrong.
     """
     if check_scoring(scoring) == "llava":
         letter = scienceqa_letter(prediction)
@@ -107,10 +108,10 @@ _CONTRACTIONS = {
 
 
 def textvqa_normalize(text: str) -> str:
-    """Normal form of an answer in the M4C / EvalAI evaluator that LLaVA and lmms-eval share.
+    """Normal form of an answer in the M4C / EvalAI evaluator, which LLaVA and lmms-eval use.
 
-    Lower case, punctuation out or to blanks, number words to digits, no articles, apostrophes of contractions put back.
-    A full stop goes unless a digit follows it, so "3." loses its own and ".5" keeps it.
+    Lower case, no punctuation, digits for number words, no articles, restored apostrophes of contractions. A full stop
+    is removed unless a digit follows: from "3.", but not from ".5".
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -118,15 +119,16 @@ def textvqa_normalize(text: str) -> str:
     for mark in ';/[]"{}()=+\\_-><@`!':
         beside_blank = f" {mark}" in entered or f"{mark} " in entered
         text = text.replace(mark, "" if beside_blank else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)  # the evaluator passes a flag, 32, in the place of the count
+    text = re.sub(r"\.(?!\d)", "", text, count=32)  # the evaluator passes a flag, 32, as the count
     words = (_DIGITS.get(word, word) for word in text.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy of a prediction against ten human answers: 0, .3, .6, .9 or 1 for 0, 1, 2, 3 or more that agree.
+    """VQA accuracy of a prediction: 0, 0.3, 0.6, 0.9 or 1 if 0, 1, 2, 3 or more of ten human answers match.
 
-    Mean over the ten of min(1, agreeing among the other nine / 3). Raises ValueError unless there are ten.
+    It is the mean over the ten answers of min(1, matches among the other nine / 3). Raises ValueError unless there are
+    ten.
     """
     if len(answers) != 10:
         raise ValueError(f"a TextVQA question has ten answers, not {len(answers)}")
@@ -145,11 +147,11 @@ MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_transla
 
 
 def mme_answer(prediction: str, scoring: str = "llava") -> str:
-    """ "yes", "no" or "other": what the first four characters, lower-cased, contain; "yes" before "no".
+    """ "yes" if the first four characters, in lower case, contain it, else "no" if they contain it, else "other".
 
-    So "not", "know" and "Norway" are no, "yesterday" is yes, "y" is other. lmms-eval strips, deletes full stops first
-    and takes a lone y or n. (The official tool reads tab-separated lines and stops at an answer with a tab or a line
-    break; here such an answer is read like any other.)
+    So "not", "know" and "Norway" are no, "yesterday" is yes, "y" is other. lmms-eval first removes blanks and full
+    stops, and accepts a single y or n. (The official tool reads tab-separated lines and cannot read answers with a tab
+    or a line break; this function can.)
     """
     start = prediction.lower()
     if check_scoring(scoring) == "lmms_eval":
@@ -165,7 +167,7 @@ def mme_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
 
 
 class MMERow(NamedTuple):
-    """One answered MME question; the two questions of an image share ``image`` within their category."""
+    """An answered MME question. The two questions of an image have the same ``image`` in their category."""
 
     category: str
     image: str
@@ -174,11 +176,11 @@ class MMERow(NamedTuple):
 
 
 def mme_scores(rows: Iterable[MMERow], scoring: str = "llava") -> dict[str, float]:
-    """MME scores: per category accuracy + accuracy+ (both questions of an image right), each in percent, so 0..200.
+    """MME scores: per category accuracy + accuracy+ (both questions of an image right), each in percent, so 0 to 200.
 
-    ``perception`` is the sum over its ten categories (at most 2000), ``cognition`` over its four (at most 800), each
-    only there if every one of its categories is. An image of which one question alone is among the rows counts in
-    accuracy but not in accuracy+; a third question of an image raises ValueError. The prediction None is wrong.
+    ``perception`` is the sum over ten categories (at most 2000), ``cognition`` over four (at most 800). Each exists
+    only if all its categories do. An image with only one question among the rows counts in accuracy but not in
+    accuracy+. A third question of an image raises ValueError. The prediction None is wrong.
 
     Returns
     -------
@@ -218,10 +220,10 @@ POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
 def pope_answer(prediction: str, scoring: str = "llava") -> str:
-    """ "yes", "no" or (lmms-eval alone) "other".
+    """ "yes", "no" or (only for lmms-eval) "other".
 
-    LLaVA: no if one of the words before the first full stop, commas deleted, is "No", "no" or "not"; *everything* else
-    is yes, also the empty answer, "NO", "Not" and "cannot". lmms-eval: the stripped, lower-cased answer itself.
+    LLaVA: no if a word before the first full stop, without commas, is "No", "no" or "not". Everything else is yes,
+    including the empty answer, "NO", "Not" and "cannot". lmms-eval: the stripped, lower-cased answer.
     """
     if check_scoring(scoring) == "llava":
         words = prediction.split(".")[0].replace(",", "").split(" ")
@@ -236,7 +238,7 @@ def pope_correct(prediction: str, answer: str, scoring: str = "llava") -> float:
 
 
 class POPERow(NamedTuple):
-    """One answered POPE question."""
+    """An answered POPE question."""
 
     category: str
     answer: str
@@ -263,12 +265,12 @@ def _pope_group(rows: Sequence[POPERow], scoring: str) -> dict[str, float]:
 
 
 def pope_scores(rows: Sequence[POPERow], scoring: str = "llava") -> dict[str, float]:
-    """POPE scores per category and, without a prefix, their mean over the categories present, as papers report them.
+    """POPE scores per category, and without a prefix their mean over the existing categories, as in papers.
 
-    Accuracy in percent; F1, yes-rate, precision and recall with yes as positive, in [0, 1], 0 where undefined.
-    LLaVA: yes-rate is the share of answers read as yes. lmms-eval: precision and recall skip answers that are neither
-    yes nor no, the yes-rate is that of the *reference*, and ``pooled_f1`` is the F1 of its `pope` task, over all
-    questions at once. The prediction None is wrong, and neither yes nor no.
+    Accuracy is in percent. F1, yes-rate, precision and recall (positive: yes) are in [0, 1], and 0 if undefined. LLaVA:
+    yes-rate is the share of answers read as yes. lmms-eval: precision and recall ignore answers that are neither yes
+    nor no, the yes-rate is that of the *reference*, and ``pooled_f1`` is the F1 over all questions, as in its `pope`
+    task. The prediction None is wrong, and neither yes nor no.
     """
     check_scoring(scoring)
     present = {row.category: None for row in rows}
@@ -285,14 +287,16 @@ def pope_scores(rows: Sequence[POPERow], scoring: str = "llava") -> dict[str, fl
 
 
 def standard_error(scores: Sequence[float]) -> float:
-    """Standard error of the mean of independent scores, in their unit. Raises ValueError for fewer than two."""
+    """Standard error of the mean of independent scores, in the unit of the scores. Raises ValueError for fewer than
+    two.
+    """
     if len(scores) < 2:
         raise ValueError("a standard error needs two scores or more")
     return float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
 
 
 class Bootstrap(NamedTuple):
-    """Spread of a mean over resamples of the items: standard deviation and the 95 % percentile interval."""
+    """Spread of a mean over resamples of the items: standard deviation and 95 % percentile interval."""
 
     sd: float
     low: float
@@ -302,10 +306,10 @@ class Bootstrap(NamedTuple):
 def bootstrap(
     scores: Sequence[float], n_resamples: int = 10_000, seed: int = 0, n_items: int | None = None
 ) -> Bootstrap:
-    """Resample the items with replacement and look at the spread of their mean, in the unit of ``scores``.
+    """Spread of the mean, in the unit of ``scores``, over resamples of the items with replacement.
 
-    ``n_items`` resamples so many items instead of all: MI-Pruner's +-7.6 on MM-Vet is not the spread of a mean over its
-    218 questions (about 2.9), but about that over 33. Raises ValueError for fewer than two scores.
+    ``n_items`` is the size of a resample; by default all. The paper's +-7.6 on MM-Vet is about the spread for 33 items;
+    for all 218 questions it is about 2.9. Raises ValueError for fewer than two scores.
     """
     if len(scores) < 2:
         raise ValueError("a bootstrap needs two scores or more")

@@ -1,8 +1,7 @@
-"""Reference implementations of other methods' selection rules from papers and public code: plain torch, one sample, no
-mipruner.
+"""Reference implementations of other methods' selection rules: plain torch, one sample, without mipruner.
 
-Each computes what the released code computes, in its order and with its complexity, so that `task=peers` has something
-to measure this repository's choice beside. The tests hold them to the pruners of `mipruner.pruners`.
+Each computes what the released code computes, in the same order and with the same complexity. `task=peers` compares
+their time with the selection of this repository. Tests compare their results with `mipruner.pruners`.
 """
 
 import torch
@@ -16,7 +15,7 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def divprune(visual: Tensor, n_keep: int) -> Tensor:
-    """Max-min diversity (arXiv 2503.02175), with the loop over the growing set of vbdi/divprune. [n_keep], in order."""
+    """Max-min diversity (arXiv 2503.02175), with the loop of vbdi/divprune. Picks [n_keep] in order."""
     rows = unit(visual)
     distance = 1 - rows @ rows.T
     taken = torch.zeros(len(rows), dtype=torch.bool)
@@ -32,7 +31,7 @@ def divprune(visual: Tensor, n_keep: int) -> Tensor:
 
 
 def cdpruner(visual: Tensor, relevance: Tensor, n_keep: int) -> Tensor:
-    """Greedy MAP of the conditional DPP (arXiv 2506.10967) by incremental Cholesky, as Theia-4869/CDPruner."""
+    """Greedy MAP of the conditional DPP (arXiv 2506.10967) by incremental Cholesky, as in Theia-4869/CDPruner."""
     rows = unit(visual)
     q = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
     kernel = q[:, None] * (rows @ rows.T) * q
@@ -49,7 +48,7 @@ def cdpruner(visual: Tensor, relevance: Tensor, n_keep: int) -> Tensor:
 
 
 def mmtok(visual: Tensor, text: Tensor, hidden: Tensor, n_keep: int) -> Tensor:
-    """Greedy maximum coverage (arXiv 2508.18264), all gains at every pick, as Ironieser/MMTok."""
+    """Greedy maximum coverage (arXiv 2508.18264) with all gains at every pick, as in Ironieser/MMTok."""
     of_text = (unit(text) @ unit(visual).T / 0.02).softmax(-1) / len(text)
     of_image = (unit(hidden) @ unit(hidden).T / 0.2).softmax(-1) / len(hidden)
     cover = torch.cat([of_text, 0.5 * of_image])
@@ -64,7 +63,7 @@ def mmtok(visual: Tensor, text: Tensor, hidden: Tensor, n_keep: int) -> Tensor:
 
 
 def vispruner(attention: Tensor, hidden: Tensor, n_keep: int, important: float = 0.5) -> Tensor:
-    """Attention, then rounds that remove eight duplicates (arXiv 2412.01818), as Theia-4869/VisPruner."""
+    """Attention, then rounds that remove eight duplicates (arXiv 2412.01818), as in Theia-4869/VisPruner."""
     rows, order = unit(hidden), attention.argsort(descending=True, stable=True)
     n_important = int(n_keep * important)
     rest, wanted = order[n_important:], n_keep - n_important

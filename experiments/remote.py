@@ -1,7 +1,7 @@
-"""Answers a benchmark through an OpenAI-compatible server. It can resume after any request.
+"""Answers a benchmark through an OpenAI-compatible server. An interrupted run resumes after the last answer.
 
-Each answer is on disk before the next request of its thread starts, so a run that is killed and started again asks
-nothing twice that was answered. The key comes from the environment, OPENAI_API_KEY, and is written nowhere.
+Each answer is on disk before the next request of its thread starts, so a resumed run sends no answered request again.
+The key is read from the environment, OPENAI_API_KEY, and is not stored.
 """
 
 import base64
@@ -29,19 +29,19 @@ from mipruner.errors import InputError
 from mipruner.models.chat import END_OF_THINKING
 
 MAX_IMAGES = 128
-"""Encoded images that are kept for the samples that follow."""
+"""Number of encoded images in the cache."""
 
 UNKNOWN = ("n_visual", "grids", "boxes", "kept", "n_keep", "per_layer", "latency_ms")
-"""Fields of a line of samples.jsonl that a server does not tell; null."""
+"""Fields of samples.jsonl that a server does not report; they are null."""
 
 
 class Server:
-    """A server of chat/completions and the request that a resolved config makes of a sample.
+    """A chat/completions server, and the request for a sample according to a resolved config.
 
     Raises
     ------
     InputError
-        If the config asks for what no server does.
+        If the config has settings that a server does not support.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -58,7 +58,7 @@ class Server:
         self.pruning = setting_of(config, config["keep"]) if config["pruner"]["name"] != "none" else {}
 
     def describe(self) -> dict[str, Any]:
-        """Name and version of what is served. Raises `BenchmarkError` if the server cannot be reached."""
+        """Name and version of the served model. Raises `BenchmarkError` if the server cannot be reached."""
         try:
             served = [model.id for model in self.client.models.list()]
             wanted = self.engine["served_model"] or (served[0] if len(served) == 1 else None)
@@ -72,12 +72,12 @@ class Server:
         return {"base_url": str(self.client.base_url), "model": wanted, "version": vllm_version(self.client)}
 
     def probe(self, model: str) -> None:
-        """Send an invalid budget: the plug-in refuses it, a server without the plug-in ignores it.
+        """Check that the server prunes: send an invalid budget, which the plug-in refuses and other servers ignore.
 
         Raises
         ------
         BenchmarkError
-            If a pruner is to be evaluated and the server prunes nothing.
+            If the config has a pruner and the server does not prune.
         """
         pruning, self.pruning = self.pruning, {"keep": 0}
         try:
@@ -97,7 +97,7 @@ class Server:
         self.pruning = pruning or ({"keep": 1.0} if prunes else {})
 
     def ask(self, model: str, text: str, urls: Sequence[str]) -> tuple[str, int | None]:
-        """The answer, and the number of prompt tokens."""
+        """Send a request. Returns the answer and the number of prompt tokens."""
         content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
         body = {"top_k": self.decoding["top_k"]} if self.decoding["top_k"] else {}
         if self.pruning:
@@ -140,7 +140,7 @@ class Server:
 
 
 def setting_of(config: dict[str, Any], keep: int | float) -> dict[str, Any]:
-    """The pruner of a config as the plug-in of vLLM reads it."""
+    """Pruner of a config in the format of the vLLM plug-in."""
     options = {key: value for key, value in config["pruner"].items() if key != "name"}
     return {"keep": keep, "pruner": config["pruner"]["name"], "options": options}
 
@@ -157,14 +157,14 @@ def check(config: dict[str, Any]) -> None:
 
 
 class Urls:
-    """Images as ``data:`` URLs, PNG and so without loss; the last `MAX_IMAGES` are kept."""
+    """Images as ``data:`` URLs, lossless PNG. The last `MAX_IMAGES` are cached."""
 
     def __init__(self, benchmark: Benchmark):
         self._lock = threading.Lock()
         self._of = lru_cache(MAX_IMAGES)(lambda image_id: [encode(image) for image in benchmark.images(image_id)])
 
     def __call__(self, image_id: str) -> list[str]:
-        """Raises `SampleError`."""
+        """URL of the image. Raises `SampleError`."""
         with self._lock:
             return self._of(image_id)
 
@@ -176,7 +176,7 @@ def encode(image) -> str:
 
 
 def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, samples: Sequence[Sample]) -> None:
-    """Ask what is not answered yet; each answer is appended to the cell as it comes.
+    """Send the open requests. Each answer is appended to the cell when it arrives.
 
     Raises
     ------
@@ -221,7 +221,10 @@ def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, sa
 
 
 def in_flight(pool: ThreadPoolExecutor, call, items: Sequence, n: int) -> Iterator[Future]:
-    """``call`` of each item, at most n started and not yet taken; as they end. A failure does not lose the others."""
+    """Results of ``call`` for each item as they finish, with at most n calls at a time.
+
+    A failure does not lose other results.
+    """
     waiting = iter(items)
     running = {pool.submit(call, item) for item in islice(waiting, n)}
     failed: list[Future] = []
@@ -235,7 +238,7 @@ def in_flight(pool: ThreadPoolExecutor, call, items: Sequence, n: int) -> Iterat
 
 
 def told(description: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Server facts for the record: model and version, mean prompt tokens and time of a request."""
+    """Facts of the server for the record: model and version, mean prompt tokens and time per request."""
     means = {}
     for name in ("prompt_tokens", "request_ms"):
         values = [row[name] for row in rows if row.get(name) is not None]

@@ -1,4 +1,4 @@
-"""One result record per cell (model x dataset x pruner x budget), written so that an interrupted run loses nothing.
+"""Stores one record per cell (model x dataset x pruner x budget), so that an interrupted run loses nothing.
 
     results/<model>/<dataset>/<pruner>/keep=<keep>[,<what differs>]-<id>/
         config.yaml     the resolved config
@@ -74,9 +74,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 LOCK = ".lock"
 MAX_NAME = 100
-"""Bytes of a folder's name before the id; file systems take 255, some of them 143."""
+"""Limit in bytes of a folder's name before the id. File systems allow 255 bytes, some only 143."""
 WARN_ABOVE = 0.05
-"""The share of empty or unreadable answers from which on they are worth a line."""
+"""Share of empty or unreadable answers above which a warning is printed."""
 NOT_IDENTITY = (
     "family",
     "task",
@@ -92,7 +92,7 @@ NOT_IDENTITY = (
     "max_retries",
     "timeout_s",
 )
-"""Keys of the config, at any depth, that change no number."""
+"""Keys of the config, at any depth, that cannot change a number."""
 
 
 def cell_id(config: dict[str, Any]) -> str:
@@ -117,12 +117,12 @@ def git_commit() -> str | None:
 
 
 def command(overrides: Sequence[str]) -> str:
-    """The command line of these overrides, without where the result goes."""
+    """Command line of these overrides, without the folder of the results."""
     return shlex.join(["python", "run.py", *(word for word in overrides if not word.startswith("out="))])
 
 
 def parse_method(words: str) -> tuple[str, dict[str, str]]:
-    """A method with options as records name it: ``"mi lam=1"`` is ``("mi", {"lam": "1"})``."""
+    """Parse a method with options: ``"mi lam=1"`` gives ``("mi", {"lam": "1"})``."""
     name, *options = words.split()
     return name, dict(option.split("=", 1) for option in options)
 
@@ -162,7 +162,7 @@ class Cell:
     config : dict
         The resolved config.
     differs : str
-        What to show in the folder's name besides the budget, such as ``lam=0.8``.
+        Text in the folder's name after the budget, such as ``lam=0.8``.
     """
 
     def __init__(self, config: dict[str, Any], differs: str = ""):
@@ -181,7 +181,7 @@ class Cell:
         return (self.path / "record.json").exists()
 
     def open(self, overwrite: bool = False) -> None:
-        """Make the folder; with ``overwrite`` forget what is in it."""
+        """Create the folder. With ``overwrite``, delete its content."""
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir() if overwrite else ():
             if path.is_dir():
@@ -197,7 +197,7 @@ class Cell:
         Raises
         ------
         InputError
-            If another run is in it.
+            If another run uses it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -210,25 +210,25 @@ class Cell:
         return json.loads((self.path / "record.json").read_text(encoding="utf-8"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The samples answered so far, by any process. A last line that a kill cut short is not counted."""
+        """Samples answered so far by all processes. An incomplete last line is ignored."""
         lines = [
             line for path in (self._part(0), *self._parts()) if path.exists() for line in path.open(encoding="utf-8")
         ]
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the samples on disk, those of all processes."""
+        """Replace the samples of all processes on disk."""
         write_atomic(self._part(0), "".join(map(_line, rows)))
         for path in self._parts():
             path.unlink()
 
     def keep_answers(self, digests: Mapping[str, str]) -> None:
-        """Of the samples on disk keep those that need no second try: not failed, and of this digest by id."""
+        """Keep the samples on disk that did not fail and have this digest by id. The others are answered again."""
         rows = self.rows()
         self.keep_rows([row for row in rows if "error" not in row and row.get("digest") == digests.get(row["id"])])
 
     def append(self, rows: Iterable[dict[str, Any]], part: int = 0) -> None:
-        """Add samples answered by process number ``part``; on disk when this returns."""
+        """Append samples answered by process number ``part``. They are on disk when this returns."""
         with open(self._part(part), "a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
             file.flush()
@@ -245,5 +245,5 @@ class Cell:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """In ASCII, so that a line can be cut short nowhere inside a character, and nothing but its end ends it."""
+    """One JSON line in ASCII, so that an interrupted write cannot split a character."""
     return json.dumps(row) + "\n"

@@ -1,4 +1,4 @@
-"""A vLLM server, started by this process or already running: requests and memory."""
+"""Sends requests to a vLLM server, started by this process or already running, and reads its memory."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from openai import OpenAI
 from mipruner.errors import InputError
 
 START_S = 600
-"""A server that does not answer within this time has failed to start."""
+"""Time limit in seconds for the start of a server."""
 
 
 @dataclass
 class Reply:
-    """Result of one request; ``refused`` is status and message of a refused one."""
+    """Result of one request. ``refused`` is the status and message of a refused request."""
 
     text: str = ""
     n_prompt: int = 0
@@ -37,14 +37,14 @@ class Reply:
 
 @dataclass
 class Served:
-    """A server.
+    """A server and its process.
 
     Attributes
     ----------
     url : str
-        With ``/v1``.
+        URL with ``/v1``.
     process : subprocess.Popen or None
-        None for one that this process has not started.
+        None if this process did not start the server.
     log : Path or None
     """
 
@@ -58,14 +58,14 @@ class Served:
 
     @cached_property
     def model(self) -> str:
-        """Raises `InputError` if the server cannot be reached."""
+        """Name of the served model. Raises `InputError` if the server cannot be reached."""
         try:
             return self.client.models.list().data[0].id
         except (openai.OpenAIError, IndexError) as error:
             raise InputError(f"the server at {self.url} serves no model that can be asked: {error}") from error
 
     def ask(self, url: str | None, text: str, pruning: dict[str, Any] | None = None, n_tokens: int = 4) -> Reply:
-        """Send one question, about the image at ``url`` if there is one, and read the answer as a stream."""
+        """Send one question, about the image at ``url`` if given, and read the answer as a stream."""
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if url is not None:
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
@@ -90,7 +90,7 @@ class Served:
         return reply
 
     def memory_mib(self) -> dict[str, float]:
-        """Resident memory by name of process, each page once (PSS); nothing of a server started elsewhere."""
+        """Resident memory (PSS) by name of process; empty if this process did not start the server."""
         found: Counter[str] = Counter()
         for pid in _tree(self.process.pid) if self.process else ():
             name, kib = _name_and_pss(pid)
@@ -99,7 +99,7 @@ class Served:
 
 
 def vllm_version(client: OpenAI) -> str | None:
-    """vLLM's; other servers have no such page."""
+    """Version of vLLM; other servers do not have this page."""
     try:
         page = str(client.base_url.copy_with(path="/version"))
         return str(httpx.get(page, timeout=5).json()["version"])
@@ -109,7 +109,7 @@ def vllm_version(client: OpenAI) -> str | None:
 
 @contextmanager
 def serve(model: str, setting: dict[str, Any] | None, log: Path, *options: str) -> Iterator[Served]:
-    """vLLM's server on a free port of this machine, stopped at the end. Raises `InputError` if it does not start."""
+    """Start vLLM's server on a free port, and stop it at the end. Raises `InputError` if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,7 +155,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def _name_and_pss(pid: int) -> tuple[str, int]:
-    """What vLLM calls the process, and its memory in KiB; nothing of one that has just ended."""
+    """Name of a process in vLLM and its memory in KiB; nothing if it has just ended."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()

@@ -1,8 +1,8 @@
 """Checks types and ranges of the command line's keys, and suggests similar names for unknown keys.
 
-These are pydantic's models and not Hydra's structured configs: those have no ranges and no union with a word
-(``keep=auto``), round 2.5 to 2 without a word, and would need a class for each file of conf/pruner and conf/dataset,
-which are open to files of other people.
+pydantic models are used instead of Hydra's structured configs. Structured configs have no ranges and no union with a
+word (``keep=auto``), round 2.5 to 2 without an error, and need a class for each file of conf/pruner and conf/dataset,
+where users add files.
 """
 
 import re
@@ -76,7 +76,7 @@ class Engine(_Group):
 
 
 class Settings(_Group):
-    """The resolved config; a task adds keys of its own."""
+    """The resolved config. A task adds its own keys."""
 
     model: Model
     dataset: Dataset
@@ -101,7 +101,7 @@ class Settings(_Group):
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise `InputError`, naming the key, if a value has the wrong type or is out of range."""
+    """Raise `InputError` with the key if a value has the wrong type or is out of range."""
     try:
         Settings.model_validate(config)
     except ValidationError as error:
@@ -119,7 +119,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 def _words(error: ValidationError) -> str:
-    """The first thing that is wrong; of a value that may be of several types, what is said of each."""
+    """The first error; for a value with several possible types, the error of each."""
     told = error.errors(include_url=False)
     first, depth = told[0], 1 + (told[0]["loc"][0] in ("model", "dataset", "decoding", "engine"))
     name, value = ".".join(map(str, first["loc"][:depth])), first["input"]
@@ -131,7 +131,7 @@ def _words(error: ValidationError) -> str:
 
 @cache
 def keys() -> frozenset[str]:
-    """Every first word of a key: of conf/config.yaml, of a group, of a task."""
+    """First words of all keys: of conf/config.yaml, of groups, of tasks."""
     groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
     files = [file for pattern in ("*.yaml", "task/*.yaml", "recipe/*.yaml") for file in (ROOT / "conf").glob(pattern)]
     roots = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)

@@ -1,4 +1,4 @@
-"""Sends many mixed requests to a server: checks that each gets its own answer, and records the server's memory."""
+"""Sends many mixed requests to a server, checks every answer, and records the server's memory."""
 
 import itertools
 import random
@@ -14,12 +14,12 @@ from experiments.served import Reply, Served
 
 BUDGETS = (64, 16, 8)
 BAD_BUDGETS = (0, 1.5, 100_000, "many", "auto", [1])
-"""Each must be refused with HTTP 400."""
+"""Invalid budgets. Each must be refused with HTTP 400."""
 BROKEN = "data:image/png;base64,AAAA"
-"""An image that is none; refused as well."""
+"""An invalid image, which is refused too."""
 TEXT_ONLY = "What color is the sun ?"
 PARTS = 10
-"""How often memory is read."""
+"""Number of memory readings."""
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Soak:
     Attributes
     ----------
     asked, with_image, refused : int
-        Requests that were answered or refused; of them those with an image; of them the bad ones, refused.
+        Numbers of answered or refused requests, of those with an image, and of refused bad requests.
     wrong : list of str
-        Answers that are not those of the same request alone, and bad requests that were not refused.
+        Answers that differ from the same request alone, and bad requests that were not refused.
     memory_mib : list of dict
-        By process, after the warm-up and after each tenth of the requests.
+        Memory by process, after the warm-up and after each tenth of the requests.
     """
 
     asked: int = 0
@@ -65,14 +65,14 @@ def soak(
     concurrency: int = 32,
     seed: int = 0,
 ) -> Soak:
-    """Requests drawn from (image, question) pairs times budgets, text alone, and bad ones, a tenth.
+    """Send random requests: (image, question) pairs with budgets, text alone, and a tenth of bad requests.
 
-    Each answer is compared with that of the same request alone, which is asked before: a warm-up.
+    Each answer is compared with the answer to the same request alone, sent before as a warm-up.
 
     Parameters
     ----------
     pruning : callable or None
-        What to send for a budget. None for a server that does not prune: no budgets, the bad requests are bad images.
+        Returns the request fields of a budget. None for a server that does not prune: then bad requests are bad images.
     """
     budgets = BUDGETS if pruning else (None,)
     kinds = [(*one, keep) for one in questions for keep in budgets]
@@ -103,7 +103,7 @@ def soak(
 
 
 def judge(found: Soak, kind: tuple[str | None, str, Any], reply: Reply, alone: dict[Any, str]) -> None:
-    """Count one reply."""
+    """Check and count one reply."""
     url, text, keep = kind
     is_bad = url == BROKEN or isinstance(keep, list) or kind not in alone
     found.asked += 1

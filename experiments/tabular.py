@@ -1,4 +1,4 @@
-"""One table, written as Markdown, LaTeX, HTML or plain text."""
+"""Writes one table as Markdown, LaTeX, HTML or plain text."""
 
 import html
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from itertools import groupby, zip_longest
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a cell in one of these styles or several: bold, underline, italic, small, sup, newline."""
+    """A part of a cell with one or more styles: bold, underline, italic, small, sup, newline."""
 
     text: str
     style: str = ""
@@ -23,7 +23,7 @@ LATEX |= {"–": "--", "<": r"$<$", ">": r"$>$"} | {char: f"\\{char}" for char i
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of file writes a text, and what it puts around a style."""
+    """How one output format escapes text and marks styles."""
 
     escape: Callable[[str], str]
     styles: Mapping[str, str]
@@ -66,12 +66,12 @@ TERMINAL = Format(str, dict.fromkeys((*MARKDOWN.styles, "code"), "{}") | {"newli
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a head. A row that is one `Span` or text is a heading of the rows below it.
+    """A table: a head, and rows of cells. A row that is a single `Span` or text is a heading of the rows below it.
 
     Attributes
     ----------
     n_text : int
-        So many columns are texts, at the left; the others are numbers, at the right.
+        Number of text columns, left-aligned. The other columns are numbers, right-aligned.
     """
 
     head: Sequence[Cell]
@@ -98,7 +98,7 @@ class Table:
         return "\n".join([*lines, "</table>"])
 
     def latex(self) -> str:
-        """A ``tabular`` that needs booktabs. A cell of two lines makes two rows."""
+        """A ``tabular``, which needs booktabs. A cell with two lines becomes two rows."""
         columns = "l" * self.n_text + "r" * (len(self.head) - self.n_text)
         lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(TEX, self.head)) + r" \\"]
         if not any(isinstance(row, str) for row in self.rows):
@@ -113,7 +113,7 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
     def terminal(self) -> str:
-        """Columns as wide as their widest cell."""
+        """Plain text with aligned columns."""
         rows = [self.head, *([row] if isinstance(row, str) else row for row in self.rows)]
         texts = [[TERMINAL(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip_longest(*texts, fillvalue="")]

@@ -1,6 +1,4 @@
-"""Weights & Biases logging, if enabled: config, metrics, timing, mask image, predictions. Errors never stop an
-evaluation.
-"""
+"""Weights & Biases logging, if enabled: config, metrics, times, mask image, predictions."""
 
 import os
 import sys
@@ -12,7 +10,7 @@ from experiments.results import Cell
 
 
 class Tracker:
-    """A W&B run for one cell, or none. An error gives one warning and is written to the record."""
+    """A W&B run for one cell, or none. An error does not stop the evaluation: it is a warning and in the record."""
 
     def __init__(self, logger: dict[str, Any], cell: Cell):
         self.name, self.cell, self.run, self.problem = logger["name"], cell, None, None
@@ -20,7 +18,7 @@ class Tracker:
             self._try(lambda: self._start(logger))
 
     def report(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Send the record and close the run; returns what the record should say of that."""
+        """Send the record and close the run. Returns the entry ``reported`` of the record."""
         if self.name == "none":
             return {}
         if self.run is not None:
@@ -78,7 +76,7 @@ class Tracker:
 
 @contextmanager
 def track(logger: dict[str, Any], cell: Cell) -> Iterator[Tracker]:
-    """A tracker for one cell, closed whatever happens."""
+    """A tracker for one cell, which is always closed."""
     tracker = Tracker(logger, cell)
     try:
         yield tracker

@@ -1,6 +1,6 @@
-"""Training examples: a rendered scene, some of its questions as turns of one sequence, and labels of its patches.
+"""Training examples: rendered scenes, some of their questions as turns of one sequence, and labels of patches.
 
-Example i depends on the seed and on i alone, so a run that is resumed sees what it would have seen.
+Example i depends only on the seed and on i, so a resumed run gets the same examples.
 """
 
 from collections.abc import Sequence
@@ -40,15 +40,15 @@ class Examples(Dataset):
     tokenizer : PreTrainedTokenizerBase
     seed : int
     cell : int
-        Side of the square of pixels that one visual token stands for.
+        Side in px of the square of one visual token.
     canvases : sequence of (width, height)
-        Taken in turn by batches, so that the images of a batch stack.
+        Image sizes in px, used in turn by batches, so the images of a batch have one size.
     batch : int
         Examples in a batch.
     crowded : float
         Share of crowded scenes; the others are sparse.
     n_questions : int
-        Turns of a sequence.
+        Number of turns in a sequence.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Examples(Dataset):
         }
 
     def turns(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
-        """Token ids of the turns, and the same with everything but the answers ignored."""
+        """Token ids of the turns, and labels in which only the answers are not ignored."""
         ids, labels = [], []
         for question in questions:
             asked = self.tokenizer(f"USER: {question.text} ASSISTANT:", add_special_tokens=False).input_ids
@@ -107,7 +107,7 @@ class Examples(Dataset):
 
 
 def choose_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
-    """``n`` different questions with each task and category about as often, in random order."""
+    """Choose ``n`` different questions, about equally many of each task and category, in random order."""
     kinds: dict[tuple[str, str], list[Question]] = {}
     for question in dict.fromkeys(make_questions(scene, rng) + make_questions(scene, rng)):
         kinds.setdefault((question.task, question.category), []).append(question)
@@ -120,9 +120,9 @@ def choose_questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Que
 
 
 def cell_words(scene: Scene, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each cell of an image shows: a noun, a digit or ``sign``, and the colour of the noun's object; "" for none.
+    """Words for each cell of an image: a noun, a digit or ``sign``, and the colour of the object; "" for none.
 
-    Two arrays [height / cell, width / cell] of words. Of two objects in a cell the one with more ink counts.
+    Two arrays [height / cell, width / cell] of words. If a cell has two objects, the one with more ink counts.
     """
     width, height = scene.size
     shape = (height // cell, width // cell)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 @dataclass
 class Visual:
-    """Visual tokens [B, n_visual, d] of a batch of images of one size, before anything is dropped.
+    """Visual tokens [B, n_visual, d] of a batch of images of one size.
 
-    ``grid`` is (rows, columns); ``deepstack`` one more such tensor for each of the decoder's first layers; ``cls``
-    [B, width] the vision encoder's summary, if it has one.
+    ``grid`` is (rows, columns). ``deepstack`` has a tensor of the same shape for each of the first decoder layers.
+    ``cls`` [B, width] is the CLS token of the vision encoder, if there is one.
     """
 
     tokens: Tensor
@@ -23,7 +23,7 @@ class Visual:
 
 
 class Llava:
-    """CLIP, projector, Llama: patches, then the turns."""
+    """CLIP, projector, Llama. A sequence is the patches, then the turns."""
 
     cell: ClassVar[int] = 14
 
@@ -35,16 +35,16 @@ class Llava:
         return [self.model.model.vision_tower, self.model.model.multi_modal_projector]
 
     def see(self, pixels: Tensor) -> Visual:
-        """Normalised pixels [B, 3, height, width] to visual tokens."""
+        """Encode normalised pixels [B, 3, height, width] to visual tokens."""
         out = self.model.model.vision_tower(pixels, output_hidden_states=True)
         patches = out.hidden_states[self.model.config.vision_feature_layer][:, 1:]
         grid = (pixels.shape[2] // self.cell, pixels.shape[3] // self.cell)
         return Visual(self.model.model.multi_modal_projector(patches), grid, cls=out.pooler_output)
 
     def read(self, visual: Visual, kept: Tensor, ids: Tensor) -> Tensor:
-        """Logits [B, n_ids, vocabulary] after each token of ``ids``, with only the visual tokens ``kept`` [B, n_kept].
+        """Logits [B, n_ids, vocabulary] for ``ids`` after the visual tokens ``kept`` [B, n_kept].
 
-        Positions are counted anew, as in LLaVA-1.5 after pruning.
+        Positions are renumbered, as in LLaVA-1.5 after pruning.
         """
         shown = take(visual.tokens, kept)
         words = self.model.get_input_embeddings()(ids)
@@ -54,7 +54,7 @@ class Llava:
 
 
 class Qwen3VL:
-    """A ViT of any resolution, merger, deepstack, a decoder with M-RoPE: a mark, visual tokens, a mark, the turns."""
+    """ViT, merger, deepstack, decoder with M-RoPE. A sequence is start token, visual tokens, end token, turns."""
 
     cell: ClassVar[int] = 28
 
@@ -78,7 +78,7 @@ class Qwen3VL:
         return Visual(stack(out.pooler_output), cells, [stack(rows) for rows in out.deepstack_features])
 
     def read(self, visual: Visual, kept: Tensor, ids: Tensor) -> Tensor:
-        """As `Llava.read`, but each visual token keeps its place in time, height and width."""
+        """Like `Llava.read`, but each visual token keeps its position in time, height and width."""
         config, embed = self.model.config, self.model.get_input_embeddings()
         n, n_kept = kept.shape
         (rows, columns), device = visual.grid, kept.device
@@ -107,15 +107,15 @@ FAMILIES: dict[str, type[Llava | Qwen3VL]] = {"llava": Llava, "qwen3_vl": Qwen3V
 
 
 def take(rows: Tensor, indices: Tensor) -> Tensor:
-    """Rows [B, n, d] at indices [B, k]: [B, k, d]."""
+    """Take rows [B, n, d] at indices [B, k]. Shape [B, k, d]."""
     return rows.gather(1, indices[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 def patchify(pixels: Tensor, patch: int, merge: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Pixels [B, 3, height, width] in the order of Qwen's image processor.
+    """Rearrange pixels [B, 3, height, width] like Qwen's image processor.
 
-    Patches [B * rows * columns, 3 * frames * patch * patch], those that will merge side by side, a still image
-    repeated for each frame; and the grid (1, rows, columns) of each image [B, 3].
+    Returns patches [B * rows * columns, 3 * frames * patch * patch], and the grid (1, rows, columns) of each image [B,
+    3]. Patches of one token are neighbours. The image is repeated for each frame.
     """
     n, channels, height, width = pixels.shape
     rows, columns = height // patch, width // patch

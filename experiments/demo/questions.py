@@ -1,4 +1,4 @@
-"""The demo's questions about a scene, in the wording of five benchmarks, with answers read off the list of objects."""
+"""Questions of the demo about a scene, in the wording of five benchmarks, with answers from the list of objects."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from experiments.demo.scenes import COLORS, NOUNS, THEMES, Object, Scene
 
 TASKS = ("pope", "gqa", "scienceqa", "textvqa", "mme")
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-GQA_FORMS = {"color": 0.5, "object": 0.3, "edge": 0.2}  # the share in which each form is drawn
-MIN_EDGE_LEAD = 40  # px by which the object closest to an edge must lead
-WRONG_COUNT_OFFSET = 2  # a wrong count is off by so many, or by one at the ends of COUNTS
-MIN_OFFSET = 30  # px between the centres of two objects that are compared
+GQA_FORMS = {"color": 0.5, "object": 0.3, "edge": 0.2}  # probability of each form
+MIN_EDGE_LEAD = 40  # smallest lead in px of the object closest to an edge
+WRONG_COUNT_OFFSET = 2  # error of a wrong count; one at the ends of COUNTS
+MIN_OFFSET = 30  # smallest distance in px between the centres of compared objects
 EDGES: dict[str, Callable[[Object, Scene], int]] = {
     "left": lambda o, scene: o.box[0],
     "right": lambda o, scene: scene.size[0] - o.box[2],
@@ -24,7 +24,7 @@ RELATIONS = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, 
 
 @dataclass(frozen=True)
 class Mix:
-    """Questions asked of one scene. A counting question needs an image with as few objects as in training."""
+    """Numbers of questions for one scene. Counting questions need few objects, as in training."""
 
     n_gqa: int
     n_scienceqa: int
@@ -36,7 +36,7 @@ MIXES = {"sparse": Mix(2, 1, True), "crowded": Mix(4, 2, False)}
 
 @dataclass(frozen=True)
 class Question:
-    """``category`` is POPE's split or MME's category, else empty; an answer is words of the vocabulary."""
+    """One question. ``category`` is POPE's split or MME's category, else empty."""
 
     task: str
     category: str
@@ -45,7 +45,7 @@ class Question:
 
 
 def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """The questions of one scene, by task in the order of TASKS; how many follows the scene's density (`MIXES`)."""
+    """Questions of one scene, by task in the order of TASKS. Their number depends on the density (`MIXES`)."""
     mix = MIXES[scene.density]
     return [
         *_pope(scene, rng),
@@ -61,7 +61,7 @@ def _pick(rng: np.random.Generator, items):
 
 
 def _absent(scene: Scene, among=NOUNS) -> list[str]:
-    """Nouns that are not in the scene; of all nouns where ``among`` has none left."""
+    """Nouns of ``among`` that are not in the scene; of all nouns if ``among`` has none."""
     return [noun for noun in among if noun not in scene.nouns] or _absent(scene)
 
 
@@ -74,7 +74,7 @@ def _yes_or_no(truth: bool) -> str:
 
 
 def _pope(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    """A present and an absent noun for each split; the splits differ in where the absent one comes from."""
+    """A present and an absent noun for each split. The splits differ in the source of the absent noun."""
     commonest, next_commonest, *_ = THEMES.values()
     splits = {"random": NOUNS, "popular": (*commonest, *next_commonest), "adversarial": tuple(THEMES[scene.theme])}
     for split, nouns in splits.items():
@@ -83,7 +83,7 @@ def _pope(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _gqa(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
-    """``n`` different questions, or as many as there are objects."""
+    """``n`` different questions, at most one per object."""
     asked: dict[str, str] = {}
     while len(asked) < min(n, len(scene.objects)):
         text, answer = _gqa_question(scene, rng)
@@ -92,7 +92,7 @@ def _gqa(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
 
 
 def _gqa_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """One of three forms; the colour of an object where the form drawn has no clear answer."""
+    """A question of one of three forms; about the colour of an object if the drawn form has no clear answer."""
     thing = _pick(rng, scene.objects)
     form = rng.choice(list(GQA_FORMS), p=list(GQA_FORMS.values()))
     if form == "object" and [o.color for o in scene.objects].count(thing.color) == 1:

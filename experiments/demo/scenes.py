@@ -1,7 +1,7 @@
-"""Renders the demo's images: flat-coloured glyphs on a patchy background, and often a sign with a number.
+"""Renders the images of the demo: coloured glyphs on a patchy background, and often a sign with a number.
 
-A scene is a function of its generator alone (`scene_generators`), so scene 7 is the same whether 8 or 8,000 are made.
-The only font is the DejaVu Sans that matplotlib ships.
+A scene depends only on its generator (`scene_generators`), so scene 7 does not depend on the number of scenes. The font
+is DejaVu Sans of matplotlib.
 """
 
 from dataclasses import dataclass, field
@@ -41,8 +41,8 @@ IN_THEME_PROBABILITY = 0.7
 SIGN_PROBABILITY = 0.6
 SIGN_SIZE = (59, 41)
 DIGIT_CENTERS = ((19, 20), (39, 20))
-GAP = 8  # px between two boxes, at least
-MARGIN = 2  # px between a box and the edge of the canvas, at least
+GAP = 8  # smallest distance in px between two boxes
+MARGIN = 2  # smallest distance in px between a box and the edge of the canvas
 PLACEMENT_TRIES = 20
 FULL_CANVAS = (336, 336)
 
@@ -51,7 +51,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in px, right and bot
 
 @dataclass(frozen=True)
 class Density:
-    """How many objects are tried (both ends included), and how long their longer side may be, in px."""
+    """Range of the number of objects (inclusive), and possible lengths of their longer side in px."""
 
     n_objects: tuple[int, int]
     n_objects_small: tuple[int, int]  # on a canvas smaller than 336 x 336
@@ -84,7 +84,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects of a scene and their places. ``background`` [height, width, 3] uint8 is the image without objects."""
+    """Objects of a scene and their boxes. ``background`` [height, width, 3] uint8 is the image without objects."""
 
     density: str
     theme: str
@@ -103,7 +103,7 @@ class Scene:
 
 
 def scene_generators(seed: int, index: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """The two independent generators of scene ``index``: for the scene and for its questions."""
+    """Two independent generators of scene ``index``: for the scene and for its questions."""
     scene, questions = np.random.default_rng([seed, index]).spawn(2)
     return scene, questions
 
@@ -120,13 +120,13 @@ def make_scene(
     Parameters
     ----------
     rng : np.random.Generator
-        Used up by this scene.
+        Generator of this scene only.
     density : str
-        ``sparse`` or ``crowded``; gives the two ranges below where they are None, and the mix of questions.
+        ``sparse`` or ``crowded``. Defines the two ranges below if they are None, and the mix of questions.
     canvas : tuple of int
         Width and height in px.
     n_objects : tuple of int, optional
-        Fewest and most objects that are tried. A noun that is there already, or that finds no room, is skipped.
+        Minimum and maximum number of objects. A noun that is already in the scene, or has no free place, is skipped.
     sizes : tuple of int, optional
         Lengths of an object's longer side in px.
     """
@@ -161,7 +161,7 @@ def make_scene(
 
 
 def render(scene: Scene) -> Image.Image:
-    """The RGB image of a scene."""
+    """RGB image of a scene."""
     image = Image.fromarray(scene.background)
     for thing in scene.objects:
         left, top, right, bottom = thing.box
@@ -173,7 +173,7 @@ def render(scene: Scene) -> Image.Image:
 
 @cache
 def glyph_mask(noun: str, size: int) -> Image.Image:
-    """A noun's glyph as an 8-bit mask, cropped to its ink, longer side ``size`` px."""
+    """Glyph of a noun as an 8-bit mask, cropped to its ink, with a longer side of ``size`` px."""
     large = Image.new("L", (400, 400))
     ImageDraw.Draw(large).text((200, 200), GLYPHS[noun], fill=255, font=_font(256), anchor="mm")
     ink = large.crop(large.getbbox())
@@ -187,7 +187,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _background(rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray:
-    """A base colour, a coarse grid of offsets scaled up bicubically, and grey noise; [height, width, 3] uint8."""
+    """Background [height, width, 3] uint8: a base colour, a coarse grid of offsets (bicubic), and grey noise."""
     width, height = canvas
     base = rng.integers(60, 200, 3)
     k = int(rng.choice([3, 6, 12]))
@@ -198,7 +198,7 @@ def _background(rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray
 
 
 def _place(rng: np.random.Generator, size: tuple[int, int], canvas: tuple[int, int], taken: list[Box]) -> Box | None:
-    """A free place for a box of ``size``, at least GAP from the ``taken`` ones, or None after some tries."""
+    """A free place for a box of ``size``, at least GAP px from the ``taken`` boxes; None after several attempts."""
     for _ in range(PLACEMENT_TRIES):
         left, top = (
             int(rng.integers(MARGIN, room - side - MARGIN + 1)) for room, side in zip(canvas, size, strict=True)

@@ -1,15 +1,16 @@
-"""Initialises the Qwen3-VL-shaped model from the LLaVA-shaped one, so that two CPU cores can train it.
+"""Initialises the demo Qwen3-VL from the demo LLaVA, so that two CPU cores can train it.
 
-What the two share is copied. Where they differ, the copy is made to start out close to the original:
+Common weights are copied. Where the architectures differ, the copy approximates the original:
 
-- a still image fills two frames, so each gets half of the patch convolution;
-- CLIP's layer norm before its blocks goes into patch and position weights: centring and gain exactly, the division by
-  the token's own spread as its mean over tokens;
-- Qwen's vision turns queries and keys by position, CLIP's does not: within each head their basis is turned so that the
-  strongest directions lie where positions turn them least (orthogonal, so attention before that turn is unchanged);
-- Qwen's decoder normalises queries and keys: the gain becomes the size that the original's have on average.
+- an image is repeated as two frames, so each gets half of the patch convolution;
+- CLIP's first layer norm is folded into patch and position weights: centring and gain exactly, the division by the
+  standard deviation of a token as its mean over tokens;
+- Qwen's vision encoder has rotary positions, CLIP has none: within each head the basis of queries and keys is rotated
+  so that the strongest directions are in the slowest rotary pairs (orthogonal, so attention without positions is
+  unchanged);
+- Qwen's decoder normalises queries and keys: the gain is set to their mean norm in the original.
 
-Merger and deepstack have no counterpart and stay random.
+Merger and deepstack have no counterpart and are random.
 """
 
 import torch
@@ -22,17 +23,17 @@ from mipruner.intercept import captured
 
 @torch.no_grad()
 def warm_start(student: PreTrainedModel, teacher: PreTrainedModel, pixels: Tensor, ids: Tensor) -> None:
-    """Overwrite the student's weights. The vocabulary of the teacher must be the start of the student's.
+    """Overwrite the weights of the student. The student's vocabulary must begin with that of the teacher.
 
     Parameters
     ----------
     student : Qwen3VLForConditionalGeneration
     teacher : LlavaForConditionalGeneration
-        Of the same widths, heads and layers but for CLIP's last, whose output LLaVA does not read.
+        With the same widths, heads and layers, except CLIP's last layer, whose output LLaVA does not read.
     pixels : Tensor [B, 3, height, width]
-        Normalised images to measure sizes and directions on.
+        Normalised images for measuring norms and directions.
     ids : Tensor [B, n_ids]
-        Their turns.
+        Token ids of their turns.
     """
     eyes, decoder = teacher.model.vision_tower, teacher.model.language_model
     family = Llava(teacher)
@@ -78,7 +79,7 @@ def warm_start(student: PreTrainedModel, teacher: PreTrainedModel, pixels: Tenso
 
 
 def copy_patches(vision: nn.Module, eyes: nn.Module, pixels: Tensor) -> None:
-    """Patch and position embeddings with CLIP's first layer norm folded in."""
+    """Copy patch and position embeddings with CLIP's first layer norm folded in."""
     norm, kernel = eyes.pre_layrnorm, eyes.embeddings.patch_embedding.weight
     positions = eyes.embeddings.position_embedding.weight[1:]
     tokens = eyes.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + positions
@@ -93,8 +94,8 @@ def copy_patches(vision: nn.Module, eyes: nn.Module, pixels: Tensor) -> None:
 def slow_basis(queries: Tensor, keys: Tensor, n_heads: int) -> Tensor:
     """Block-diagonal orthogonal matrix [d, d] that puts each head's strongest directions into the slowest rotary pairs.
 
-    Queries and keys [.., d]. Half of a head's pairs turn with the row and half with the column, dimension i with
-    i + head size / 2; within each half later pairs turn slower.
+    Queries and keys are [.., d]. Half of a head's pairs rotate with the row and half with the column, dimension i with
+    i + head size / 2. Within each half, later pairs rotate more slowly.
     """
     both = torch.cat([queries.flatten(0, -2), keys.flatten(0, -2)]).unflatten(-1, (n_heads, -1))
     size = both.shape[-1]

@@ -1,4 +1,4 @@
-"""The explorer without a server: loaded models, and the results of a request as plain data."""
+"""Explorer without a server: loaded models, and the results of a request as plain data."""
 
 import sys
 import threading
@@ -24,19 +24,19 @@ from mipruner.pruners import PRUNERS, ImagePruner, make
 from mipruner.selection import budget
 
 N_HELD = 8
-"""Images whose features are held."""
+"""Number of images whose features are cached."""
 N_SCENES = 12
 
 
 class Cancelled(Exception):
-    """The client no longer waits for the answer."""
+    """Raised if the client no longer waits for the answer."""
 
 
 # ------------------------------------------------------------------------------------------------------ hyperparameters
 
 
 def describe_fields(name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """The hyperparameters of a pruner that a form can hold, with the values of conf/pruner."""
+    """Hyperparameters of a pruner that a form can show, with the values of conf/pruner."""
     hints, described = get_type_hints(PRUNERS[name]), []
     for one in fields(PRUNERS[name]):
         value = defaults[one.name]
@@ -50,7 +50,7 @@ def describe_fields(name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value has the type of a field; integers are also valid floats."""
+    """Whether a value has the type of a field. Integers are valid floats."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_args(hint):
@@ -61,7 +61,7 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def read_value(text: str) -> Any:
-    """Parse a value typed into a form, as YAML would."""
+    """Parse a value typed into a form, as YAML."""
     words = {"true": True, "false": False, "null": None, "none": None, "": None}
     if text.strip().lower() in words:
         return words[text.strip().lower()]
@@ -74,7 +74,7 @@ def read_value(text: str) -> Any:
 
 
 def read_keep(text: str) -> int | float:
-    """Parse a budget as typed: 1 is one token and 1.0 is all tokens; JSON numbers do not distinguish them."""
+    """Parse a budget as text: 1 is one token and 1.0 is all tokens. JSON numbers do not distinguish them."""
     keep = read_value(text)
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise InputError(f"{text[:40]!r} is not a budget: give a whole number of tokens or a fraction such as 0.25")
@@ -85,20 +85,20 @@ def read_keep(text: str) -> int | float:
 # ------------------------------------------------------------------------------------------------------------- explorer
 
 REAL = "python run.py task=explorer model=llava15_7b"
-"""What a visitor of the demo is told to start for photographs."""
+"""Command for photographs that the demo shows."""
 OWN = ("model", "pruner", "keep", "experiment", "ablation", "image", "question", "task", "models", "port")
-"""Groups and keys that the page chooses, or that have no meaning on it."""
+"""Groups and keys that the page sets or does not use."""
 
 
 class Explorer:
-    """Loaded models, used by any number of threads, with one forward pass at a time.
+    """Loaded models for any number of threads, with one forward pass at a time.
 
     Parameters
     ----------
     overrides : sequence of str
-        The words of run.py: model=llava15_7b dataset=.. decoding.max_new_tokens=..
+        Overrides as for run.py: model=llava15_7b dataset=.. decoding.max_new_tokens=..
     models : sequence of str, optional
-        Names of conf/model that may be chosen. By default the one of ``overrides``, or both of the demo.
+        Names in conf/model to choose from. By default the model of ``overrides``, or both demo models.
     """
 
     def __init__(self, overrides: Sequence[str] = (), models: Sequence[str] = ()):
@@ -114,12 +114,12 @@ class Explorer:
         self.demo = benchmark if isinstance(benchmark, Demo) else Demo()
         self.pruners = [name for name, cls in PRUNERS.items() if not issubclass(cls, ImagePruner)]  # those keep tokens
         self._defaults: dict[tuple[str, str], dict[str, Any]] = {}
-        self._lock = threading.Lock()  # torch uses all cores for a pass, and hooks stand on the model while it lasts
+        self._lock = threading.Lock()  # torch uses all cores for a pass, and hooks are on the model during it
         self._adapters: dict[str, tuple[Adapter, str]] = {}
         self._seen: OrderedDict[tuple[str, str], Seen] = OrderedDict()
 
     def compose(self, model: str, pruner: str) -> dict[str, Any]:
-        """The resolved config of a model and a pruner. Raises `InputError` for an unknown name."""
+        """Resolved config of a model and a pruner. Raises `InputError` for an unknown name."""
         try:
             is_ready = GlobalHydra.instance().is_initialized()  # by run.py
             with nullcontext() if is_ready else initialize_config_dir(str(ROOT / "conf"), version_base=None):
@@ -128,7 +128,7 @@ class Explorer:
             raise InputError(str(error).strip().splitlines()[0]) from error
 
     def defaults(self, model: str, pruner: str) -> dict[str, Any]:
-        """The hyperparameters of conf/pruner; those of the class for a method that has no file there."""
+        """Hyperparameters in conf/pruner, or of the class for a method without a file there."""
         if (model, pruner) not in self._defaults:
             self._defaults[model, pruner] = self._read_defaults(model, pruner)
         return self._defaults[model, pruner]
@@ -141,14 +141,14 @@ class Explorer:
         return own | {name: value for name, value in chosen.items() if name in own}
 
     def adapter(self, model: str) -> tuple[Adapter, str]:
-        """The model, loaded at its first use, and its path."""
+        """The model (loaded at first use) and its path."""
         if model not in self._adapters:
             config = self.compose(model, "mi")
             self._adapters[model] = build.model(config), config["model"]["path"]
         return self._adapters[model]
 
     def describe(self) -> dict[str, Any]:
-        """Models, pruners and scenes that the page offers."""
+        """Models, pruners and scenes that can be chosen."""
         pruners = {
             name: {"title": PRUNERS[name].title, "fields": describe_fields(name, self.defaults(self.models[0], name))}
             for name in self.pruners
@@ -158,13 +158,13 @@ class Explorer:
         return {"models": self.models, "pruners": pruners, "n_scenes": scenes, "command": REAL}
 
     def scene_image(self, index: int) -> Image.Image:
-        """An image of the demo. Raises `InputError` if there is none of this number."""
+        """Image of a demo scene. Raises `InputError` for an invalid number."""
         if not 0 <= index < min(N_SCENES, self.demo.n_scenes):
             raise InputError(f"there is no scene {index}")
         return self.demo.images(str(index))[0]
 
     def scene(self, index: int) -> dict[str, Any]:
-        """An image of the demo with its questions."""
+        """Image of a demo scene with its questions."""
         image = self.scene_image(index)
         questions = [
             {"text": sample.text, "answer": sample.answer}
@@ -174,12 +174,12 @@ class Explorer:
         return {"src": data_url(image), "questions": questions}
 
     def cell(self, pruner: str, keep: int | float, options: dict[str, Any], model: str | None = None) -> Cell:
-        """``model`` is the one that is asked, by default the first.
+        """A panel of a pruner, options and budget. ``model`` is by default the first.
 
         Raises
         ------
         InputError
-            If there is no such pruner or hyperparameter, or a value does not fit.
+            If there is no such pruner or hyperparameter, or a value is invalid.
         """
         if pruner not in self.pruners:
             raise InputError(f"there is no pruner {str(pruner)[:40]!r}")
@@ -194,7 +194,7 @@ class Explorer:
         return Cell(pruner, make(pruner, **defaults | changed), keep, changed)
 
     def see(self, model: str, image: Image.Image, key: str) -> Seen:
-        """One vision pass for each image and model; ``key`` names the image, and the last `N_HELD` are held."""
+        """Encode each image once per model. ``key`` names the image. The last `N_HELD` results are cached."""
         if (model, key) not in self._seen:
             self._seen[model, key] = see(self.adapter(model)[0], image)
             while len(self._seen) > N_HELD:
@@ -213,22 +213,22 @@ class Explorer:
         scene: int | None = None,
         tell: Callable[[int, int], None] = lambda done, n: None,
     ) -> dict[str, Any]:
-        """Everything the page shows, see `show`; each question is also answered with all tokens.
+        """All data of the page, see `show`. Each question is also answered with all tokens.
 
         Parameters
         ----------
         key : str
-            Name of the image: what was seen of it is held by it.
+            Name of the image, the key of the cache.
         scene : int, optional
-            Number of the scene that the image is, so that known answers are known.
+            Number of the demo scene, for known answers.
         tell : callable
-            Called with (done, all) before each panel; what it raises ends the work.
+            Called with (done, all) before each panel. An exception in it stops the work.
 
         Raises
         ------
         InputError
-            If there is no such model, a question is empty, or a budget does not fit. What one method cannot do with
-            this budget is said in its panel instead.
+            If there is no such model, a question is empty, or a budget is invalid. An error of a single method is shown
+            in its panel instead.
         """
         if model not in self.models:
             raise InputError(f"there is no model {str(model)[:40]!r} here: choose {', '.join(self.models)}")
@@ -252,7 +252,7 @@ class Explorer:
         return show(adapter, model, seen, shown)
 
     def judge(self, scene: int | None, shown: dict[str, Any]) -> dict[str, Any]:
-        """Right and wrong, where the question is one of the scene's own."""
+        """Mark answers as right or wrong if the question belongs to the scene."""
         for sample in self.demo.samples() if scene is not None else ():
             if sample.image_id == str(scene) and sample.text == shown["question"]:
                 shown["expected"] = sample.answer

@@ -1,4 +1,4 @@
-"""Data of one question and one image for `panels.js`, and a page of it that opens from disk."""
+"""Pages for the panels of one image and its questions, which open from disk or in a notebook."""
 
 import base64
 import io
@@ -10,18 +10,18 @@ from typing import Any
 from PIL import Image
 
 MAX_WIDTH = 800
-"""Of an image in a page, in pixels; a panel is 400 pixels wide."""
+"""Width of an image in a page, in pixels; a panel is 400 pixels wide."""
 NOTHING = "(the model said nothing)"
-"""In place of an empty answer."""
+"""Shown instead of an empty answer."""
 POLICY = "default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
-"""What a page may load: nothing but what is in it."""
+"""Content security policy: a page loads only its own content."""
 HERE = Path(__file__).parent
 DATA = '"__DATA__"'
-"""Stands in the template for what is drawn."""
+"""Placeholder of the data in the template."""
 
 
 def script() -> str:
-    """The drawing code, shared by the server's page, saved pages, the report and the Space."""
+    """Drawing code of the server's page, saved pages, the report and the Space."""
     return (HERE / "panels.js").read_text(encoding="utf-8")
 
 
@@ -30,31 +30,31 @@ def style() -> str:
 
 
 def template() -> str:
-    """A saved page without its data."""
+    """Template of a saved page, without data."""
     page = (HERE / "saved.html").read_text(encoding="utf-8")
     return page.replace("/*CSS*/", style()).replace("/*JS*/", script())
 
 
 def embedded(data: Any) -> str:
-    """JSON that may stand inside a script element: no tag and no comment can begin in it."""
+    """JSON that is safe inside a script element: it cannot contain a tag or a comment."""
     return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
 
 
 def saved_page(view: dict[str, Any]) -> str:
-    """One HTML file that shows ``view``, see `experiments.explorer.views.show`, without a server or another file."""
+    """HTML file that shows ``view``, see `experiments.explorer.views.show`, without a server or other files."""
     return template().replace(DATA, embedded(view))
 
 
 @dataclass(frozen=True, repr=False)
 class Frame:
-    """A view in a notebook cell: the page in a frame, with interactive words, patches and slider.
+    """A view in a notebook: the page in a frame, with interactive words, patches and slider.
 
     Attributes
     ----------
     view : dict
         See `experiments.explorer.views.show`.
     height : int
-        In pixels.
+        Height in pixels.
     """
 
     view: dict[str, Any]
@@ -66,7 +66,9 @@ class Frame:
 
 
 def data_url(image: Image.Image, width: int = MAX_WIDTH) -> str:
-    """A JPEG of the image, no wider than ``width`` pixels; the boxes of a view are in those of the image itself."""
+    """JPEG of the image as a ``data:`` URL, at most ``width`` pixels wide. Boxes of a view are in pixels of the
+    original.
+    """
     out, small = io.BytesIO(), image.copy()
     small.thumbnail((width, 4 * width))
     small.save(out, "JPEG", quality=90)

@@ -1,4 +1,4 @@
-"""Serves the explorer on this machine only: loopback, no file route, no data of a visitor on disk."""
+"""Serves the explorer on this machine only: loopback, no access to files, no data of visitors on disk."""
 
 import asyncio
 import base64
@@ -29,11 +29,11 @@ from mipruner.errors import InputError, ModelError
 MAX_BYTES = 20 * 2**20
 MAX_MEGAPIXELS = 24
 MAX_SIDE = 1344
-"""Larger images are made smaller, in pixels."""
+"""Largest side of an image in pixels; larger images are resized."""
 MAX_QUESTION = 500
 MAX_PRUNERS, MAX_BUDGETS, MAX_WAITING = 8, 6, 32
 MAX_SECONDS = 300
-"""Of one request, once it is its turn."""
+"""Time limit in seconds of one request, without waiting in the queue."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 FILES = {"page.js": "text/javascript", "panels.js": "text/javascript", "page.css": "text/css", "panels.css": "text/css"}
@@ -47,7 +47,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """An error that is answered with its HTTP status."""
+    """An error with the HTTP status of its reply."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -58,12 +58,12 @@ class Refused(Exception):
 
 
 def read_image(source: str) -> tuple[Image.Image, str]:
-    """An upright RGB image of at most `MAX_SIDE` pixels a side, from a data URL, and a name for it.
+    """Upright RGB image with sides of at most `MAX_SIDE` pixels, from a ``data:`` URL, and a name for it.
 
     Raises
     ------
     InputError
-        If it is none, or has more than `MAX_MEGAPIXELS`.
+        If it is not an image, or has more than `MAX_MEGAPIXELS`.
     """
     try:
         raw = base64.b64decode(source.partition(",")[2], validate=True)
@@ -75,7 +75,7 @@ def read_image(source: str) -> tuple[Image.Image, str]:
                 raise InputError(
                     f"the image has {opened.width} x {opened.height} pixels: at most {MAX_MEGAPIXELS} megapixels"
                 )
-            opened.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a large JPEG is decoded small
+            opened.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a large JPEG is decoded at a smaller size
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except InputError:
         raise
@@ -87,7 +87,7 @@ def read_image(source: str) -> tuple[Image.Image, str]:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request, parsed and checked."""
+    """A parsed and checked request."""
 
     model: str
     image: Image.Image
@@ -98,7 +98,7 @@ class Asked:
 
 
 def read_list(asked: dict[str, Any], name: str, most: int) -> list[str]:
-    """A list of one to ``most`` strings."""
+    """Check a list of one to ``most`` strings."""
     values = asked.get(name)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise InputError(f"{name} is not a list of texts")
@@ -108,7 +108,7 @@ def read_list(asked: dict[str, Any], name: str, most: int) -> list[str]:
 
 
 def read_cells(explorer: Explorer, asked: dict[str, Any]) -> list[Cell]:
-    """Every pruner at every budget."""
+    """Panels of every pruner at every budget."""
     keeps = [read_keep(text) for text in read_list(asked, "budgets", MAX_BUDGETS)]
     pruners = asked.get("pruners")
     if not isinstance(pruners, dict) or not all(isinstance(options, dict) for options in pruners.values()):
@@ -123,7 +123,7 @@ def read_cells(explorer: Explorer, asked: dict[str, Any]) -> list[Cell]:
 
 
 def read_request(explorer: Explorer, asked: Any) -> Asked:
-    """Parse a request. Raises `InputError` with one sentence."""
+    """Parse a request. Raises `InputError` if it is invalid."""
     if not isinstance(asked, dict):
         raise InputError("the request is not a table")
     questions = read_list(asked, "questions", 2)
@@ -142,7 +142,7 @@ def read_request(explorer: Explorer, asked: Any) -> Asked:
 
 
 async def read_body(request: Request) -> Any:
-    """The JSON of a request; a body that is too long is refused before it has arrived completely."""
+    """JSON of a request. A body that is too long is refused before it has arrived completely."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused(415, "only application/json is read here")
     body = bytearray()
@@ -166,7 +166,7 @@ class Queue:
         self._line: list[object] = []
 
     def place(self, ticket: object) -> int:
-        """How many are before the holder of the ticket."""
+        """Number of visitors before the holder of the ticket."""
         return self._line.index(ticket)
 
     @asynccontextmanager
@@ -183,7 +183,7 @@ class Queue:
 
 @dataclass
 class Work:
-    """A request in a thread of its own, which ends before its next panel where nobody waits any more."""
+    """A request in its own thread. It stops before the next panel if the client no longer waits."""
 
     started: float
     progress: tuple[int, int] = (0, 0)
@@ -198,7 +198,7 @@ class Work:
 
 
 async def follow(explorer: Explorer, queue: Queue, asked: Asked, is_gone: Callable[[], Any]) -> AsyncIterator[dict]:
-    """Events of a request: place in the queue, finished panels, at last the view or an error."""
+    """Events of a request: place in the queue, finished panels, and finally the view or an error."""
     async with queue.ticket() as ticket:
         told = None
         while place := queue.place(ticket):
@@ -233,14 +233,14 @@ async def follow(explorer: Explorer, queue: Queue, asked: Asked, is_gone: Callab
             work.is_cancelled = True
             if not running.done():
                 with suppress(Cancelled, InputError, ModelError):
-                    await asyncio.shield(running)  # the next in the line waits until the model is free
+                    await asyncio.shield(running)  # the next visitor waits until the model is free
 
 
 # ------------------------------------------------------------------------------------------------------------------ app
 
 
 class Guard:
-    """Refuses requests that name another host (DNS rebinding) or come from another site's page; adds `HEADERS`."""
+    """Refuses requests for another host (DNS rebinding) or from pages of other sites, and adds `HEADERS`."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -264,7 +264,7 @@ class Guard:
 
 
 def application(explorer: Explorer) -> ASGIApp:
-    """The page of an explorer, as an ASGI application."""
+    """ASGI application with the page of an explorer."""
     queue = Queue()
 
     async def ask(request: Request) -> Response:

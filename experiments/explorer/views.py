@@ -1,7 +1,7 @@
-"""Result of one image, question, method and budget: answer and kept tokens, as data that `panels.js` draws.
+"""Computes the data that `panels.js` draws: answer and kept tokens by question, method and budget.
 
-The vision encoder runs once an image, with every signal that some pruner reads; each cell is a `Pipeline` that is
-handed what it made.
+The vision encoder runs once per image, with all signals that any pruner reads. Each panel is a `Pipeline` with its
+results.
 """
 
 import shlex
@@ -26,16 +26,16 @@ from mipruner.prompt import Encoded, Visual
 from mipruner.pruners import PRUNERS, Method, Pruner
 
 N_ORDER = 128
-"""Picks whose order is shown."""
+"""Number of picks whose order is shown."""
 N_WORDS = 5
-"""Words of the vocabulary that are shown for a patch."""
+"""Number of vocabulary words that are shown for a patch."""
 SIGNALS = frozenset(one.name for one in fields(Features) if one.default is not MISSING)
-"""Every field that some pruner may ask for."""
+"""All optional fields that pruners may read."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One panel: a method and a budget.
+    """A panel: one method and one budget.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Cell:
     method : Pruner or DecoderPruner
     keep : int or float
     changed : dict
-        Hyperparameters that are not those of conf/pruner.
+        Hyperparameters that differ from conf/pruner.
     """
 
     pruner: str
@@ -55,16 +55,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Seen:
-    """One image after the vision encoder.
+    """An image after the vision encoder.
 
     Attributes
     ----------
     image : PIL image
     visual : Visual
-        With every signal of `SIGNALS` that the model has.
+        With all signals of `SIGNALS` that the model has.
     ms : float
     vocabulary : list of lists of (word, PMI), or None
-        For each patch the words of the whole vocabulary with the largest PMI.
+        For each patch, the words of the vocabulary with the highest PMI.
     """
 
     image: Image.Image
@@ -79,7 +79,7 @@ _readable: "WeakKeyDictionary[Any, tuple[Tensor, list[str]]]" = WeakKeyDictionar
 
 
 def readable(adapter: Adapter) -> tuple[Tensor, list[str]]:
-    """Ids and spelling of the tokens that a person reads as words: two letters or more, no special ones."""
+    """Ids and text of tokens that are words: two or more letters, no special tokens."""
     if adapter.model not in _readable:
         special = set(adapter.tokenizer.all_special_ids)
         ids = [k for k in range(min(len(adapter.tokenizer), len(adapter.model.get_input_embeddings().weight)))]
@@ -90,9 +90,9 @@ def readable(adapter: Adapter) -> tuple[Tensor, list[str]]:
 
 
 def say_patches(adapter: Adapter, visual: Tensor, tau: float = 0.1) -> list[list[tuple[str, float]]]:
-    """For each of visual [n_visual, d] the `N_WORDS` words w of the vocabulary with the largest PMI(v_i; w), eq. 18.
+    """The `N_WORDS` vocabulary words w with the highest PMI(v_i; w), eq. 18, for each of visual [n_visual, d].
 
-    p(w | v_i) is normalised over all readable words, see `readable`; no more than `BLOCK` of them exist at a time.
+    p(w | v_i) is normalised over all readable words, see `readable`. At most `BLOCK` of them are in memory at a time.
     """
     ids, words = readable(adapter)
     table = adapter.model.get_input_embeddings().weight[ids.to(visual.device)]
@@ -118,7 +118,7 @@ def say_patches(adapter: Adapter, visual: Tensor, tau: float = 0.1) -> list[list
 
 @torch.inference_mode()
 def see(adapter: Adapter, image: Image.Image) -> Seen:
-    """One vision pass with every signal that a pruner may need."""
+    """Encode an image once, with all signals that a pruner may need."""
     start = time.perf_counter()
     (visual,) = adapter.encode([adapter.preprocess(image)], SIGNALS)
     ms = 1e3 * (time.perf_counter() - start)
@@ -130,7 +130,7 @@ def see(adapter: Adapter, image: Image.Image) -> Seen:
 def answer_cell(
     adapter: Adapter, seen: Seen, question: str, cell: Cell, decoding: Decoding
 ) -> tuple[Answer, dict[str, float]]:
-    """The model's answer with the tokens of this cell, and the ms of each stage after the vision encoder."""
+    """Answer of the model with the tokens of this panel, and the ms of each stage after the vision encoder."""
     pipeline = Pipeline(adapter, cell.method, cell.keep, decoding)
     pipeline.cache.put(seen.image, seen.visual, SIGNALS)
     (told,) = pipeline([Prompt(question, [seen.image])])
@@ -138,7 +138,7 @@ def answer_cell(
 
 
 def order_of(adapter: Adapter, seen: Seen, question: str, cell: Cell) -> list[int] | None:
-    """The first `N_ORDER` tokens that the method picks, None where it has no order."""
+    """The first `N_ORDER` picks of the method; None if it has no order."""
     if not isinstance(cell.method, Pruner) or cell.pruner == "none":
         return None
     (features,) = adapter.read(Prompt(question, [seen.image]), [seen.visual], cell.method.signals).features()
@@ -147,7 +147,7 @@ def order_of(adapter: Adapter, seen: Seen, question: str, cell: Cell) -> list[in
 
 
 def show_run(cell: Cell, told: Answer, ms: dict[str, float], n_prompt: int, order: list[int] | None) -> dict[str, Any]:
-    """One panel as data; ``n_prompt`` tokens are in the full prompt."""
+    """A panel as data. ``n_prompt`` is the number of tokens of the full prompt."""
     layers = told.visual_tokens_per_layer
     return {
         "pruner": cell.pruner,
@@ -179,7 +179,7 @@ def show_question(question: str, encoded: Encoded, runs: Sequence[dict[str, Any]
 
 
 def show(adapter: Adapter, model: str, seen: Seen, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All that `panels.js` draws: an image and what was asked about it."""
+    """All data for `panels.js`: an image, and the questions about it."""
     return {
         "model": model,
         "src": data_url(seen.image),
@@ -196,7 +196,7 @@ def show(adapter: Adapter, model: str, seen: Seen, questions: Sequence[dict[str,
 
 
 def command(model: str, question: str, cell: Cell, decoding: Decoding, image: str = "IMAGE") -> str:
-    """The same call on the command line."""
+    """Command line of the same call."""
     words = [f"image={image}", f"question={question}", f"model={model}", f"pruner={cell.pruner}"]
     words += [] if cell.pruner == "none" else [f"keep={cell.keep}"]
     words += [f"pruner.{key}={'null' if value is None else value}" for key, value in cell.changed.items()]
@@ -205,7 +205,7 @@ def command(model: str, question: str, cell: Cell, decoding: Decoding, image: st
 
 
 def python_lines(path: str, cell: Cell, decoding: Decoding) -> str:
-    """The same call around a model of one's own."""
+    """Python lines of the same call on a loaded model."""
     method = cell.method
     values = {one.name: (getattr(method, one.name), one.default) for one in fields(method)}
     options = "".join(f", {name}={value!r}" for name, (value, default) in values.items() if value != default)
@@ -219,7 +219,7 @@ def python_lines(path: str, cell: Cell, decoding: Decoding) -> str:
 
 @torch.inference_mode()
 def read(adapter: Adapter, seen: Seen, question: str) -> Encoded:
-    """The full prompt. Raises `InputError` if the question is empty or cannot be asked."""
+    """The full prompt. Raises `InputError` if the question is empty or invalid."""
     if not question.strip():
         raise InputError("the question is empty: type one")
     return adapter.read(Prompt(question, [seen.image]), [seen.visual], frozenset({"words"}))
@@ -236,7 +236,7 @@ def show_cell(
     decoding: Decoding,
     image: str = "IMAGE",
 ) -> dict[str, Any]:
-    """One panel with its commands; ``model`` is name and path. What the method cannot do is said in it."""
+    """A panel with its commands. ``model`` is (name, path). An error of the method is shown in the panel."""
     same = {
         "command": command(model[0], question, cell, decoding, image),
         "python": python_lines(model[1], cell, decoding),

@@ -1,1 +1,1 @@
-"""One task of the command line per file, each with `run(config, overrides)`. Its keys are in conf/task."""
+"""Tasks of the command line, one per file, each with `run(config, overrides)`. Their keys are in conf/task."""

@@ -4,8 +4,8 @@
     python run.py task=accept model=llava15_7b level=scores      an hour: and the published unpruned scores
     python run.py task=accept model=llava15_7b level=paper       hours: and the paper's pruned scores, times and memory
 
-The report lies in results/accept/<model>/: report.md to read, report.json for programs. Interrupted, the same command
-goes on where it stopped. The exit status is 1 if a line fails.
+The report is in results/accept/<model>/: report.md for people, report.json for programs. The same command resumes an
+interrupted acceptance. The exit status is 1 if a line fails.
 """
 
 import hashlib
@@ -39,18 +39,18 @@ LEVELS = ("quick", "scores", "paper")
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
-    """Exits with status 1 if a line fails."""
+    """Run the acceptance. Exits with status 1 if a line fails."""
     if status := accept(config, overrides):
         sys.exit(status)
 
 
 def accept(config: dict[str, Any], overrides: Sequence[str] = ()) -> int:
-    """Check the model of a resolved config; returns the exit status.
+    """Check the model of a resolved config. Returns the exit status.
 
     Raises
     ------
     InputError
-        If ``level`` is none of quick, scores, paper.
+        If ``level`` is not quick, scores or paper.
     """
     level, n_images = config["level"], config["n_images"]
     if level not in LEVELS:
@@ -71,7 +71,7 @@ def accept(config: dict[str, Any], overrides: Sequence[str] = ()) -> int:
 def all_lines(
     report: Report, config: dict[str, Any], overrides: Sequence[str], device: torch.device, cost: dict[str, Any] | None
 ) -> Iterator[Line]:
-    """The sections in order. If the model does not load, the sections that need it are left out."""
+    """Run the sections in order. If the model does not load, the sections that need it are skipped."""
     yield from report.run("1 Environment", lambda: check_environment(config, device, cost))
     yield from report.run("2 Weights", lambda: check_weights(config))
     name, n_images = config["model"]["name"], config["n_images"]
@@ -101,9 +101,9 @@ def all_lines(
 
 
 def compose_evaluation(overrides: Sequence[str], words: list[str]) -> dict[str, Any]:
-    """The resolved config of one cell: what was given of model, device and folders, with the words of the cell.
+    """Resolved config of one cell, from the given overrides of model, device and folders, and those of the cell.
 
-    ``dataset.path=ROOT`` is the folder that holds one folder for each data set, by its name here.
+    ``dataset.path=ROOT`` is a folder with one folder per dataset, named as in conf/dataset.
     """
     given = [
         word for word in overrides if word.split("=")[0].split(".")[0] in ("model", "device", "results", "batch_size")
@@ -117,7 +117,7 @@ def compose_evaluation(overrides: Sequence[str], words: list[str]) -> dict[str, 
 
 
 def check_float32(config: dict[str, Any], device: torch.device, cost: dict[str, Any] | None) -> Iterator[Line]:
-    """keep=1.0 once more in float32, if a second copy of the weights fits beside the first."""
+    """Check keep=1.0 again in float32, if a second copy of the weights fits into memory."""
     name = "keep=1.0 in float32"
     if cost is None or free_gib(device) < 2 * HEADROOM * cost["weights_gib"]:
         yield not_run(name, "a float32 copy of the weights does not fit in the free memory")
@@ -127,7 +127,7 @@ def check_float32(config: dict[str, Any], device: torch.device, cost: dict[str, 
 
 
 def head(config: dict[str, Any], device: torch.device, overrides: Sequence[str]) -> dict[str, Any]:
-    """Head of the report. Its identity changes with anything that could change a line."""
+    """Head of the report. Its identity changes with everything that can change a line."""
     facts = {
         "model": config["model"]["name"],
         "command": shlex.join(["python", "run.py", *overrides]),

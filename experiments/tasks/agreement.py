@@ -1,10 +1,10 @@
-"""Evaluate a data set through vLLM and in the pipeline, and compare every answer.
+"""Evaluates a dataset through vLLM and in the pipeline, and compares every answer.
 
     python run.py task=agreement                                   the demo's table
     python run.py task=agreement model=demo_qwen3vl dataset=demo_canvases keeps=[0.25,0.11]
 
-Both ways are ordinary cells: what one of them has answered before is not asked again. Methods that vLLM cannot run
-are refused by the server, see docs/serving.md; `random` draws by the sample, of which a server knows nothing.
+Both evaluations are ordinary cells, so stored answers are not computed again. The server refuses methods that vLLM
+cannot run, see docs/serving.md. `random` is not comparable: it draws by sample name, which a server does not get.
 """
 
 import shlex
@@ -28,7 +28,7 @@ CONF = ROOT / "conf"
 
 
 def cells(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The configs of a pruner's cells, one a budget."""
+    """Configs of a pruner's cells, one per budget."""
     pruner = OmegaConf.load(CONF / "pruner" / f"{name}.yaml")
     merged = OmegaConf.merge({key: value for key, value in config.items() if key != "pruner"}, {"pruner": pruner})
     whole = OmegaConf.to_container(merged, resolve=True)
@@ -36,7 +36,7 @@ def cells(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def compared(config: dict[str, Any], name: str, log: Path) -> Iterator[dict[str, Any]]:
-    """A row for each budget of a pruner."""
+    """One row for each budget of a pruner."""
     asked = cells(config, name)
     setting = None if name == "none" else setting_of(asked[0], 1.0)
     options = ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
@@ -71,7 +71,7 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     require_vllm()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server is stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server is stopped at the end
     out = Path(config["out"] or Path(config["results"]) / "agreement" / f"{config['model']['name']}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for name in config["pruners"] for row in compared(config, name, out.with_suffix(".log"))]

@@ -32,15 +32,15 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     if "engine" in config:
         raise InputError("one image of your own needs engine=pipeline: a server does not tell which tokens it kept")
     if not any(override.startswith("decoding.max_new_tokens=") for override in overrides):
-        config["decoding"]["max_new_tokens"] = 128  # the dataset's number is for its own answers
+        config["decoding"]["max_new_tokens"] = 128  # the limit of the dataset is for its own answers
     for line in answer(config, image, question):
         print(line, flush=True)
 
 
 def answer(config: dict[str, Any], image: str | None, question: str | None) -> Iterator[str]:
-    """The answer, then tokens and times, then where the page lies that shows it beside the answer to all tokens.
+    """Lines of output: the answer, then tokens and times, then the path of the page with the kept tokens.
 
-    Each line is there as soon as it is known, so that nothing that comes later can take the answer with it.
+    Each line is yielded at once, so that a later error does not lose the answer.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> I
         raise InputError(str(error)) from error
     prompt = Prompt(str(question), [shown])
     choices = build.pruner(config), build.budget(config), build.decoding(config)
-    (told,) = pipeline_of(build.any_model(config), *choices)([prompt])  # warms up, too
+    (told,) = pipeline_of(build.any_model(config), *choices)([prompt])  # also a warm-up
     yield told.text.strip() or panels.NOTHING
     if note := shown.info.get("note"):
         yield f"  {note}"
@@ -86,7 +86,7 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> I
 
 
 def page_path(config: dict[str, Any], image: Path, question: str) -> Path:
-    """A name of its own for each question, image and config; the stem cut, as names have at most 255 bytes."""
+    """Unique path for each question, image and config. The stem is cut, because names have at most 255 bytes."""
     parts = json.dumps([cell_id(config), question]).encode() + image.read_bytes()
     stem = re.sub(r"[^\w.-]+", "_", image.stem)[:40]
     name = f"{stem},{config['model']['name']},{config['pruner']['name']},keep={config['keep']}"
@@ -96,7 +96,7 @@ def page_path(config: dict[str, Any], image: Path, question: str) -> Path:
 def show_answer(
     config: dict[str, Any], pipeline: Pipeline, image: Image.Image, question: str, n_keep: int, path: str
 ) -> dict[str, Any]:
-    """What the page draws: all tokens, and the pruner of ``pipeline`` at its budget."""
+    """Data of the page: all tokens, and the pruner of ``pipeline`` at its budget."""
     adapter, method, keep = pipeline.adapter, pipeline.pruner, pipeline.keep
     changed = {
         one.name: getattr(method, one.name)

@@ -1,17 +1,17 @@
-"""Measures the cost of a method on this machine: time of each stage, end to end, and memory.
+"""Measures the cost of methods on this machine: time of each stage, total time, and memory.
 
     python run.py task=efficiency                          the demo, on this machine
     python run.py experiment=table3                        Table 3: LLaVA-1.5-7B
     python run.py experiment=table3 weights=random         without its weights
 
-Every combination of method, budget and engine answers one prompt `warmup` times, then `repetitions` times more in
-random order among all others, so that drift of clocks and caches affects all alike. Each repetition runs twice, once
-with a clock around each stage (at which the host waits for the device) and once with only two readings at the ends.
+Every combination of method, budget and engine answers one prompt `warmup` times. Then all combinations answer it
+`repetitions` times in random order, so that drift of clocks and caches affects all equally. Each repetition runs twice:
+with a clock around each stage (where the host waits for the device), and with a clock only at both ends.
 
-Engines: `pipeline` is what evaluations run, `engine` is `mipruner.engine`, `generate` gives the pipeline's short prompt
-to transformers' own `generate`. The floor of a combination is the time in which this device reads the weights of the
-language model once a forward pass and does the FLOPs of vision and prefill, at the copy bandwidth and matrix product
-speed that are measured in the same run.
+Engines: `pipeline` is the engine of evaluations, `engine` is `mipruner.engine`, `generate` is transformers' own
+`generate` on the pipeline's short prompt. The floor of a combination is the time for reading the language model's
+weights once per forward pass plus the FLOPs of vision and prefill, at the copy bandwidth and matrix product speed
+measured in the same run.
 
 The last line printed is the result as JSON; it is also written to ``out``.
 """
@@ -51,9 +51,9 @@ class Subject:
     Attributes
     ----------
     run : callable
-        Answers the prompt, given a clock for its stages; returns the number of new tokens.
+        Answers the prompt with a clock for its stages. Returns the number of new tokens.
     held_gib : float
-        What it holds on the device between two runs besides the model: static buffers and recorded graphs.
+        Device memory between two runs in addition to the model, in GiB: static buffers and recorded graphs.
     """
 
     method: str
@@ -70,7 +70,7 @@ class Subject:
     peak_gib: list[float] = field(default_factory=list)
 
     def row(self, model_gib: float) -> dict[str, Any]:
-        """The result, with peak and resident memory as if no other subject were there."""
+        """Result row, with peak and resident memory without the other subjects."""
         return {
             "method": self.method,
             "keep": self.keep,
@@ -87,7 +87,7 @@ class Subject:
 
 
 def random_model(name: str, dtype: str, device: str, attn_implementation: str) -> Adapter:
-    """A model with the shape of ``name`` and random weights, which take as long as trained ones."""
+    """A model with the shape of ``name`` and random weights. Its times equal those of trained weights."""
     config, folder = stand_in(name)
     family, tokenizer = FAMILIES[config.model_type], AutoTokenizer.from_pretrained(folder)
     vision = config.vision_config
@@ -103,13 +103,13 @@ def random_model(name: str, dtype: str, device: str, attn_implementation: str) -
 
 
 def n_text(adapter: Adapter, prompt: Prompt) -> int:
-    """Tokens beside the image."""
+    """Number of text tokens in a prompt."""
     nothing = [Visual(rows=torch.empty(0, 0), grid=None)] * len(prompt.images)
     return len(adapter.tokenize(prompt, nothing).ids)
 
 
 def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
-    """The model, and the prompt that is answered, with its image already processed."""
+    """The model and the prompt, with its image already processed."""
     if config["weights"] == "random":
         options = config["model"]
         adapter = random_model(options["name"], options["dtype"], build.device(config), options["attn_implementation"])
@@ -135,7 +135,7 @@ def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
 
 
 def shortest_ms(adapter: Adapter, limits: dict[str, float], n_visual: int, n_prefill: int, n_new: int) -> float:
-    """Shortest possible time of an answer: weights read once a forward pass, FLOPs of vision and of the prefill."""
+    """Lower bound of the time of an answer in ms: weights read once per forward pass, FLOPs of vision and prefill."""
     config, lm = adapter.model.config, adapter.language_model
     weights = sum(p.nbytes for p in [*lm.layers.parameters(), *adapter.model.lm_head.parameters()])
     read_ms = weights / limits["copy_gb_per_s"] / 1e6
@@ -148,7 +148,7 @@ def shortest_ms(adapter: Adapter, limits: dict[str, float], n_visual: int, n_pre
 def subjects(
     config: dict[str, Any], adapter: Adapter, prompt: Prompt, limits: dict[str, float]
 ) -> tuple[list[Subject], list[str]]:
-    """Every combination, warmed up; and a line for each that cannot be, with the reason."""
+    """All combinations after warm-up, and a line with the reason for each impossible combination."""
     decoding = Decoding(max_new_tokens=config["max_new_tokens"])
     memory = Memory(adapter.device)
     found, left_out = [], []
@@ -179,7 +179,7 @@ def subjects(
 def compare(
     found: list[Subject], repetitions: int, seed: int, device: torch.device, clock: Callable[[], float]
 ) -> None:
-    """Run everything ``repetitions`` times in random order."""
+    """Run all combinations ``repetitions`` times in random order."""
     memory = Memory(device)
     jobs = found * repetitions
     random.Random(seed).shuffle(jobs)
@@ -197,7 +197,7 @@ def compare(
 
 
 def show(record: dict[str, Any]) -> str:
-    """The table as text: medians in ms, fastest first."""
+    """Table as text: medians in ms, fastest first."""
     stages = ("vision", "scoring", "prefill", "decode", "generate", "total")
     lines = []
     for row in sorted(record["rows"], key=lambda row: row["latency_ms"]["total"]["median"]):
@@ -210,7 +210,7 @@ def show(record: dict[str, Any]) -> str:
 
 
 def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure everything that a config asks for.
+    """Measure all combinations of a config.
 
     Raises
     ------

@@ -22,12 +22,12 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
 def estimate(
     model: str, keep: int | float, n_visual: int | None = None, n_text: int = 60, dtype: str = "bfloat16"
 ) -> dict[str, Any]:
-    """The cost of one prompt with ``n_visual`` visual and ``n_text`` other tokens, with and without pruning.
+    """Cost of one prompt with ``n_visual`` visual and ``n_text`` other tokens, with and without pruning.
 
     Raises
     ------
     InputError
-        If the model's images have no fixed number of tokens and ``n_visual`` is not given, and as `architecture`.
+        If the model's images have no fixed number of tokens and ``n_visual`` is not given. See also `architecture`.
     """
     config = architecture(model)
     if n_visual is None and config.model_type != "llava":

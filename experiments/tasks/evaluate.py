@@ -1,4 +1,4 @@
-"""Run or resume one cell and print its record."""
+"""Runs or resumes one cell and prints its record."""
 
 from collections.abc import Sequence
 from typing import Any

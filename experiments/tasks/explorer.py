@@ -1,4 +1,4 @@
-"""Shows in the browser which tokens of an image pruners keep, and what the model then answers.
+"""Shows kept tokens and answers in the browser.
 
 python run.py task=explorer                                # the demo, http://127.0.0.1:8765
 python run.py task=explorer model=llava15_7b               # any model, by the words of every other run
@@ -18,12 +18,12 @@ from mipruner.errors import InputError
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on loopback; port 0 is any free one. Raises `InputError` if the port is not available."""
+    """Open a socket on loopback; port 0 is any free port. Raises `InputError` if the port is not available."""
     opened = socket.socket()
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind(("127.0.0.1", port))
-        opened.listen()  # who comes before the server runs waits
+        opened.listen()  # earlier connections wait
     except (OSError, OverflowError, TypeError) as error:
         opened.close()
         raise InputError(f"port={port} is not available ({error}): give another, port=0 for any free one") from error
@@ -31,7 +31,7 @@ def listen(port: int) -> socket.socket:
 
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
-    """Answer until interrupted, with the first model loaded before the address is printed."""
+    """Serve until interrupted. The first model is loaded before the address is printed."""
     opened = listen(config["port"])
     explorer = Explorer(overrides, config["models"] or ())
     explorer.adapter(explorer.models[0])

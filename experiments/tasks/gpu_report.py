@@ -1,12 +1,12 @@
-"""Measure everything that needs a GPU in one command of under half an hour, and write one page with pass or fail.
+"""Runs all measurements that need a GPU, in under half an hour, and writes one page with pass or fail.
 
     python run.py task=gpu_report                     on a machine with one GPU
     python run.py task=gpu_report small=true          anywhere, to try the command itself
     python run.py task=gpu_report steps=[scaling,table3]
 
-Each step is a command of its own with its own limit of time, and the next goes on if one fails. The page says what was
-measured beside each goal, what a step could not do and why, and what each command printed last. Weights are random,
-which takes as long as trained ones, so that nothing is downloaded. Send the page to the project's issues.
+Each step is a separate command with a time limit. If one fails, the next still runs. The page has each goal with the
+measured value, the reason if a step could not run, and the last lines of each command's output. Weights are random
+(same times as trained weights), so nothing is downloaded. Please send the page to the project's issues.
 """
 
 import csv
@@ -29,25 +29,25 @@ from experiments.results import ROOT
 from mipruner.errors import InputError
 
 GIB_OF_7B = 20
-"""Memory that LLaVA-1.5-7B in 16 bits and its buffers need, GiB."""
+"""Memory in GiB for LLaVA-1.5-7B in 16 bits and its buffers."""
 
 TAIL = 12
-"""Lines of a command's output that the page shows."""
+"""Number of output lines of a command on the page."""
 
 
 @dataclass
 class Step:
-    """One command of the report.
+    """A command of the report.
 
     Attributes
     ----------
     name : str
     command : list of str
-        Without the interpreter.
+        Command without the interpreter.
     limit_s : float
-        It is stopped after so long.
+        Time limit in seconds.
     missing : str
-        Why it cannot run here; empty if it can.
+        Reason why it cannot run here; empty if it can.
     status : str
         "passed", "failed with status 2", ...; empty before it has run.
     """
@@ -86,7 +86,7 @@ class Step:
 
 
 def steps(small: bool, folder: Path, device: torch.device) -> list[Step]:
-    """All steps; what they write goes into ``folder``."""
+    """All steps, with output files in ``folder``."""
     run = ["run.py", f"results={folder}"]
     memory = torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 0
     large = "" if small or memory >= GIB_OF_7B else f"a 7B model needs {GIB_OF_7B} GiB, and {memory:.0f} are free"
@@ -127,7 +127,7 @@ class Goal:
     ----------
     words : str
     measured : callable
-        The value that was measured in a folder, or None.
+        Returns the measured value in a folder, or None.
     at_most, at_least : float, optional
     """
 
@@ -138,7 +138,7 @@ class Goal:
     at_least: float | None = None
 
     def verdict(self, folder: Path, on_gpu: bool) -> tuple[str, str]:
-        """What was measured, and pass or fail."""
+        """The measured value, and pass or fail."""
         try:
             value = self.measured(folder)
         except (OSError, KeyError, ValueError, StopIteration, ZeroDivisionError):
@@ -194,7 +194,7 @@ def _row(folder: Path, method: str, engine: str) -> dict[str, Any]:
 
 
 def unable(device: torch.device) -> list[str]:
-    """The missing requirements of this machine, as text."""
+    """Missing requirements of this machine, as text."""
     found = [] if device.type == "cuda" else ["no GPU: nothing on this page is a figure of one"]
     for module, use in (("triton", "the kernels"), ("flash_attn", "flash attention"), ("vllm", "serving")):
         if find_spec(module) is None:
@@ -234,7 +234,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     folder = out.with_suffix(".parts")
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("scaling.csv", "table3.json", "table9.json", "throughput.json", "serving.json"):
-        (folder / old).unlink(missing_ok=True)  # no figure of an earlier run
+        (folder / old).unlink(missing_ok=True)  # no value of an earlier run
     small, device = config["small"], torch.device(build.device(config))
     every = steps(small, folder, device)
     names = [step.name for step in every]

@@ -1,9 +1,9 @@
-"""Draw the PMI of each word of the question over the image, with the model of a finished cell.
+"""Draws the PMI of each word of the question over the image, with the model of a finished cell.
 
     python run.py task=heat cell=results/demo_llava/demo/mi/keep=16-1234abcd
     python run.py task=heat cell=... ids=[3/7] words=[cup,blue] out=heat.pdf
 
-No record holds the features, so the model is loaded again.
+Records do not contain features, so the model is loaded again.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ from mipruner.pmi import cross_pmi
 
 
 def word_pmi(config: dict[str, Any], benchmark: Benchmark, sample: str) -> tuple[list[str], np.ndarray]:
-    """The words of T and PMI(v_i; t_j) [n_visual, n_text] (eq. 18) of the first image, as the cell's model sees them.
+    """The words of T, and PMI(v_i; t_j) [n_visual, n_text] (eq. 18) of the first image, for the model of a cell.
 
-    tau and the normalization are the cell's where its pruner has them, else the paper's.
+    tau and normalization are those of the cell's pruner, or else those of the paper.
     """
     (question,) = (one for one in benchmark.samples() if one.id == sample)
     prompt = Prompt(
@@ -41,7 +41,9 @@ def word_pmi(config: dict[str, Any], benchmark: Benchmark, sample: str) -> tuple
 
 
 def run(config: dict[str, Any], overrides: Sequence[str], draw: Callable[..., None]) -> None:
-    """``draw`` is `analysis.masks.draw_heat`. Raises `InputError` if there is no such cell, sample or word."""
+    """Draw into a file. ``draw`` is `analysis.masks.draw_heat`. Raises `InputError` for an unknown cell, sample or
+    word.
+    """
     if config["cell"] is None:
         raise InputError("task=heat needs cell=..., the folder of a finished cell")
     cell = (sorted(glob(config["cell"])) or [config["cell"]])[0]

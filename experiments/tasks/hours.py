@@ -1,9 +1,9 @@
-"""Calculate, for each experiment of the paper, its questions and the fewest hours that three GPUs need for them.
+"""Calculates the number of answers and a lower bound of the GPU hours of each experiment of the paper.
 
     python run.py task=hours
 
 The hours are a lower bound from data sheets, not a measurement: FLOPs of vision and prefill at the peak rate of the
-tensor cores, one read of the weights a new token at the peak bandwidth, batch 1, no time for images or Python.
+tensor cores, one read of the weights per new token at the peak bandwidth, batch 1, no time for images or Python.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from experiments.tasks.estimate import estimate
 from mipruner.errors import InputError
 
 CARDS = {"H100 SXM": (989, 3.35), "A100 80 GB": (312, 2.04), "RTX 4090": (165, 1.01)}
-"""Dense bfloat16 TFLOP/s and TB/s of each card's data sheet."""
+"""Dense bfloat16 TFLOP/s, and TB/s, from the data sheet of each GPU."""
 
 QUESTIONS = {
     "gqa": 12578, "scienceqa": 2017, "textvqa": 5000, "mmvet": 218, "mme": 2114, "pope": 9000, "tgif": 1000,
     "msvd": 1000, "msrvtt": 1000,
 }  # fmt: skip
 NEW_TOKENS = {"mmvet": 150}
-"""Tokens of an answer; 3 elsewhere."""
+"""Number of tokens of an answer; 3 for other datasets."""
 
 N_VISUAL = {"qwen": 1024, "video": 2048}
-"""Visual tokens assumed for models whose images or videos have no fixed number, by the start of the model's name."""
+"""Assumed number of visual tokens if it is not fixed, by the start of the model's name."""
 
 SEEDED = ("random",)
-"""Pruners that draw: they run once a seed, the others once."""
+"""Random pruners: they run once per seed, the others once."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def table(found: Sequence[Row]) -> Table:
 
 
 def rows() -> list[Row]:
-    """One row for each experiment that sweeps over models with a known shape and public benchmarks."""
+    """One row for each experiment over models with a known shape and public benchmarks."""
     found = []
     for path in sorted((ROOT / "conf/experiment").glob("*.yaml")):
         sweep = (yaml.safe_load(path.read_text(encoding="utf-8")).get("hydra") or {}).get("sweeper", {}).get("params")
         if not sweep or not set(words(sweep, "dataset")) <= QUESTIONS.keys() or "thinking" in path.stem:
-            continue  # how long a model thinks is not known
+            continue  # the length of thinking is unknown
         try:
             found.append(row_of(path.stem, sweep))
         except InputError:

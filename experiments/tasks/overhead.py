@@ -1,17 +1,17 @@
-"""Measures the cost of `mipruner.prune` around `generate`, against stock generate and against the ideal.
+"""Measures the time of `generate` inside `mipruner.prune`, against `generate` on the full and on the short prompt.
 
     OMP_NUM_THREADS=1 python run.py task=overhead out=docs/results/overhead_demo_llava_cpu.json
     OMP_NUM_THREADS=1 python run.py task=overhead model=demo_qwen3vl +model.max_pixels=451584 'image_size=[672,672]'
 
-Four calls take turns in random order, each with the same number of new tokens:
+Four calls run in random order, all with the same number of new tokens:
 
     stock       generate on the whole prompt
     everything  the same inside prune(model, pruner, keep=1.0)
     pruned      the same inside prune(model, pruner, keep)
     ideal       the vision encoder alone, then generate on a prompt of text as long as the short one
 
-A ratio is the median over rounds, within each of which the calls are close in time. The last line printed is the result
-as JSON.
+A ratio is the median over rounds; the calls of a round run directly after each other. The last line printed is the
+result as JSON.
 """
 
 import inspect
@@ -37,7 +37,7 @@ Call = Callable[[], object]
 
 
 def inputs_of(adapter: Adapter, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """What a processor gives for prompts with one image each, padded on the left."""
+    """Output of a processor for prompts with one image each, padded on the left."""
     pixels = [adapter.preprocess(prompt.images[0]) for prompt in prompts]
     seen = adapter.encode(pixels)
     rows = [adapter.tokenize(prompt, [visual]).ids for prompt, visual in zip(prompts, seen, strict=True)]
@@ -54,7 +54,7 @@ def inputs_of(adapter: Adapter, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
 
 
 def calls(config: dict[str, Any], adapter: Adapter, inputs: dict[str, Tensor]) -> tuple[dict[str, Call], int]:
-    """The four calls, and how many visual tokens a prompt has."""
+    """The four calls, and the number of visual tokens of a prompt."""
     model, n_new = adapter.model, config["max_new_tokens"]
     options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
     (n_visual,) = set(adapter.is_placeholder(inputs["input_ids"]).sum(1).tolist())
@@ -86,7 +86,7 @@ def calls(config: dict[str, Any], adapter: Adapter, inputs: dict[str, Tensor]) -
 
 
 def take_turns(every: dict[str, Call], config: dict[str, Any], device: torch.device) -> dict[str, dict[str, list]]:
-    """Milliseconds by clock and call, one value a round."""
+    """Milliseconds by clock and call, one value per round."""
     ms = {clock: {name: [] for name in every} for clock in CLOCKS}
     shuffle = random.Random(config["seed"]).shuffle
     for k in tqdm(range(-config["warmup"], config["repetitions"]), unit="round", leave=False):
@@ -142,7 +142,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def show(record: dict[str, Any]) -> str:
-    """A table of Markdown: CPU time on a CPU, wall time on a GPU."""
+    """Markdown table of CPU time on a CPU, or wall time on a GPU."""
     clock = "cpu" if "cpu" in record["machine"] else "wall"
     subject = f"{record['model']}, {record['dtype']}, ms of {clock} time"
     head = [subject, "stock", "keep=1.0", "pruned", "ideal", "keep=1.0 / stock", "share of the ideal saving"]

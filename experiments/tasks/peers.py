@@ -1,14 +1,14 @@
-"""Measures the token selection of MI-Pruner and other methods, by number of tokens, as ratios to one float32 product.
+"""Measures the time of token selection of MI-Pruner and other methods, as ratios to one float32 product.
 
     python run.py task=peers
     python run.py task=peers sizes=[[576,64]] out=docs/results/peers_cpu
 
-One process, one thread, random tokens of LLaVA-1.5-7B's width. Everything of a size runs in random order among the
-product V V^T that the ratios are of; CPU time of the process counts, so that other processes do not. Memory is what the
-process takes during the first call beyond what it had before. The exponent is the slope of log time over log tokens.
+One process, one thread, random tokens of LLaVA-1.5-7B's width. At each size all methods and the product V V^T run in
+random order. Times are CPU times of the process, so other processes do not count. Memory is the increase of the process
+during the first call. The exponent is the slope of log time over log tokens.
 
-``from scratch`` rows are `experiments.peers`: what the released code of a method computes, in plain torch. The other
-rows of rivals are this repository's. What reads the encoder reads random features of its width, 1024.
+``from scratch`` rows are `experiments.peers`: the computation of the released code in plain torch. The other rows are
+the implementations of this repository. Encoder features are random, of width 1024.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ Call = Callable[[], Any]
 
 
 def methods(n_visual: int, n_keep: int, options: dict[str, Any]) -> dict[str, Call]:
-    """What runs at one size, by name."""
+    """Calls at one size, by name."""
     visual, text = (
         scaling.tokens(n, options["width"], CPU, seed) for n, seed in ((n_visual, 2), (options["n_text"], 1))
     )
@@ -83,7 +83,7 @@ def methods(n_visual: int, n_keep: int, options: dict[str, Any]) -> dict[str, Ca
         "vispruner_scratch": lambda: peers.vispruner(attention, hidden, n_keep),
     }
     if n_visual > options["width"]:
-        del found["mi_again"]  # what is held would be larger than the tokens
+        del found["mi_again"]  # the stored results would be larger than the tokens
     else:
         found["mi_again"]()
     return {name: found[name] for name in TITLES if name in found}
@@ -94,12 +94,12 @@ def scaling_names() -> list[str]:
 
 
 def closeness(visual: Tensor, text: Tensor) -> Tensor:
-    """Mean cosine to the question [n_visual], the relevance of CDPruner without CLIP."""
+    """Mean cosine [n_visual] to the question, the relevance of CDPruner without CLIP."""
     return (peers.unit(visual) @ peers.unit(text).T).mean(-1)
 
 
 def over_a_vocabulary(n_visual: int, n_keep: int, n_words: int, options: dict[str, Any]) -> dict[str, Call]:
-    """Support over a vocabulary of so many words: an image seen for the first time, and a further question about it."""
+    """Calls with support="vocabulary" for this many words: a new image, and a further question about it."""
     visual = scaling.tokens(n_visual, options["width"], CPU, seed=2).bfloat16()
     table = torch.randn(n_words, options["width"], generator=torch.Generator().manual_seed(5)).bfloat16()
     norm, held, pruner = row_norm(table), {}, MIPruner(0.5, support="vocabulary")
@@ -120,11 +120,11 @@ def title(name: str) -> str:
 
 
 def measured(calls: dict[str, Call], repetitions: int) -> dict[str, dict[str, Any]]:
-    """Time and memory of each call; one that took a second is repeated twice, one of ten seconds not at all."""
+    """Time and memory of each call. A call of over a second is repeated twice, of over ten seconds not at all."""
     memory, found = Memory(CPU), {}
     for name, call in calls.items():
         if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # else it would be served from what the call before gave back
+            ctypes.CDLL(None).malloc_trim(0)  # else it would reuse memory that the previous call released
         memory.reset_peak()
         before, ms = memory.now(), scaling.elapsed_ms(CPU, call)
         found[name] = {"peak_mib": round(max(0.0, memory.peak() - before) * 1024, 1), "ms": [ms] if ms > 1000 else []}
@@ -140,7 +140,7 @@ def measured(calls: dict[str, Call], repetitions: int) -> dict[str, dict[str, An
 
 
 def expected_ms(rows: list[dict[str, Any]], name: str, n_visual: int) -> float:
-    """Expected time of a method at a size, by its exponent so far, or by the square of the tokens."""
+    """Expected time of a method at a size, from its exponent so far, or proportional to the square of the tokens."""
     own = [row for row in rows if row["method"] == name]
     if not own:
         return 0.0
@@ -149,13 +149,13 @@ def expected_ms(rows: list[dict[str, Any]], name: str, n_visual: int) -> float:
 
 
 def exponent(rows: list[dict[str, Any]]) -> float:
-    """The slope of log time over log tokens between the smallest and the largest size."""
+    """Slope of log time over log tokens between the smallest and the largest size."""
     small, large = min(rows, key=lambda row: row["n_visual"]), max(rows, key=lambda row: row["n_visual"])
     return math.log(large["median_ms"] / small["median_ms"]) / math.log(large["n_visual"] / small["n_visual"])
 
 
 def measure(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of every method and size, and a line for each that was left out."""
+    """Rows of every method and size, and a line for each that was skipped."""
     rows, left_out = [], []
     for k, (n_visual, n_keep) in enumerate(sorted(options["sizes"])):
         calls = methods(n_visual, n_keep, options)
@@ -183,14 +183,14 @@ def measure(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def flags() -> dict[str, bool]:
-    """The instruction sets of this processor that the product's speed depends on."""
+    """Instruction sets of this processor that affect the speed of the product."""
     info = Path("/proc/cpuinfo")
     words = set(info.read_text(encoding="utf-8").split()) if info.exists() else set()
     return {flag: flag in words for flag in FLAGS} | {"bfloat16 by AMX": HAS_TILES}
 
 
 def page(record: dict[str, Any]) -> str:
-    """The record as Markdown: ratios to the product, the exponent, memory at the largest size a method has."""
+    """The record as Markdown: ratios to the product, exponent, and memory at the largest size of a method."""
     rows, conditions = record["rows"], record["machine"]
     sizes = sorted({(row["n_visual"], row["n_keep"]) for row in rows})
     names = list(dict.fromkeys(row["method"] for row in rows))

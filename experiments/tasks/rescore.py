@@ -1,13 +1,12 @@
-"""Score answers that another program wrote, with this repository's rules, and write them as a record of `run.py`.
+"""Scores answers of another program with the rules of this repository, and writes a record like `run.py`.
 
     python run.py task=rescore file=answers.jsonl dataset=scienceqa model=llava15_13b pruner=none
     python run.py task=rescore file=random.jsonl prefix=random/ dataset=pope model=llava15_13b pruner=none
 
-The file has a JSON object a line with ``question_id`` and ``text``, as LLaVA's evaluation writes it. ``prefix`` and the
-question_id are the id of a sample here; with a prefix only the samples that begin with it are scored. The words of the
-command say which cell of the tables the answers are. A question without an answer counts as wrong and stands in
-``failed``; of several answers to one question the last counts, as in LLaVA's scripts; answers to no question are
-counted. No model is loaded.
+The file has one JSON object per line with ``question_id`` and ``text``, as in LLaVA's evaluation. The id of a sample is
+``prefix`` + question_id. With a prefix, only samples whose id begins with it are scored. The overrides define the cell
+of the answers. A question without an answer counts as wrong and is listed in ``failed``. If a question has several
+answers, the last one counts, as in LLaVA's scripts. Answers without a question are counted. No model is loaded.
 """
 
 import hashlib
@@ -29,12 +28,12 @@ from mipruner.models.chat import END_OF_THINKING
 
 
 def read_answers(path: Path) -> tuple[dict[str, str], int]:
-    """The text by question_id, and how many lines answered a question again.
+    """Text by question_id, and the number of repeated answers.
 
     Raises
     ------
     InputError
-        If the file cannot be read, or a line is no object with question_id and text.
+        If the file cannot be read, or a line is not an object with question_id and text.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -55,12 +54,12 @@ def read_answers(path: Path) -> tuple[dict[str, str], int]:
 
 
 def said(text: str) -> str:
-    """An answer without the thinking before it and the blanks around it."""
+    """Text of an answer, without thinking and without blanks at its ends."""
     return text.rpartition(END_OF_THINKING)[2].strip()
 
 
 def rows_of(samples: Sequence[Sample], answers: dict[str, str], prefix: str) -> list[dict[str, Any]]:
-    """Rows of samples.jsonl, ``correct`` still open."""
+    """Rows of samples.jsonl without ``correct``."""
     rows = []
     for sample in samples:
         row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}

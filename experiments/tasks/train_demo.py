@@ -1,14 +1,14 @@
-"""Train the demo's model, or its twin of Qwen3-VL's architecture, from rendered scenes.
+"""Trains a demo model on rendered scenes: with LLaVA-1.5's or Qwen3-VL's architecture.
 
 python run.py task=train_demo                        # LLaVA's architecture, for one GPU
 python run.py task=train_demo recipe=qwen3vl         # Qwen3-VL's, from nothing, for one GPU
 python run.py task=train_demo recipe=qwen3vl_warm    # Qwen3-VL's, from the shipped LLaVA, for two CPU cores
 python run.py task=train_demo recipe=smoke           # a minute on a CPU, to see that it runs
 
-A run that was cut goes on from its last checkpoint when the same command is given again, and ends in the same weights.
-Losses: the answers; each projected patch towards the embeddings of the words of what it shows (it aligns the two, which
-MI-Pruner builds on); which nouns and colours are present, from CLS (it gives CLS attention its meaning, as contrastive
-pre-training does in CLIP). The decoder sees all visual tokens or a random part of them, so it can be pruned later.
+The same command resumes an interrupted run from its last checkpoint, with the same final weights. Losses: the answers;
+the alignment of each projected patch with the embeddings of the words for its content (MI-Pruner needs this alignment);
+the nouns and colours in the image, from CLS (this makes CLS attention meaningful, like contrastive pre-training in
+CLIP). The decoder gets all visual tokens or a random part of them, so that it works with pruned prompts.
 """
 
 import json
@@ -50,11 +50,11 @@ RECIPE = (
     "output", "device", "workers", "checkpoint_every", "evaluate",
 )  # fmt: skip
 NOT_IDENTITY = ("output", "device", "workers", "checkpoint_every", "evaluate")
-"""Keys of a recipe that change no weight."""
+"""Keys of a recipe that do not change the weights."""
 
 
 class Learner(nn.Module):
-    """The model, a linear head on CLS that is thrown away after training, and the losses.
+    """The model, a linear head on CLS (removed after training), and the losses.
 
     Parameters
     ----------
@@ -88,11 +88,11 @@ class Learner(nn.Module):
         self.register_buffer("color_ids", torch.tensor([words[word] for word in COLORS]), persistent=False)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, height, width] uint8 as the processor gives them to the model."""
+        """Normalise pixels [B, 3, height, width] uint8 like the processor of the model."""
         return (pixels.float() / 255 - self.image_mean) / self.image_std
 
     def losses(self, batch: dict[str, Tensor], stage: dict[str, Any], rng: random.Random) -> dict[str, Tensor]:
-        """Mean losses of one batch; what the decoder sees of the images is drawn from ``rng``."""
+        """Mean losses of one batch. ``rng`` draws the visual tokens for the decoder."""
         visual = self.family.see(self.normalised(batch["pixels"]))
         losses = {"alignment": self.alignment(visual.tokens, batch["things"], batch["colors"])}
         if stage["train"] == "vision":
@@ -120,7 +120,7 @@ class Learner(nn.Module):
         ----------
         visual : Tensor [B, n_visual, d]
         things, colors : Tensor [B, n_visual]
-            Ids of the words, IGNORE where a patch shows none.
+            Ids of the words; IGNORE for a patch without one.
         """
         embeddings = F.normalize(self.model.get_input_embeddings().weight.float(), dim=-1)
         cosines = F.normalize(visual.float(), dim=-1) @ embeddings.T / TEMPERATURE
@@ -134,9 +134,9 @@ class Learner(nn.Module):
         )
 
     def scramble(self, visual: Visual, order: Tensor) -> Visual:
-        """Visual tokens whose part outside the span of the things' embeddings is another token's.
+        """Visual tokens whose part outside the span of the nouns' embeddings is exchanged with other tokens.
 
-        Deepstack stays in its place, so colours can only be read from there: that makes it matter.
+        Deepstack rows are not exchanged, so the model has to read colours from them.
         """
         things = self.model.get_input_embeddings().weight[self.thing_ids].detach().float()
         basis = torch.linalg.qr(things.T).Q.to(visual.tokens.dtype)
@@ -144,7 +144,7 @@ class Learner(nn.Module):
         return Visual(own + take(visual.tokens - own, order), visual.grid, visual.deepstack)
 
     def optimizer(self, stage: dict[str, Any], recipe: dict[str, Any]) -> torch.optim.AdamW:
-        """AdamW over what the stage trains; weight decay on matrices alone."""
+        """AdamW for the parameters of a stage, with weight decay on matrices only."""
         trained = self.family.vision_modules if stage["train"] == "vision" else [self]
         self.requires_grad_(False)
         for module in trained:
@@ -162,7 +162,7 @@ class Learner(nn.Module):
 
 
 def learning_rate(step: int, stage: dict[str, Any]) -> float:
-    """Linear warm-up, then half a cosine down to zero at the stage's end."""
+    """Linear warm-up, then cosine decay to zero at the end of the stage."""
     if step < stage["warmup"]:
         return stage["lr"] * (step + 1) / stage["warmup"]
     done = (step - stage["warmup"]) / max(1, stage["steps"] - stage["warmup"])
@@ -170,7 +170,7 @@ def learning_rate(step: int, stage: dict[str, Any]) -> float:
 
 
 def train(recipe: dict[str, Any]) -> Path:
-    """Run all stages, from the last checkpoint if there is one; returns the folder of the finished model."""
+    """Run all stages, from the last checkpoint if there is one. Returns the folder of the finished model."""
     device = recipe["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,7 +210,7 @@ def take_step(
     rng: random.Random,
     batch: dict[str, Tensor],
 ) -> dict[str, float]:
-    """One update; returns the losses. Raises FloatingPointError if they are not finite."""
+    """Do one update and return the losses. Raises FloatingPointError if they are not finite."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, stage) * group["factor"]
     device = batch["ids"].device
@@ -253,7 +253,7 @@ def load_examples(
 
 
 class Checkpoint:
-    """Weights and optimizer state after a step, in one safetensors file that is replaced whole."""
+    """Weights and optimizer state after a step, in one safetensors file, replaced atomically."""
 
     def __init__(self, path: Path, recipe: dict[str, Any]):
         self.path = path
@@ -272,12 +272,12 @@ class Checkpoint:
         os.replace(partial, self.path)
 
     def load_weights(self, learner: Learner) -> int:
-        """Fill the learner; returns how many steps were done, 0 if there is no checkpoint.
+        """Load the weights into the learner. Returns the number of finished steps, 0 without a checkpoint.
 
         Raises
         ------
         ValueError
-            If the checkpoint is of another recipe.
+            If the checkpoint belongs to another recipe.
         """
         if not self.path.exists():
             return 0
@@ -301,10 +301,10 @@ class Checkpoint:
 
 
 def export(learner: Learner, recipe: dict[str, Any], output: Path) -> Path:
-    """The model as a folder that `from_pretrained` reads: bf16 safetensors, tokenizer and processor.
+    """Write the model as a folder for `from_pretrained`: bf16 safetensors, tokenizer and processor.
 
-    The names of the weights are those of published LLaVA-1.5 checkpoints, which every version and vLLM read;
-    transformers from 5.17 on saves the vision tower under names of its own.
+    Weights have the names of published LLaVA-1.5 checkpoints, which all versions of transformers and vLLM read.
+    transformers 5.17 and later save the vision tower under other names.
     """
     folder = output / "model"
     learner.model.to(torch.bfloat16).save_pretrained(folder)
@@ -320,7 +320,7 @@ def export(learner: Learner, recipe: dict[str, Any], output: Path) -> Path:
 
 
 def evaluate(folder: Path, n_scenes: int, canvases: list, device: str) -> dict[str, dict[str, float]]:
-    """Accuracy with all visual tokens on scenes that are not those of training, by density."""
+    """Accuracy with all visual tokens on scenes that were not used in training, by density."""
     decoding = Decoding(max_new_tokens=Demo.max_new_tokens)
     pipeline = Pipeline(load(folder, dtype="float32", device=device), NoPruner(), 1.0, decoding)
     scores = {}
