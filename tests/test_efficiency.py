@@ -66,12 +66,12 @@ def test_all_methods_on_all_engines(tmp_path, capsys):
 def test_random_weights_and_longer_prompts(tmp_path, capsys):
     record = run(
         tmp_path, capsys, "model=demo_qwen3vl", "weights=random", "n_text=50", "image_size=[280,196]", "warmup=1",
-        "repetitions=1", "methods=[mi]", "keeps=[0.5]", "engines=[pipeline,engine]",
+        "repetitions=1", "methods=[mi]", "keeps=[0.5]", "engines=[pipeline,engine,generate]",
     )  # fmt: skip
-    (row,) = record["rows"]
     assert record["text_tokens"] == 50
-    assert (row["visual_tokens"], row["visual_tokens_layer_mean"]) == (10 * 7, 35)
-    assert "the engine runs LLaVA-1.5" in record["left_out"][0]
+    assert [row["engine"] for row in record["rows"]] == ["pipeline", "engine"]
+    assert all((row["visual_tokens"], row["visual_tokens_layer_mean"]) == (10 * 7, 35) for row in record["rows"])
+    assert "generate takes no deepstack rows" in record["left_out"][0]
 
 
 @pytest.mark.parametrize("name", conf.names("model"))
