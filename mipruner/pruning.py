@@ -35,6 +35,7 @@ from mipruner.door import Prompts, padding
 from mipruner.errors import InputError
 from mipruner.inputs import Inputs, reader_of, saved_tokenizer, see
 from mipruner.intercept import Arguments, Step, intercept
+from mipruner.layer_form import Form
 from mipruner.loss import Asked
 from mipruner.models import FAMILIES
 from mipruner.models.generic import PAGE, GenericAdapter, check, refusal
@@ -225,14 +226,17 @@ class Pruning:
     def _open(self, own: bool) -> "Pruning":
         if self._stack is not None:
             raise InputError("this mipruner.prune is open already: make another one for another thread")
+        language_model, pruner = self.adapter.language_model, self.pipeline.pruner
+        unknown = isinstance(pruner, DecoderPruner) and not self.adapter.reads_inside
         shortening = Shortening(
-            self.adapter.language_model,
-            self.pipeline.pruner,
+            language_model,
+            pruner,
             self._choose,
             repack=self.adapter.positions == "repack",
             own=own,
             shared=True,
             masks=Masks(self.model, lambda: getattr(self._here, "outer", None)),
+            form=Form(self.model.config.model_type, language_model) if unknown else None,
         )
         shortening.check_alone()
         self._used, self.shortening = True, shortening

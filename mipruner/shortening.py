@@ -28,6 +28,7 @@ from mipruner.caches import Course, course_of, length, mark
 from mipruner.door import Entry, Prompts, enter, follow, left
 from mipruner.errors import InputError
 from mipruner.intercept import Arguments, Step, intercept
+from mipruner.layer_form import Form
 from mipruner.pruners.base import DecoderPruner, Method
 from mipruner.stages import Layers, Prefill
 
@@ -81,6 +82,8 @@ class Shortening:
         Whether it serves calls of the thread that opened it, and calls of threads without their own context.
     masks : Masks, optional
         Builds masks again for a model that builds them before it calls the language model.
+    form : Form, optional
+        Checks the decoder layers of a model without an adapter.
 
     Attributes
     ----------
@@ -106,11 +109,12 @@ class Shortening:
         own: bool = True,
         shared: bool = False,
         masks: Masks | None = None,
+        form: Form | None = None,
     ):
         self.masks = masks
         self.model, self.choose, self.repack = language_model, choose, repack
         self.own, self.shared = own, shared
-        self.layers = Layers(language_model, pruner) if isinstance(pruner, DecoderPruner) else None
+        self.layers = Layers(language_model, pruner, form) if isinstance(pruner, DecoderPruner) else None
         self._here = threading.local()
         self._stack = ExitStack()
 
@@ -272,6 +276,8 @@ class Shortening:
         call = getattr(self._here, "call", None)
         if call is None or (call.prefill is None and (call.old is None or not call.old.is_staged)):
             return args, kwargs
+        if call.prefill is not None and call.prefill.layers.form is not None:
+            call.prefill.layers.form.check_call(k, args, kwargs, call.prefill.entry.valid, call.prefill.seen)
         hidden = args[0]
         if call.prefill is not None:
             hidden, changes = call.prefill.before_layer(k, hidden, kwargs)

@@ -17,6 +17,7 @@ from mipruner.caches import Course, is_dynamic, length
 from mipruner.door import Entry, Prompts, left
 from mipruner.errors import InputError
 from mipruner.intercept import Call, captured
+from mipruner.layer_form import Form, Rotate, Seen, attention, halves
 from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
@@ -34,8 +35,15 @@ class Segment:
     columns: Tensor  # [B, n]
     cos: Tensor  # [B, n, d_rotary]
     sin: Tensor
-    position_ids: Tensor | None  # [B, n]
+    position_ids: Tensor | None  # [B, n], or [B, n, P] where layers are given P rows
     n_visual: list[int]
+
+    @property
+    def given_positions(self) -> Tensor | None:
+        """Positions as a layer takes them, [B, n] or [P, B, n]."""
+        if self.position_ids is None or self.position_ids.ndim == 2:
+            return self.position_ids
+        return self.position_ids.movedim(2, 0)
 
     def to(self, device: torch.device) -> "Segment":
         """Move to a device, for a model on several devices."""
@@ -61,9 +69,13 @@ class _Plan:
 
 
 class Layers:
-    """The decoder layers of one language model, and the method that drops tokens between them."""
+    """The decoder layers of one language model, and the method that drops tokens between them.
 
-    def __init__(self, model: nn.Module, pruner: DecoderPruner):
+    ``form`` checks each call if nobody described the layers.
+    """
+
+    def __init__(self, model: nn.Module, pruner: DecoderPruner, form: Form | None = None):
+        self.form = form
         self.model = cast(Any, model)  # nn.Module does not declare the attributes of a decoder
         self.pruner, self.layers = pruner, list(self.model.layers)
         self.implementation = self.model.config._attn_implementation
@@ -107,6 +119,8 @@ class Layers:
             return None, {}
         position_ids = kwargs.get("position_ids")
         renumbers = self.pruner.renumbers and not (position_ids is not None and position_ids.ndim == 3)
+        if self.form is not None:
+            self.form.check_arguments(kwargs, sum(counts))
         prefill = Prefill(self, prompts, entry, kwargs["inputs_embeds"], stages, counts, renumbers)
         return prefill, prefill.take_deepstack(kwargs)
 
@@ -168,6 +182,7 @@ class Prefill:
     deepstack: list[Tensor] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[int, list[Call]] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
 
     def __post_init__(self) -> None:
         self.memory = [{} for _ in self.counts]
@@ -177,17 +192,21 @@ class Prefill:
         for stage in self.stages:
             attn = self.layers.layers[stage - 1].self_attn
             names = ("q_norm", "k_norm") if hasattr(attn, "q_norm") else ("q_proj", "k_proj")
-            self.calls[stage] = stack.enter_context(captured(*(getattr(attn, name) for name in names)))
+            whole = () if self.layers.form is None else (attn,)
+            self.calls[stage] = stack.enter_context(captured(*(getattr(attn, name) for name in names), *whole))
 
     def take_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Add deepstack rows here instead of in the model, if a stage comes before the last deepstack layer."""
         deepstack = kwargs.get("deepstack_visual_embeds") or []
         if min(self.stages) >= len(deepstack):
+            self.seen.n_added = len(deepstack)
             return {}
         slots = kwargs["visual_pos_masks"][..., None]
         self.deepstack = [
             torch.zeros_like(self.embeds).masked_scatter(slots, rows.to(self.embeds)) for rows in deepstack
         ]
+        if self.layers.form is not None:
+            self.layers.form.check_deepstack(self.embeds, self.deepstack[0], kwargs)
         return {"visual_pos_masks": None, "deepstack_visual_embeds": None}
 
     def before_layer(self, k: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -207,11 +226,15 @@ class Prefill:
         return hidden, {
             "attention_mask": self.layers.mask(segment.valid, hidden, 0),
             "position_embeddings": (segment.cos, segment.sin),
-            "position_ids": segment.position_ids,
+            "position_ids": segment.given_positions,
         }
 
     def after_layer(self, k: int, output: Tensor) -> Tensor:
-        return output + self.deepstack[k].to(output.device) if k < len(self.deepstack) else output
+        if k < len(self.deepstack):
+            output = output + self.deepstack[k].to(output.device)
+        if self.layers.form is not None:
+            self.seen.output = output
+        return output
 
     @property
     def per_layer(self) -> list[list[int]]:
@@ -227,13 +250,16 @@ class Prefill:
     def first_segment(self, kwargs: dict[str, Any]) -> Segment:
         valid, position_ids = self.entry.valid, kwargs.get("position_ids")
         cos, sin = (x.expand(*valid.shape, -1) for x in kwargs["position_embeddings"])
+        if self.layers.form is not None and self.renumbers:
+            places = torch.arange(valid.shape[1], device=cos.device)[None] if position_ids is None else position_ids
+            self.layers.form.check_rotary(self.embeds, places, cos, sin)
         return Segment(
             valid=valid,
             visual=self.entry.is_visual & valid,
             columns=self.entry.columns,
             cos=cos,
             sin=sin,
-            position_ids=None if position_ids is None else position_ids.expand(valid.shape),
+            position_ids=None if position_ids is None else _columns_first(position_ids, valid),
             n_visual=self.counts,
         )
 
@@ -272,14 +298,14 @@ class Prefill:
         rows, entered = segment.valid[b], self.entry.valid[b]
         cos, sin = segment.cos[b, rows][:, None], segment.sin[b, rows][:, None]
         attn = self.layers.layers[k - 1].self_attn
-        q, keys = (call.output[b, rows].view(len(cos), -1, attn.head_dim) for call in self.calls[k])
-        keys = _rotate(keys, cos, sin)
-
-        def attention(queries: Tensor) -> Tensor:
-            shared = keys.float().repeat_interleave(q.shape[1] // keys.shape[1], 1)
-            logits = torch.einsum("rhd,nhd->hrn", _rotate(q[queries], cos[queries], sin[queries]).float(), shared)
-            later = torch.arange(len(keys), device=keys.device) > queries[:, None]
-            return (logits * attn.scaling).masked_fill(later, -torch.inf).softmax(-1)
+        form, projected = self.layers.form, self.calls[k][:2]
+        if form is not None:
+            form.check_projections(k - 1, [call.output for call in projected], segment.valid.shape[1])
+        q, keys = (call.output[b, rows].view(len(cos), -1, attn.head_dim) for call in projected)
+        rotate: Rotate = halves
+        if form is not None:
+            rotate = form.rotation(k - 1, self.calls[k][2].kwargs, (b, rows), q, keys, cos, sin)
+        keys = rotate(keys, cos, sin)
 
         return DecoderView(
             layer=k,
@@ -287,7 +313,7 @@ class Prefill:
             n_start=self.counts[b],
             hidden=hidden[b, rows],
             visual=segment.visual[b, rows],
-            attention=attention,
+            attention=lambda at: attention(rotate(q[at], cos[at], sin[at]), keys, at, attn.scaling),
             keys=keys,
             norm=self.layers.model.norm,
             prompt=self.embeds[b, entered].to(hidden.device),
@@ -315,6 +341,13 @@ def _plan(valid: Tensor, visual: Tensor, reduction: Reduction | None) -> _Plan:
     return _Plan(torch.cat([before, merged, after]), torch.cat([before, of_visual[reduction.centres], after]), weights)
 
 
+def _columns_first(position_ids: Tensor, valid: Tensor) -> Tensor:
+    """Positions [B, n], or [P, B, n] as [B, n, P]."""
+    if position_ids.ndim == 2:
+        return position_ids.expand(valid.shape)
+    return position_ids.expand(-1, *valid.shape).movedim(0, 2)
+
+
 def _left_pad(rows: Sequence[Tensor]) -> Tensor:
     """Stack tensors [n_b, ..] of different lengths into [B, max n_b, ..], with zeros on the left."""
     length = max(len(x) for x in rows)
@@ -322,10 +355,3 @@ def _left_pad(rows: Sequence[Tensor]) -> Tensor:
     for b, x in enumerate(rows):
         stacked[b, length - len(x) :] = x
     return stacked
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first d_rotary channels of x [n, n_heads, d_head] by cos, sin [n, 1, d_rotary]."""
-    turned, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, still], -1)

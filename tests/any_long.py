@@ -9,6 +9,7 @@ import torch
 
 import mipruner
 from any_by_hand import STEPS, TYPES, ByHand, generate, inputs_of, kept_of, rows_of, seen_by
+from any_decoder import decoders
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.generic import owner_of
@@ -178,6 +179,7 @@ def found(kind, model):
     inputs, px = inputs_of(kind, model)
     return {
         "methods": methods(kind, model, inputs, px),
+        "inside": decoders(kind, model, inputs, px),
         "beams": beams(model, inputs | px),
         "padded batch": padded(kind, model, inputs, px),
         "second turn": second_turn(kind, model, inputs, px),

@@ -10,11 +10,14 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from any_by_hand import inputs_of, rows_of, seen_by
+from any_decoder import INSIDE
 from any_long import METHODS
 from mipruner.models.generic import owner_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- types: made by make models-page -->", "<!-- end of types -->"
+COLUMNS = ["type", "tokens an image", "methods", "inside the language model"]
+COLUMNS += ["beams, two images", "padded batch", "second turn"]
 TOKENS = {
     "aria": "128 at 490 px, 256 at 980 px",
     "aya_vision": "169 a tile",
@@ -71,13 +74,20 @@ def tokens(kind: str, has_grid: bool) -> str:
     return f"(height / {side})(width / {side})"
 
 
+def told(works: list[str], methods: list[str]) -> str:
+    missing = [f"`{name}`" for name in methods if name not in works]
+    return f"all {len(methods)}" + (f" but {', '.join(missing)}" if missing else "")
+
+
 def row(kind: str, found: dict, has_grid: bool) -> str:
     """One line of the table."""
-    missing = [f"`{name}`" for name in METHODS if name not in found["methods"]]
-    told = f"all {len(METHODS)}" + (f" but {', '.join(missing)}" if missing else "")
+    works, refused = found["inside"]
+    inside = told(works, INSIDE) if works else f"no: {refused['fastv']}"
     rest = (found[name].split(":")[0] for name in ("beams", "padded batch", "second turn"))
     assert found["keep=auto"] == found["bfloat16"] == "yes"
-    return f"| `{kind}` | {tokens(kind, has_grid)} | {told} | {' | '.join(rest)} |"
+    return (
+        f"| `{kind}` | {tokens(kind, has_grid)} | {told(found['methods'], METHODS)} | {inside} | {' | '.join(rest)} |"
+    )
 
 
 def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:
@@ -89,8 +99,10 @@ def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:
             "",
             f"Methods: {', '.join(f'`{name}`' for name in METHODS)}.",
             "",
-            "| type | tokens an image | methods | beams, two images | padded batch | second turn |",
-            "|---|---|---|---|---|---|",
+            f"Inside the language model: {', '.join(f'`{name}`' for name in INSIDE)}.",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            f"|{'---|' * len(COLUMNS)}",
             *rows,
             "",
             "| refused | why |",

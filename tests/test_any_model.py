@@ -13,12 +13,14 @@ import torch
 
 import mipruner
 from any_by_hand import STEPS, TYPES, ByHand, generate, inputs_of, kept_of, made
+from any_decoder import INSIDE, decoders
 from any_long import found
 from any_page import block, is_grid, row
 from any_recipes import OVERRIDES
 from any_tiny import CLASSES, build
 from mipruner.arguments import Cut
 from mipruner.errors import InputError
+from mipruner.layer_form import Form, Seen, halves
 from mipruner.models import FAMILIES
 from mipruner.models.generic import TESTED, language_model_of, owner_of, refusal
 
@@ -114,7 +116,7 @@ def test_the_long_form_finds_what_the_page_says(kind):
 def test_the_page_lists_every_type():
     lines = block().splitlines()
     named = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
-    assert len(TESTED) == sum(line.count("|") == 7 for line in named.values())
+    assert len(TESTED) == sum(line.count("|") == 8 for line in named.values())
     assert f"; {len(TESTED)} types:" in lines[1]
     assert named.keys() >= TESTED | set(NOT_BUILT)
     for page in ("docs/anywhere.md", "README.md"):
@@ -123,11 +125,86 @@ def test_the_page_lists_every_type():
         assert named.keys() >= set(CLASSES) - set(FAMILIES)
 
 
-def test_methods_that_look_inside_are_refused():
+def test_methods_that_read_the_encoder_are_refused():
     model = build("gemma3", OVERRIDES)
-    for method in ("attention", "visionzip", "fastv"):
+    for method in ("attention", "visionzip", "autoprune"):
         with pytest.raises(InputError, match="only image rows and text are known"):
             mipruner.prune(model, method, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "glm4v", "cosmos3_omni", "minicpmv4_6"])
+def test_methods_inside_the_language_model(kind):
+    """Plain layers, rotation by pairs, deepstack rows, linear attention."""
+    model = made(kind)
+    assert decoders(kind, model, *inputs_of(kind, model)) == (INSIDE, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("gemma3", "fastv", "some of its layers have a cache of type DynamicSlidingWindowLayer"),
+        ("lfm2_vl", "fastv", "Lfm2Model has no norm"),
+        ("kimi_k25", "fastv", "DeepseekV3Attention. has no k_proj"),
+        ("minimax_m3_vl", "fastv", "selects keys by itself"),
+        ("paligemma", "fastv", "is not causal"),
+        ("molmo2", "fastv", "the attention mask of layer 0 is not the causal one"),
+        ("granite4_vision", "fastv", "reads vision_mask for each token between its layers"),
+        ("hunyuan_vl", "fastv", "the attention of layer 1 does not follow from its queries and keys"),
+        ("step3p7", "sparsevlm", "position embeddings are not those of rotary_emb"),
+    ],
+)
+def test_layers_of_another_form_are_refused(kind, method, message):
+    model = made(kind)
+    inputs, px = inputs_of(kind, model)
+    with (
+        pytest.raises(InputError, match=f"{kind}: .*{message}.*docs/models.md"),
+        mipruner.prune(model, method, 0.3),
+    ):
+        generate(model, {**inputs, **px})
+    generate(model, {**inputs, **px})
+
+
+def test_a_rotary_embedding_of_another_form_is_refused_in_bfloat16(monkeypatch):
+    model = made("glm4v").to(torch.bfloat16)
+    inputs, px = inputs_of("glm4v", model)
+    call = inputs | {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in px.items()}
+    with mipruner.prune(model, "fastv", 0.5) as pruning:
+        generate(model, call)
+    assert pruning.per_layer == [[14, 14, 7, 7]]
+    monkeypatch.setattr("mipruner.layer_form.pairs", halves)
+    with mipruner.prune(model, "fastv", 0.5), pytest.raises(InputError, match="does not follow from its queries"):
+        generate(model, call)
+
+
+def test_what_stands_between_two_layers_is_refused():
+    model = made("idefics3")
+    language_model = language_model_of(owner_of(model))
+    hidden, valid = torch.randn(1, 5, 64), torch.ones(1, 5, dtype=torch.bool)
+    call = {"attention_mask": None, "position_embeddings": (hidden, hidden)}
+    seen = Seen(output=hidden.clone())
+    form = Form("idefics3", language_model)
+    form.check_call(1, (hidden,), call, valid, seen)
+    for args, more, message in [
+        ((hidden + 1,), {}, "the input of layer 1 is not the output of layer 0"),
+        ((hidden, hidden), {}, "layer 1 reads positional argument 1 for each token"),
+        ((hidden[0],), {}, "takes no tensor"),
+        ((hidden,), {"per_layer": [torch.ones(5)]}, "reads per_layer for each token"),
+        ((hidden,), {"position_embeddings": hidden}, "takes no position_embeddings"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            form.check_call(1, args, call | more, valid, seen)
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "idefics3"])
+def test_a_padded_batch_inside_the_language_model_is_each_prompt_alone(kind):
+    model = made(kind)
+    inputs, px = inputs_of(kind, model)
+    alone = {k: v[:, :-4] for k, v in inputs.items()}
+    both = {k: torch.cat([v, torch.nn.functional.pad(alone[k], (4, 0))]) for k, v in inputs.items()}
+    with mipruner.prune(model, "fastv", 0.5):
+        together = generate(model, both | {k: torch.cat([v, v]) for k, v in px.items()})[1]
+        apart = [generate(model, {**one, **px})[1] for one in (inputs, alone)]
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=0)
 
 
 def test_a_type_that_nobody_tested_gets_one_warning(monkeypatch):

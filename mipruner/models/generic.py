@@ -19,7 +19,7 @@ from mipruner.errors import InputError
 from mipruner.intercept import Call
 from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.prompt import Media, Prompt, Video, Visual
-from mipruner.pruners.base import Method, Pruner
+from mipruner.pruners.base import Method
 
 ROWS: dict[str, Callable[[Any, Any], Any]] = {
     "llama4": lambda owner, out: [owner.multi_modal_projector(image) for image in out.last_hidden_state],
@@ -288,12 +288,10 @@ def grid_of(n: int, thw: Sequence[int] | None) -> tuple[int, ...] | None:
 
 def check(model_type: str, pruner: Method) -> None:
     """Refuse methods that need more than image rows and text; warn about untested model types."""
-    missing = sorted(set(pruner.needs) - {"vocabulary", "grid", "words", "question"})
-    if not isinstance(pruner, Pruner) or missing:
-        what = ", ".join(missing) or "the layers of the language model"
+    if missing := sorted(set(pruner.needs) - {"vocabulary", "grid", "words", "question"}):
         raise InputError(
-            f"{type(pruner).__name__} reads {what}, and of a {model_type!r} only image rows and text are known: "
-            f"use mi, similarity, divprune, cdpruner or random; {PAGE}"
+            f"{type(pruner).__name__} reads {', '.join(missing)} of the vision encoder, and of a {model_type!r} only "
+            f"image rows and text are known: use mi, similarity, divprune, cdpruner or random; {PAGE}"
         )
     if model_type not in TESTED:
         warnings.warn(
