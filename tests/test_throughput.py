@@ -19,6 +19,7 @@ def test_batches_give_the_answers_of_single_samples_and_more_a_second(tmp_path, 
     assert record == json.loads((tmp_path / "record.json").read_text())
     assert record["answers_that_differ"] == []
     assert record["n_samples"] >= 12 and record["n_plain"] == 2 and record["table1_hours"] is None
+    assert all(0 <= record["waited_for_images"][way] < 1 for way in ("batches_of_1", "batches"))
     rates = record["questions_per_s"]
     assert rates["plain"] < rates["batches"]
     assert record["times_plain"]["batches"] * rates["plain"] == pytest.approx(rates["batches"])

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from experiments import peers, results
 from experiments.machine import Memory, provenance, spread
@@ -119,23 +120,29 @@ def title(name: str) -> str:
     return f"**MI over {int(n_words):,} words (bfloat16), {'a further question' if again else 'a new image'}**"
 
 
-def measured(calls: dict[str, Call], repetitions: int) -> dict[str, dict[str, Any]]:
+def measured(calls: dict[str, Call], repetitions: int, bar: tqdm) -> dict[str, dict[str, Any]]:
     """Time and memory of each call. A call of over a second is repeated twice, of over ten seconds not at all."""
     memory, found = Memory(CPU), {}
     for name, call in calls.items():
+        bar.set_postfix_str(name)
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # else it would reuse memory that the previous call released
         memory.reset_peak()
         before, ms = memory.now(), scaling.elapsed_ms(CPU, call)
         found[name] = {"peak_mib": round(max(0.0, memory.peak() - before) * 1024, 1), "ms": [ms] if ms > 1000 else []}
+        bar.update()
     jobs = [
         name
         for name, row in found.items()
         for _ in range(repetitions if not row["ms"] else 2 * (name == PRODUCT or row["ms"][0] < 10000))
     ]
     random.shuffle(jobs)
+    bar.reset(len(calls) + len(jobs))
+    bar.update(len(calls))
     for name in jobs:
+        bar.set_postfix_str(name)
         found[name]["ms"].append(scaling.elapsed_ms(CPU, calls[name]))
+        bar.update()
     return found
 
 
@@ -169,7 +176,8 @@ def measure(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
             if (ms := expected_ms(rows, name, n_visual)) > 1000 * options["most_s"] and name != PRODUCT:
                 left_out.append(f"{name} at {n_visual} tokens: it would take about {ms / 1000:.0f} s")
                 del calls[name]
-        found = measured(calls, options["repetitions"])
+        with tqdm(total=len(calls), desc=f"{n_visual} tokens", file=sys.stderr) as bar:
+            found = measured(calls, options["repetitions"], bar)
         product = median(found[PRODUCT]["ms"])
         for name, row in found.items():
             times = {f"{word}_ms": value for word, value in spread(row["ms"]).items()}

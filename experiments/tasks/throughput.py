@@ -48,14 +48,15 @@ def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample]
     return (time.perf_counter() - start) / len(samples)
 
 
-def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, dict[str, str]]:
-    """Seconds per question of run.py, and the answers by sample."""
+def evaluation(config: dict[str, Any], batch_size: int) -> tuple[float, float, dict[str, str]]:
+    """Seconds per question of run.py, the share of them that it waited for images, and the answers by sample."""
     with tempfile.TemporaryDirectory() as folder:
         config = config | {"results": folder, "batch_size": batch_size, "n_masks": 0}
         start = time.perf_counter()
         record = run_cell(config)
         seconds = time.perf_counter() - start
-        return seconds / record["n_samples"], {row["id"]: row["prediction"] for row in Cell(config).rows()}
+        answers = {row["id"]: row["prediction"] for row in Cell(config).rows()}
+        return seconds / record["n_samples"], record["waited_for_images"], answers
 
 
 def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     samples = subset(benchmark.samples(), config["limit"], config["shard"], config["seed"])
     chosen = samples[:: max(1, len(samples) // N_PLAIN)][:N_PLAIN]
     plain = plain_loop(adapter, benchmark, chosen, config["decoding"]["max_new_tokens"])
-    single, answers = evaluation(config, 1)
-    batched, same = evaluation(config, config["batch_size"])
+    single, waited_single, answers = evaluation(config, 1)
+    batched, waited, same = evaluation(config, config["batch_size"])
     is_table1 = config["model"]["name"] == "llava15_7b"
     return {
         **provenance(overrides, adapter.device),
@@ -75,6 +76,8 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         "n_plain": len(chosen),
         "questions_per_s": {"plain": 1 / plain, "batches_of_1": 1 / single, "batches": 1 / batched},
         "times_plain": {"batches_of_1": plain / single, "batches": plain / batched},
+        "loader_threads": config["loader_threads"],
+        "waited_for_images": {"batches_of_1": waited_single, "batches": waited},
         "answers_that_differ": sorted(name for name in answers if answers[name] != same[name]),
         "table1_hours": TABLE1_QUESTIONS * TABLE1_PASSES * batched / 3600 if is_table1 else None,
     }
@@ -83,7 +86,9 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     record = measure(build.resolve(config), overrides)
     for way, rate in record["questions_per_s"].items():
-        print(f"{way:<14}{rate:9.2f} questions a second{rate / record['questions_per_s']['plain']:9.2f} x")
+        share = record["waited_for_images"].get(way)
+        waited = "" if share is None else f"   waited for images {share:.0%} of the time"
+        print(f"{way:<14}{rate:9.2f} questions a second{rate / record['questions_per_s']['plain']:9.2f} x{waited}")
     differ = record["answers_that_differ"]
     print(f"{len(differ)} of {record['n_samples']} answers differ between batches of 1 and {record['batch_size']}")
     if config["out"] is not None:
