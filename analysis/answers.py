@@ -1,11 +1,11 @@
-"""Writes one page of the questions that a pruned model answers differently from the full one.
+"""Writes one page with the questions whose answer changes by pruning.
 
     python -m analysis.answers results/llava15_7b/folder/*/*
     python -m analysis.answers CELL ... --every --samples 200 --out answers.html
 
-Each argument is the folder of a finished cell; all have the same model and the same data. The page needs no network:
-it shows the image, what was kept of it in each cell, and every answer, marked where it is not that of all tokens.
-Questions without a right answer are shown like any others.
+Each argument is the folder of a finished cell. All cells must have the same model and data. The page shows the image,
+the kept tokens in each cell, and every answer, marked if it differs from the answer with all tokens. It needs no
+network. Questions without a right answer are shown too.
 """
 
 import html
@@ -24,28 +24,28 @@ from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
 from experiments.explorer import panels
 
 WIDTH = 448
-"""Images wider than this are embedded smaller, in pixels."""
+"""Largest width of images in the page, in pixels; larger images are resized."""
 LARGE = """
 @media (min-width: 601px) { .panels .cells { grid-template-columns: 240px minmax(0, 1fr) } }
 .panels .others { grid-template-columns: minmax(0, 1fr) }
 .panels .line { max-width: calc(var(--budgets) * 250px) }
 """
-"""Masks that are looked at one question at a time."""
+"""Number of questions with masks in the page."""
 MOST = 200
-"""Questions in a table of the report."""
+"""Number of questions in a table of the report."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One finished cell.
+    """A finished cell, one column of the page.
 
     Attributes
     ----------
     label : str
-        Method and budget; the folder, too, where another cell has the same.
+        Method and budget, and the folder if another cell has the same method and budget.
     record : dict
     rows : dict
-        Its lines of samples.jsonl by sample id.
+        Lines of samples.jsonl by sample id.
     """
 
     label: str
@@ -62,12 +62,12 @@ class Column:
 
 
 def read_columns(paths: Sequence[Path]) -> list[Column]:
-    """Those cells, all tokens first, then by method and budget.
+    """The cells, sorted: all tokens first, then by method and budget.
 
     Raises
     ------
     ValueError
-        If a folder is no finished cell, or they are not of one model and one data set.
+        If a folder is not a finished cell, or the cells do not have the same model and dataset.
     """
     read = [(path, *masks.read_cell(path)) for path in paths]
     known = list(compare.METHODS)
@@ -92,7 +92,7 @@ def read_columns(paths: Sequence[Path]) -> list[Column]:
 
 
 def digest(record: dict[str, Any]) -> str | None:
-    """Of the data; None where code makes it."""
+    """Digest of the data; None if code generates them."""
     return record["config"].get("dataset", {}).get("digest")
 
 
@@ -114,7 +114,7 @@ def shared_samples(columns: Sequence[Column]) -> list[str]:
 
 
 def changed_first(columns: Sequence[Column]) -> list[str]:
-    """The samples whose answer differs from the first cell in some cell, sorted by the number of such cells."""
+    """Samples whose answer differs from the first cell in any cell, sorted by the number of such cells."""
     counts = {
         sample: sum(is_changed(column, columns[0], sample) for column in columns[1:])
         for sample in shared_samples(columns)
@@ -134,7 +134,7 @@ def answer_html(column: Column, full: Column, sample: str) -> str:
 
 
 def side_by_side(columns: Sequence[Column], samples: Sequence[str]) -> str:
-    """A table of these samples: question and image, then the answer of each cell."""
+    """Table of samples: question and image, then the answer of each cell."""
     heads = "".join(f"<th>{html.escape(column.label)}</th>" for column in columns)
     lines = [f"<div class=scroll><table class=side><thead><tr><th>question<th>image{heads}</tr></thead>"]
     for sample in samples:
@@ -145,7 +145,7 @@ def side_by_side(columns: Sequence[Column], samples: Sequence[str]) -> str:
 
 
 def unscored_html(cells: pd.DataFrame) -> str:
-    """Of the report: answers side by side, for each model and data set whose questions have no right answer."""
+    """Part of the report: answers side by side, for each model and dataset without right answers."""
     blocks = []
     if cells.empty or "path" not in cells:
         return ""
@@ -167,7 +167,7 @@ def unscored_html(cells: pd.DataFrame) -> str:
 
 
 def summary(columns: Sequence[Column]) -> str:
-    """One line per cell: its first metric, and how many of its answers differ from those of the first cell."""
+    """One line per cell: its first metric, and the number of answers that differ from the first cell."""
     samples, lines = shared_samples(columns), []
     for column in columns:
         metric = next(iter(column.record["metrics"].items()), None)
@@ -184,7 +184,7 @@ def summary(columns: Sequence[Column]) -> str:
 
 
 def views(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What `panels.js` draws of each sample, the first image of a question only, with the image itself as ``image``."""
+    """Data for `panels.js` of each sample, with its first image as ``image``."""
     for sample in samples:
         first = columns[0].rows[sample]
         answered = [column for column in columns if "error" not in column.rows[sample]]
@@ -212,7 +212,7 @@ def show_run(column: Column, sample: str) -> dict[str, Any]:
 
 
 def page(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str], what: str) -> str:
-    """The whole page."""
+    """HTML of the page."""
     shown, images, articles = [], {}, []
     for view in views(columns, benchmark, samples):
         image = view.pop("image")

@@ -1,4 +1,4 @@
-"""The shared command line parser of the scripts of analysis."""
+"""Command line parser of all scripts of analysis."""
 
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Moved(Action):
-    """An old option: the program ends and names the command that ``const`` is."""
+    """A former option: the program ends and prints the new command ``const``."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, help=SUPPRESS, **options)
@@ -17,7 +17,9 @@ class Moved(Action):
 
 
 def arguments(doc: str | None, out: str | None = None, reads_results: bool = False) -> ArgumentParser:
-    """A parser whose help is the docstring of the script, with ``--results`` and ``--out`` where it has them."""
+    """Create a parser whose help is the docstring of the script, with ``--results`` and ``--out`` if the script has
+    them.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     if reads_results:

@@ -1,8 +1,7 @@
-"""Compares measured numbers with those that tables and figures need, and lists the commands for missing ones.
+"""Compares measured numbers with those of tables and figures, and lists the commands for missing ones.
 
-A table is a list of wanted numbers in print order: those of paper.csv, or the product of the values that a file of
-conf/experiment sweeps. `compare` looks each of them up in the result records; a number that nobody has measured stays
-empty.
+A table is a list of numbers in print order: those of paper.csv, or the product of the values that a file of
+conf/experiment sweeps. `compare` looks up each of them in the records. A number without a record is empty.
 """
 
 import itertools
@@ -29,14 +28,14 @@ METRICS = {
     "latency_ms": "latency (ms)",
 }
 DIGITS = {"f1": 2, "yes_rate": 2, "score": 2, "peak_memory_gib": 2}
-"""Decimals of a number that the paper does not print; one for the metrics not listed, two for every printed one."""
+"""Decimals of a number that the paper does not print: one for other metrics. Numbers of the paper have two."""
 
 BETTER = {"latency_ms": "lower", "peak_memory_gib": "lower", "yes_rate": None}
-"""Which direction is good, by the metric's name without a split; ``higher`` for those not listed."""
+"""Better direction by metric, without its split; ``higher`` for other metrics."""
 
 COUNTS = ("n_samples", "n_failed", "n_skipped", "n_empty", "n_unreadable")
 COSTS = ("peak_memory_gib", "latency_ms")
-"""What task=efficiency measures, the latency also by stage (``vision_latency_ms``)."""
+"""Metrics of task=efficiency. Latency exists also by stage (``vision_latency_ms``)."""
 
 WANTED = ["table", "model", "keep", "method", "setting", "dataset", "metric"]
 
@@ -45,7 +44,7 @@ WANTED = ["table", "model", "keep", "method", "setting", "dataset", "metric"]
 
 
 def column_name(dataset: str, metric: str) -> str:
-    """``POPE random F1``; a task of the demo goes by its own name, ``GQA``."""
+    """Name of a column, such as ``POPE random F1``. A task of the demo has its own name, such as ``GQA``."""
     if metric in COSTS:
         return METRICS[metric]
     split = metric.removesuffix(plain(metric)).rstrip("_")
@@ -64,12 +63,12 @@ def budget_name(keep: str) -> str:
 
 
 def wanted(table: str) -> pd.DataFrame:
-    """The numbers of one table in print order: the columns of `WANTED`, value, printed, spread and notes.
+    """Numbers of one table in print order: the columns of `WANTED`, value, printed, spread and notes.
 
     Raises
     ------
     ValueError
-        If there is neither a table of that name in the paper nor an experiment.
+        If there is no table of that name in the paper and no experiment.
     """
     paper = load.paper()
     if table in set(paper.table):
@@ -80,7 +79,7 @@ def wanted(table: str) -> pd.DataFrame:
 
 
 def from_experiment(name: str) -> pd.DataFrame:
-    """The numbers that a file of conf/experiment measures, as in `wanted`; nothing is printed beside them."""
+    """Numbers that a file of conf/experiment measures, as in `wanted`, without numbers of the paper."""
     experiment = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
     rows = costs(name, experiment) if "methods" in experiment else product(name, sweep(experiment))
     frame = pd.DataFrame(rows, columns=WANTED)
@@ -88,18 +87,18 @@ def from_experiment(name: str) -> pd.DataFrame:
 
 
 def table_names() -> list[str]:
-    """The paper's tables, then the demo's experiments."""
+    """Names of the paper's tables, then of the demo's experiments."""
     return [*load.paper().table.unique(), *sorted(path.stem for path in EXPERIMENTS.glob("demo*.yaml"))]
 
 
 def sweep(experiment: dict) -> dict[str, list[str]]:
-    """What an experiment sweeps, by key of the command line."""
+    """Values that an experiment sweeps, by key of the command line."""
     params = experiment["hydra"]["sweeper"]["params"]
     return {key: [value.strip() for value in str(values).split(",")] for key, values in params.items()}
 
 
 def costs(table: str, experiment: dict) -> list[tuple]:
-    """The numbers that an experiment of task=efficiency measures, as rows of `WANTED`."""
+    """Numbers that an experiment of task=efficiency measures, as rows of `WANTED`."""
     model, dataset = (
         next(choice[f"override /{group}"] for choice in experiment["defaults"] if f"override /{group}" in choice)
         for group in ("model", "dataset")
@@ -114,7 +113,7 @@ def costs(table: str, experiment: dict) -> list[tuple]:
 
 
 def product(table: str, swept: dict[str, list[str]]) -> list[tuple]:
-    """The numbers that a sweep measures, as rows of `WANTED`. Seeds are one number; all tokens have one budget."""
+    """Numbers that a sweep measures, as rows of `WANTED`. All seeds give one number; ``none`` has one budget."""
     named = ("model", "keep", "pruner", "dataset")
     extra = [key for key in swept if key not in (*named, "seed")]
     rows = []
@@ -131,7 +130,7 @@ def product(table: str, swept: dict[str, list[str]]) -> list[tuple]:
 
 
 def parse_setting(setting: str) -> dict[str, str]:
-    """``"lam=1,tau=0.1"`` as a dictionary."""
+    """Parse ``"lam=1,tau=0.1"`` into a dictionary."""
     return dict(part.split("=", 1) for part in setting.split(",") if part)
 
 
@@ -144,7 +143,7 @@ def same(a, b) -> bool:
 
 
 def satisfies(cell, setting: dict[str, str]) -> bool:
-    """Whether a cell has these settings and defaults for all others; ``decoding`` names a file of its group."""
+    """Whether a cell has these settings, and defaults for all others. ``decoding`` names a file of its group."""
     if "decoding" in setting:
         chosen = yaml.safe_load((conf.CONF / "decoding" / f"{setting['decoding']}.yaml").read_text(encoding="utf-8"))
         setting = {key: value for key, value in (setting | chosen).items() if key not in ("decoding", "defaults")}
@@ -152,9 +151,9 @@ def satisfies(cell, setting: dict[str, str]) -> bool:
 
 
 def find(cells: list, method: str, keep: str, setting: str = "") -> list:
-    """The cells of one method that measured this budget, one per seed.
+    """Cells of one method at this budget, one per seed.
 
-    Of several that did (with a limit, say) those with the most samples count, and of these the newest.
+    If there are several (for example with a limit), those with the most samples are used, and of these the newest.
     """
     measured = [
         cell
@@ -169,7 +168,7 @@ def find(cells: list, method: str, keep: str, setting: str = "") -> list:
 
 
 def measured_by(table: str, cells: list) -> list:
-    """The costs that the table's own experiment measured, if any; other runs have other conditions."""
+    """Costs from the table's own experiment, if any, because other runs have other conditions."""
     return [cell for cell in cells if f"experiment={table}" in cell.command.split()] or cells
 
 
@@ -179,16 +178,16 @@ def is_drawn(method: str, setting: str) -> bool:
 
 
 def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Measured numbers beside the wanted ones, row by row.
+    """Measured numbers for the rows of `wanted`.
 
     Adds to the columns of `wanted`
 
-    - ours: the number, mean over the seeds where something is drawn; error: its standard error over the samples, or the
-      standard deviation over the seeds; difference: ours minus the printed number
-    - n_seeds (0: not measured yet), `COUNTS`, n_visual, n_kept (the nominal budget), layer_mean (visual
-      tokens that enter a layer of the language model, mean over the layers), device, cell (where the records lie)
-    - rank and printed_rank: 1 best, 2 second best of the budget, else 0; equal numbers share a rank, and the model with
-      all tokens has none
+    - ours: the measured number, for random methods the mean over seeds; error: its standard error over the samples, or
+      the standard deviation over seeds; difference: ours minus the printed number
+    - n_seeds (0: not measured), `COUNTS`, n_visual, n_kept (nominal budget), layer_mean (visual tokens in a layer of
+      the language model, mean over layers), device, cell (folder of the record)
+    - rank and printed_rank: 1 for the best and 2 for the second best number of a budget, else 0. Equal numbers have the
+      same rank. The model with all tokens has none
     """
     named = {key: list(rows.itertuples(index=False)) for key, rows in cells.groupby(["model", "dataset", "method"])}
     rows = []
@@ -225,7 +224,7 @@ def compare(wanted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(metric: str) -> str:
-    """The metric's name without POPE's split."""
+    """Name of a metric without POPE's split."""
     return next((name for name in METRICS if metric.endswith(f"_{name}")), metric)
 
 
@@ -238,7 +237,7 @@ def ranks(values: pd.Series, better: str | None) -> pd.Series:
 
 
 def commands(table: pd.DataFrame) -> list[str]:
-    """The commands that measure missing numbers: one per method and budget, or one for all costs."""
+    """Commands that measure missing numbers: one per method and budget, or one for all costs."""
     empty = table[table.n_seeds == 0]
     lines = [f"python run.py experiment={name}" for name in empty.table[empty.metric.isin(COSTS)].unique()]
     for (model, keep, method, setting), row in empty[~empty.metric.isin(COSTS)].groupby(

@@ -2,8 +2,8 @@
 
     python -m analysis.extensions                      from results/
 
-Accuracy is a mean over draws of the scenes (the dataset's seed), and the number behind ± its standard deviation over
-them. The commands that make the records stand in the page.
+Accuracy is the mean over draws of the scenes (the dataset's seed); ± is the standard deviation over draws. The page has
+the commands for the records.
 """
 
 import json
@@ -24,13 +24,13 @@ from experiments.tabular import Span, Table
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
 DEMOS = {"demo_llava": "demo", "demo_qwen3vl": "demo_canvases"}
 OPTIONS = {"support", "lam", "prior", "prior_table", "seed", "quality", "keep_max", "vocabulary_rows"}
-"""Settings in which the cells of these tables may differ from the defaults."""
+"""Settings that may differ from the defaults in these tables."""
 
 
 def select(cells: pd.DataFrame, model: str, method: str = "mi", **settings) -> dict[str, list]:
-    """The cells of a demo model with these settings and otherwise the defaults: by budget, one a draw of the scenes.
+    """Cells of a demo model with these settings and otherwise defaults: by budget, one per draw of the scenes.
 
-    Of several that have the same settings (with a limit, say) the one with the most samples.
+    Of several cells with the same settings (for example with a limit), the one with the most samples is used.
     """
     found: dict[str, dict] = {}
     named = cells[(cells.model == model) & (cells.dataset == DEMOS[model]) & (cells.method == method)]
@@ -42,7 +42,7 @@ def select(cells: pd.DataFrame, model: str, method: str = "mi", **settings) -> d
 
 
 def number(cells: list) -> str:
-    """Mean and deviation of the accuracy over draws."""
+    """Mean and standard deviation of the accuracy over draws, as text."""
     values = [cell.metrics["accuracy"] for cell in cells]
     if not values:
         return ""
@@ -50,7 +50,7 @@ def number(cells: list) -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]], compare: slice = slice(0)) -> str:
-    """A table; the best of the columns ``compare`` is bold in each row."""
+    """Markdown table. In each row the best of the columns ``compare`` is bold."""
     lines = []
     for row in rows:
         means = [float(text.split()[0]) if text else -math.inf for text in row[compare]]
@@ -61,7 +61,7 @@ def markdown(head: list[str], rows: list[list[str]], compare: slice = slice(0)) 
 
 
 def grid(cells: pd.DataFrame, columns: dict[str, dict], reference: dict[str, dict]) -> str:
-    """Accuracy by model and budget, in the columns of these settings; budgets are those that all columns have."""
+    """Accuracy by model and budget, one column per setting, for budgets that all columns have."""
     parts = []
     for model, dataset in DEMOS.items():
         found = {name: select(cells, model, **settings) for name, settings in columns.items()}
@@ -88,7 +88,7 @@ def support(cells: pd.DataFrame) -> str:
 
 
 def sample(cells: pd.DataFrame) -> str:
-    """Accuracy with a sum over a part of the vocabulary."""
+    """Accuracy with a sum over a sample of the vocabulary."""
     found = [
         select(cells, "demo_llava", support="vocabulary", lam=0.8, prior="uniform", vocabulary_rows=rows)
         for rows in (None, 84, 52, 26)
@@ -116,8 +116,10 @@ def answers(cell) -> pd.DataFrame:
 
 
 def beside_fixed(auto: pd.DataFrame, fixed: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    """``auto`` and what the fixed budget of its mean gets for each sample, between two measured budgets on a line in
-    log tokens."""
+    """``auto``, and the fixed budget with the same mean, for each sample.
+
+    The latter is interpolated between two measured budgets, linearly in the log of the budget.
+    """
     mean, budgets = auto.kept.mean(), sorted(fixed)
     low = max((b for b in budgets if b <= mean), default=budgets[0])
     high = min((b for b in budgets if b > low), default=low)
@@ -160,7 +162,7 @@ def automatic(cells: pd.DataFrame) -> str:
 
 
 def cover(cells: pd.DataFrame) -> str:
-    """Cover minus each method that has the same draws, by type of question and budget."""
+    """Cover minus each method with the same draws, by type of question and budget."""
     rows, tasks, n_contrasts = [], {}, 0
     for model in DEMOS:
         ours = select(cells, model, method="cover")

@@ -3,9 +3,9 @@
     python -m analysis.figures                                      all of them, from results/ into docs/results/
     python -m analysis.figures --figure fig6b --results results --out figures
 
-A figure draws the same comparison as a table (`analysis.compare`): what was not measured is not drawn, and where the
-paper prints the number it stands beside ours as a hollow marker. Colours are Okabe and Ito's, told apart by readers
-with any colour vision; every method also has its own marker, so the figures survive a grey printer.
+A figure draws the same comparison as a table (`analysis.compare`). Missing numbers are not drawn. Numbers of the paper
+are hollow markers. The colours are those of Okabe and Ito, which readers with colour blindness can distinguish. Every
+method has its own marker for grey prints.
 """
 
 import math
@@ -42,17 +42,17 @@ MARKERS = "os^vxDPX<dph*>H"
 
 
 def kin(cls: type[Method]) -> tuple[str, str]:
-    """Colour and line of a published method, by what it does."""
+    """Colour and line of a published method, by its kind."""
     if issubclass(cls, DecoderPruner):
         return PINK, "--"
     return (SKY, "--") if "attention" in cls().needs else (GREEN, "-.")
 
 
 def styles() -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line by method; no two share both colour and marker.
+    """Colour, marker and line by method. No two methods have the same colour and marker.
 
-    The paper's own methods are solid. Of the others, pink ones prune inside the language model, sky blue ones read the
-    encoder's attention, and green ones spread over the image.
+    The paper's own methods have solid lines. Other methods: pink prunes inside the language model, sky blue reads the
+    encoder's attention, green selects diverse tokens.
     """
     found, taken = {}, set()
     for place, name in enumerate([*OWN, *(name for name in PRUNERS if name not in (*OWN, "none"))]):
@@ -67,13 +67,13 @@ STYLES = styles()
 
 
 def style_of(method: str) -> tuple[str, str, str]:
-    """Colour, marker and line; of a method that is not installed here a grey star."""
+    """Colour, marker and line of a method; a grey star if it is not installed."""
     return STYLES.get(method, (GREY, "*", ":"))
 
 
 PAPER = ", paper"
 COLUMN, PAGE = 3.4, 7.0
-"""Widths of one column and of a page in inches; the type is at least 7 points at that size."""
+"""Widths of one column and of a page in inches. Text has at least 7 points at that size."""
 
 STYLE = {
     "font.size": 8,
@@ -93,11 +93,11 @@ STYLE = {
     "pdf.fonttype": 42,
     "figure.constrained_layout.use": True,
 }
-"""Settings of matplotlib, for the figures drawn here alone."""
+"""matplotlib settings for these figures only."""
 
 
 def panels(table: pd.DataFrame, by: list[str]) -> tuple[Figure, list[tuple[tuple, pd.DataFrame, Axes]]]:
-    """A figure with one panel per value of the columns ``by``, in order: (value, its rows, its axes)."""
+    """Create a figure with one panel per value of the columns ``by``. Panels are (value, rows, axes)."""
     groups = list(table.groupby(by, sort=False))
     columns = len(groups) if len(groups) < 4 else 2 if len(groups) == 4 else 3
     rows = math.ceil(len(groups) / columns)
@@ -109,7 +109,7 @@ def panels(table: pd.DataFrame, by: list[str]) -> tuple[Figure, list[tuple[tuple
 
 
 def legend(figure: Figure) -> None:
-    """One legend below all panels; the paper's hollow markers come last."""
+    """Draw one legend below all panels, with the paper's hollow markers last."""
     handles = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
@@ -120,7 +120,7 @@ def legend(figure: Figure) -> None:
 
 
 def draw(ax: Axes, x, rows: pd.DataFrame, label: str, colour: str, marker: str, line: str = "-") -> None:
-    """Measured numbers with error bars; the paper's numbers, if any, as hollow markers of the same shape."""
+    """Draw measured numbers with error bars, and numbers of the paper as hollow markers of the same shape."""
     ax.errorbar(x, rows.ours, rows.error.fillna(0), label=label, color=colour, marker=marker, ls=line, elinewidth=0.8)
     if rows.value.notna().any():
         ax.plot(x, rows.value, color=colour, marker=marker, ls="none", markerfacecolor="none", label=label + PAPER)
@@ -137,7 +137,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_budget(table: pd.DataFrame) -> Figure:
-    """Accuracy over the budget, a line a method, a panel per model and dataset (the paper's Fig. 4)."""
+    """Accuracy over the budget, one line per method, one panel per model and dataset (Fig. 4 of the paper)."""
     figure, parts = panels(headline(table), ["model", "dataset"])
     for (model, _), rows, ax in parts:
         fraction = rows.keep[rows.method != "none"].str.contains(".", regex=False).all()
@@ -156,7 +156,7 @@ def over_budget(table: pd.DataFrame) -> Figure:
 
 
 def over_setting(table: pd.DataFrame) -> Figure:
-    """Accuracy over a number such as lam, a line a budget, a panel per model and dataset (the paper's Fig. 6b)."""
+    """Accuracy over a number such as lam, one line per budget, one panel per model and dataset (Fig. 6b)."""
     figure, parts = panels(headline(table), ["model", "dataset"])
     (name,) = {key for setting in table.setting for key in compare.parse_setting(setting)}
     for (model, _), rows, ax in parts:
@@ -176,7 +176,7 @@ def over_setting(table: pd.DataFrame) -> Figure:
 
 
 def choices(table: pd.DataFrame) -> Figure:
-    """The values of a setting side by side, per dataset and budget (the paper's Fig. 6a, Tables 5 and 6)."""
+    """Accuracy for the values of a setting, by dataset and budget (Fig. 6a, Tables 5 and 6 of the paper)."""
     table = headline(table)
     figure, parts = panels(table, ["model", "metric"])
     for (model, _), rows, ax in parts:
@@ -197,9 +197,9 @@ def choices(table: pd.DataFrame) -> Figure:
 
 
 def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
-    """Accuracy against latency, a point a method, a panel per model, dataset and budget. Up and left is better.
+    """Accuracy over latency, one point per method, one panel per model, dataset and budget. Up and left is better.
 
-    The latency is that of single prompts where task=efficiency measured it, else the evaluation's.
+    The latency is that of single prompts if task=efficiency measured it, else that of the evaluation.
     """
     table = headline(table)
     lam = {cell.path.as_posix(): cell.settings.get("lam") for cell in cells.itertuples()}
@@ -239,7 +239,7 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
 
 
 def stages(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
-    """Where the time of one prompt goes, a bar a method, a panel per budget (the paper's Fig. 2, right)."""
+    """Time of one prompt by stage, one bar per method, one panel per budget (Fig. 2, right, of the paper)."""
     latency = table[(table.metric == "latency_ms") & table.ours.notna()]
     budgets = latency[latency.method != "none"].groupby(["model", "keep"], sort=False)
     figure, parts = panels(latency[latency.method != "none"], ["model", "keep"])
@@ -287,11 +287,11 @@ FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
     "demo_table6": (choices, "demo_table6"),
     "demo_tradeoff": (tradeoff, "demo_table1"),
 }
-"""What is drawn, from which table or experiment."""
+"""Figures by name: drawing function and table or experiment."""
 
 
 def draw_figure(name: str, cells: pd.DataFrame) -> Figure | None:
-    """The figure of this name; None if nothing of it was measured, or only one of the values that it compares.
+    """The figure of this name; None if no number, or only one of the compared values, was measured.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Style and script of pages with panels. Each panel is drawn when it becomes visible, and lists can be filtered."""
+"""Style and script of pages with panels. A panel is drawn when it becomes visible; lists can be filtered."""
 
 STYLE = """
 :root { --ink: #1c1e21; --paper: #fff; --soft: #f3f4f6; --line: #d9dce1; --dim: #666c75 }

@@ -1,12 +1,12 @@
-"""Writes records of the hard questions only, from stored records, without a new run.
+"""Writes records of the hard questions only, from stored records.
 
     python -m analysis.hard                       # results -> results_hard
     python -m analysis.tables --results results_hard --out docs/results/hard
     python -m analysis.figures --results results_hard --out docs/results/hard
 
-A question is hard at a budget if the model answers it right with all tokens, and wrong with as many tokens from
-down-sampling (VTC-Bench's filter). Each record is written again with these questions alone: accuracies, their standard
-errors and counts. Scores that are no mean over questions (F1, MME's sum) and costs are left out.
+A question is hard at a budget if the model answers it right with all tokens, and wrong after down-sampling to the same
+number of tokens (VTC-Bench's filter). Each record is written again for these questions only: accuracies, standard
+errors and counts. Costs, and scores that are not a mean over questions (F1, MME's sum), are omitted.
 """
 
 import json
@@ -20,7 +20,7 @@ from experiments.metrics import mean_percent, standard_error
 
 Key = tuple[str, str, str]
 MARK = ".hard"
-"""A file in each folder that this wrote, which may be emptied."""
+"""Marker file of a folder that this script wrote and may empty."""
 
 
 def read(results: Path) -> list[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
@@ -61,7 +61,7 @@ def hard_questions(cells: list, method: str) -> dict[Key, dict[str, set[str]]]:
 
 
 def restricted(record: dict[str, Any], rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """The record of these rows alone."""
+    """The record for these rows only."""
     groups: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name in {"accuracy", row["task"], f"{row['task']}_accuracy", f"accuracy_{row['task']}"}:
@@ -80,13 +80,13 @@ def restricted(record: dict[str, Any], rows: list[dict[str, Any]], method: str) 
 def restrict(results: Path, out: Path, method: str = "downsample") -> dict[Key, dict[str, set[str]]]:
     """Write the records of the hard questions under ``out``, which is emptied before. Returns those questions.
 
-    A budget without a record of ``method``, and one without a hard question, is left out. The record of all tokens has
-    the questions that are hard at any budget.
+    Budgets without a record of ``method`` or without a hard question are omitted. The record of all tokens has the
+    questions that are hard at any budget.
 
     Raises
     ------
     ValueError
-        If nothing is left, or ``out`` holds something else.
+        If no question is left, or ``out`` has other content.
     """
     cells = read(results)
     hard = hard_questions(cells, method)

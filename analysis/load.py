@@ -1,7 +1,7 @@
-"""Loads all measured numbers and all numbers printed in the paper as pandas frames.
+"""Loads all measured numbers and all numbers of the paper as pandas frames.
 
-`cells` has one row per result record, `paper` one row per number. The records are described in experiments/results.py
-and task=efficiency.
+`cells` has one row per record, `paper` one row per number. See experiments/results.py and
+experiments/tasks/efficiency.py for the records.
 """
 
 import json
@@ -21,20 +21,20 @@ from experiments.results import NOT_IDENTITY, parse_method
 HERE = Path(__file__).parent
 
 EFFICIENCY = "efficiency"
-"""Folder and dataset of what task=efficiency measures."""
+"""Folder and dataset name of the results of task=efficiency."""
 
 COMPARED = ("model", "dataset", "pruner", "decoding", "positions", "text_scope", "quality", "keep_max")
-"""The parts of a config in which two cells of the same name can differ."""
+"""Parts of a config that can differ between cells of the same name."""
 
 WHERE = ("path", "hub", "revision", "device_map", "digest")
-"""Keys that say where something comes from, or where it lies."""
+"""Keys of sources and paths."""
 
 SEEDS = ("pruner.seed", "decoding.seed")
-"""Keys that repeat the cell's seed, which has a column of its own; a dataset's seed makes other questions."""
+"""Keys with the seed of the cell, which has its own column. (The seed of a dataset changes the questions.)"""
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested config as {"pruner.lam": 1.0, ...}."""
+    """Flatten a nested config to {"pruner.lam": 1.0, ...}."""
     if not isinstance(config, dict):
         return {prefix: config}
     return {
@@ -44,7 +44,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @cache
 def default_settings(model: str, dataset: str, pruner: str) -> dict[str, Any]:
-    """The settings of `python run.py model=... dataset=... pruner=...`; none if conf/ has not all of these names."""
+    """Settings of `python run.py model=... dataset=... pruner=...`; empty if conf/ does not have all of these names."""
     if not all(re.fullmatch(r"[\w.-]+", str(name)) for name in (model, dataset, pruner)):
         return {}  # nothing that a record says is read as more than a name
     try:
@@ -56,7 +56,7 @@ def default_settings(model: str, dataset: str, pruner: str) -> dict[str, Any]:
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a resolved config that can change a number, without names, budget, seed and number of samples."""
+    """Values of a resolved config that can change a number, without names, budget, seed and number of samples."""
     compared = flat({key: config[key] for key in COMPARED if key in config})
     return {
         key: value
@@ -66,7 +66,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """One cell as a flat row. Raises ValueError, naming the file, if it is not a finished record."""
+    """A cell as a flat row. Raises ValueError with the file if it is not a finished record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         cell, tokens = record["cell"], record["tokens"] or {}
@@ -109,9 +109,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_costs(path: Path) -> list[dict[str, Any]]:
-    """What task=efficiency measured on the pipeline engine, which runs every method, as rows like a cell's.
+    """Results of task=efficiency for the pipeline engine, as rows like those of cells.
 
-    The latency is the median over the repetitions, its error half the range from the 20th to the 80th percentile.
+    Latency is the median over repetitions. Its error is half of the range from the 20th to the 80th percentile.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     rows = []
@@ -154,7 +154,7 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
 
 
 def cells(results: str | Path = "results") -> pd.DataFrame:
-    """One row per finished cell under ``results``, then one per cost that was measured there; none if nothing is there.
+    """One row per finished cell under ``results``, then one row per measured cost; no rows if nothing is there.
 
     Costs have the dataset `EFFICIENCY`.
     """
@@ -164,9 +164,9 @@ def cells(results: str | Path = "results") -> pd.DataFrame:
 
 
 def paper() -> pd.DataFrame:
-    """Every number printed in the paper's Tables 1-11, in print order.
+    """All numbers of the paper's Tables 1-11, in print order.
 
-    ``printed`` is the number as printed, ``value`` the same as a float, ``notes`` the keys of `paper_notes`.
+    ``printed`` is the number as text, ``value`` the float, ``notes`` the keys of `paper_notes`.
     """
     frame = pd.read_csv(HERE / "paper.csv", dtype=str, keep_default_na=False)
     frame["printed"] = frame["value"]
@@ -177,5 +177,5 @@ def paper() -> pd.DataFrame:
 
 
 def paper_notes() -> dict[str, str]:
-    """What is wrong or contested about a printed number, by key."""
+    """Notes about wrong or doubtful numbers of the paper, by key."""
     return pd.read_csv(HERE / "paper_notes.csv", index_col="note")["explanation"].to_dict()

@@ -1,11 +1,11 @@
-"""Draws the kept tokens of a pruner over the image, and the word with the largest PMI for each patch.
+"""Draws the kept tokens of a pruner over the image, and the word with the highest PMI for each patch.
 
     python -m analysis.masks results/demo_llava/demo/*/keep=16*                 # pruners side by side (Fig. 5)
     python -m analysis.masks RECORD ... --samples 4 --out masks.pdf
     python -m analysis.masks results/demo_llava/demo/{mi,random}/* --dialogue   # budgets by pruners (Fig. 1, 7)
 
-Each argument is the folder of a finished cell. The images come from the benchmark that the record names. The PMI of
-each word and patch is in no record: `python run.py task=heat cell=FOLDER` loads the model again and draws it.
+Each argument is the folder of a finished cell. Images come from the benchmark of the record. Records do not contain the
+PMI of words and patches: `python run.py task=heat cell=FOLDER` loads the model again and draws it.
 """
 
 import json
@@ -29,24 +29,24 @@ from experiments.explorer.panels import NOTHING
 from mipruner.errors import InputError
 
 DIM = 0.82
-"""How far a dropped patch fades to white."""
+"""Share of white in a dropped patch."""
 SIDE = 1000
-"""Pixels of a drawn image's longer side; a panel is 275 wide."""
+"""Longer side of a drawn image in pixels; a panel is 275 pixels wide."""
 PLAIN = {"text.parse_math": False}
-"""Dollars in what people ask are dollars."""
+"""matplotlib settings: a dollar sign in a question is not math text."""
 RIGHT, WRONG = "#0072B2", "#D55E00"
 WORD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
 
 
 def thumbnail(image: Image.Image, side: int = SIDE) -> Image.Image:
-    """A copy [height, width] in RGB, no larger than ``side`` pixels."""
+    """RGB copy [height, width] of at most ``side`` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     return small
 
 
 def overlay(image: Image.Image, box: Sequence[float], grid: Sequence[int], kept: Sequence[int]) -> Image.Image:
-    """A thumbnail of the image with the dropped patches of ``box`` faded; the box is in pixels of the image itself."""
+    """Thumbnail of the image with faded dropped patches in ``box``, in pixels of the original image."""
     small = thumbnail(image)
     rows, columns = grid[-2:]
     mask = np.zeros(rows * columns, dtype=np.uint8)
@@ -85,7 +85,7 @@ def in_lines(text: str, width: int) -> str:
 
 
 def is_drawable(row: dict[str, Any]) -> bool:
-    """Whether the sample was answered and its tokens are on a grid."""
+    """Whether the sample was answered and its tokens form a grid."""
     return "error" not in row and None not in row["grids"]
 
 
@@ -95,7 +95,7 @@ def shared(answered: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
-    """Ids of ``n`` samples whose tokens lie on a grid, each from another image and task as far as possible."""
+    """Ids of ``n`` samples whose tokens form a grid, from different images and tasks if possible."""
     usable = [row for row in rows if is_drawable(row)]
     chosen: list[dict[str, Any]] = []
     while usable and len(chosen) < n:
@@ -108,7 +108,7 @@ def choose(rows: Sequence[dict[str, Any]], n: int) -> list[str]:
 
 
 def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list[str]:
-    """Ids of the samples whose scores vary most between cells, each from another image and task if possible."""
+    """Ids of the samples whose scores vary most between cells, from different images and tasks if possible."""
     spread = {one: pvariance([rows[one]["correct"] or 0.0 for rows in answered]) for one in shared(answered)}
     ranked = sorted((sample for sample in spread if spread[sample] > 0), key=lambda sample: -spread[sample])
     return choose([answered[0][sample] for sample in ranked[: 8 * n]], n)
@@ -116,7 +116,9 @@ def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list
 
 @plt.rc_context(PLAIN)
 def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path) -> None:
-    """For each sample the whole image, then one panel a cell; blue titles are right answers, orange ones wrong."""
+    """Draw for each sample the full image, then one panel per cell. Titles of right answers are blue, of wrong ones
+    orange.
+    """
     width = 1 + len(read)
     per_line = max(1, 6 // width)
     lines = -(-len(samples) // per_line)
@@ -146,7 +148,7 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
 
 @plt.rc_context(PLAIN)
 def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
-    """One question: the whole image, then a column a pruner and a row a budget, with what was answered below each."""
+    """Draw one question: the full image, then columns of pruners and rows of budgets, with the answers."""
     read = [read_cell(cell) for cell in cells]
     pruners = list(dict.fromkeys(record["cell"]["pruner"] for record, _ in read))
     budgets = list(dict.fromkeys(record["cell"]["keep"] for record, _ in read))
@@ -172,7 +174,7 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
 
 
 def save(figure, out: Path, **options) -> None:
-    """Write a figure and close it; large figures as .jpg, because noise in images makes a PNG large."""
+    """Write a figure and close it. Use .jpg for large figures, because noisy images make a PNG large."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, **options, **({"pil_kwargs": {"quality": 90}} if out.suffix == ".jpg" else {}))
     plt.close(figure)
@@ -185,7 +187,7 @@ def caption(axis, text: str, colour: str = "black") -> None:
 
 
 def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -> dict[str, Any]:
-    """Arguments of ``imshow`` that lay one value or colour a patch over the image."""
+    """Arguments of ``imshow`` for an overlay with one value or colour per patch."""
     left, top, right, bottom = box
     return {"X": values.reshape(*grid[-2:], *values.shape[1:]), "extent": (left, right, bottom, top)}
 
@@ -194,22 +196,23 @@ def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -
 def draw_heat(
     cell: Path, word_pmi: WordPmi, out: Path, n: int = 3, ids: Sequence[str] | None = None, words: Sequence[str] = ()
 ) -> None:
-    """For each sample its image, the PMI of each word over it on one scale, and the kept patches by their pivot word.
+    """Draw for each sample the image, the PMI of each word on one scale, and the kept patches by pivot word.
 
-    The pivot word of a patch is the one with the largest PMI, whose PMI is the patch's relevance (eq. 19). Without
-    ``words`` those are shown that are the pivot of most kept patches.
+    The pivot word of a patch has the highest PMI, which is the relevance of the patch (eq. 19). Without ``words``, the
+    pivot words of most kept patches are shown.
 
     Parameters
     ----------
     word_pmi : callable
-        From the config of the cell, its benchmark and a sample's id to the words of T and their PMI [n_visual, n_text].
+        Takes the config of the cell, its benchmark and a sample id. Returns the words of T and their PMI [n_visual,
+        n_text].
     n, ids
-        So many samples, or these.
+        Number of samples, or their ids.
 
     Raises
     ------
     ValueError
-        If it is no finished cell, or has no such sample or word.
+        If it is not a finished cell, or has no such sample or word.
     """
     ((record, rows),), benchmark, samples = choose_samples([cell], ids, n)
     maps = {sample: word_pmi(record["config"], benchmark, sample) for sample in samples}
@@ -253,7 +256,7 @@ def draw_heat(
 
 
 def shown_words(texts: Sequence[str], pmi: np.ndarray, kept: Sequence[int], words: Sequence[str]) -> list[int]:
-    """Places in T of the asked words, or of up to six that are the pivot of most kept patches, in reading order.
+    """Indices in T of the given words, or of up to six pivot words of most kept patches, in reading order.
 
     Raises
     ------
@@ -282,7 +285,7 @@ def answer_text(answer: Any) -> str:
 
 
 def draw_cell(record: dict[str, Any], rows: Sequence[dict[str, Any]], benchmark, out: Path) -> None:
-    """Some samples of one cell, as many as its config says."""
+    """Draw samples of one cell, ``n_masks`` of its config."""
     if samples := choose(rows, record["config"]["n_masks"]):
         draw([(record, {row["id"]: row for row in rows})], benchmark, samples, out)
 
@@ -290,7 +293,9 @@ def draw_cell(record: dict[str, Any], rows: Sequence[dict[str, Any]], benchmark,
 def choose_samples(
     cells: Sequence[Path], ids: Sequence[str] | None, n: int
 ) -> tuple[list[ReadCell], Benchmark, Sequence[str]]:
-    """The cells, their benchmark, and those samples or n others. Raises ValueError if it names no cell or sample."""
+    """The cells, their benchmark, and sample ids: the given ones or n others. Raises ValueError for an unknown cell or
+    sample.
+    """
     read = [read_cell(cell) for cell in cells]
     answered = [rows for _, rows in read]
     for cell, rows in zip(cells, answered, strict=True):

@@ -1,7 +1,7 @@
-"""Writes the table of methods in README.md: where each acts, its inputs, its cost and its accuracy on the demo.
+"""Builds the table of methods in README.md: where each acts, its inputs, its cost, its accuracy on the demo.
 
-N visual tokens, T kept, d wide, m words, L decoder layers. `python -m analysis.pages methods` writes it from
-stored records.
+N visual tokens, T kept tokens, width d, m text tokens, L decoder layers. `python -m analysis.pages methods` writes it
+from stored records.
 """
 
 import pandas as pd
@@ -14,7 +14,7 @@ BUDGETS = ("64", "32", "16", "8")
 
 
 def link(method: str) -> str:
-    """The method's name, linked to the paper that its class names."""
+    """Title of a method, linked to its paper."""
     cls = PRUNERS[method]
     return f"[{cls.title}]({cls.paper})" if cls.paper else cls.title
 
@@ -27,7 +27,7 @@ def acts(method: str) -> str:
 
 
 def table(cells: pd.DataFrame) -> str:
-    """Markdown. ``cells`` are those of one model and dataset with default settings, see `analysis.load.cells`."""
+    """The table as Markdown. ``cells`` have one model and dataset and default settings, see `analysis.load.cells`."""
     found = cells.assign(accuracy=[metrics["accuracy"] for metrics in cells.metrics])
     scores = found.groupby(["method", "keep"]).accuracy.mean()
     means = found.groupby(["method", "keep"]).layer_mean.mean()
@@ -55,7 +55,7 @@ def table(cells: pd.DataFrame) -> str:
 
 
 def ahead(scores: pd.Series, means: pd.Series) -> str:
-    """One sentence per budget that names every method with a higher accuracy than MI-Pruner."""
+    """One sentence per budget with all methods of higher accuracy than MI-Pruner."""
     sentences = []
     for keep in BUDGETS:
         if ("mi", keep) not in scores:

@@ -1,12 +1,12 @@
-"""Fill the generated parts of pages: tables of README.md from stored records, and docs/tree.md from the files.
+"""Writes the generated parts of pages: tables of README.md from records, and docs/tree.md from the files.
 
     python -m analysis.pages                   every part
     python -m analysis.pages tree methods      these parts
     python -m analysis.pages --check           exit with status 1 if the tree is out of date; write nothing
 
-A generated part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. A part whose records are incomplete
-is refused with the cells that are missing, and its page stays as it is. The purpose beside a file in the tree is the
-first line of its docstring, or of the comment at its top.
+A generated part is between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. If records are missing, they are listed
+and the page is not changed. The purpose of a file in the tree is the first line of its docstring, or of the comment at
+its top.
 """
 
 import ast
@@ -32,14 +32,14 @@ PAGES = {
     "peers": "docs/speed.md",
     "speedup": "docs/speed.md",
 }
-"""The page that each generated part stands on."""
+"""Page of each generated part."""
 
 BUDGETS = ("64", "32", "16", "8")
 SHOWN = ("run.py", "conf", "mipruner", "experiments", "analysis", "plugins", "notebooks", "docs", "tests")
 
 
 def replace(text: str, name: str, part: str) -> str:
-    """``text`` with the generated part ``name`` replaced.
+    """Replace the generated part ``name`` of ``text``.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def replace(text: str, name: str, part: str) -> str:
 
 
 def purpose(path: Path) -> str:
-    """The purpose of a file, from its first line."""
+    """Purpose of a file, from its first line."""
     if path.suffix == ".py":
         module = ast.parse(path.read_text(encoding="utf-8"))
         first = (ast.get_docstring(module) or "").split("\n\n")[0].splitlines()
@@ -70,7 +70,7 @@ def purpose(path: Path) -> str:
 
 
 def tree(files: list[str]) -> str:
-    """The tree of the repository: one line per file with its purpose; configs and data in one line per folder."""
+    """Tree of the repository: one line per file with its purpose, one line per folder of configs or data."""
     lines, folders = [], set()
     for name in sorted(files, key=lambda f: (SHOWN.index(f.split("/")[0]), f.count("/") > 0, f)):
         path = Path(name)
@@ -101,7 +101,7 @@ def demo_cells(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_complete(cells: pd.DataFrame, names: Iterable[str]) -> None:
-    """Raise ValueError, naming what is missing, unless there is a record of every method at every budget."""
+    """Raise ValueError with the missing records, unless every method has a record at every budget."""
     there = set(zip(cells.method, cells.keep, strict=True))
     missing = [f"{name} keep={keep}" for name in names for keep in BUDGETS if (name, keep) not in there]
     if missing:
@@ -136,7 +136,7 @@ def demo_table(cells: pd.DataFrame) -> str:
 
 
 def part(name: str, results: Path) -> str:
-    """The text of a generated part. Raises ValueError if a record that it needs is missing."""
+    """Text of a generated part. Raises ValueError if a record is missing."""
     if name == "tree":
         return tree(tracked())
     if name == "speedup":

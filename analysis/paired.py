@@ -1,4 +1,4 @@
-"""Paired differences of two cells: question by question, with standard errors clustered by image."""
+"""Computes paired differences of two cells over questions, with standard errors clustered by image."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pandas as pd
 
 @cache
 def answers(folder: Path) -> pd.DataFrame:
-    """Per question of a cell, by id: its image and whether the answer is correct. Empty without ``samples.jsonl``."""
+    """Image and correctness of each question of a cell, by id. Empty without ``samples.jsonl``."""
     path = folder / "samples.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [(row["id"], row["image_id"], row["correct"]) for row in map(json.loads, lines)]
@@ -18,14 +18,14 @@ def answers(folder: Path) -> pd.DataFrame:
 
 
 def gains(cell: Path, other: Path) -> pd.DataFrame:
-    """``gain`` in points of ``cell`` over ``other``, and ``image``, for every question that both have answered."""
+    """``gain`` of ``cell`` over ``other`` in points, and ``image``, for every question that both answered."""
     both = answers(cell).join(answers(other), how="inner", rsuffix="_other")
     gain = 100 * (both.correct.astype(float) - both.correct_other.astype(float))
     return pd.DataFrame({"image": both.image, "gain": gain})
 
 
 def clustered(gains: pd.DataFrame) -> tuple[float, float]:
-    """Mean gain over the questions, and its standard error where the questions of an image are not independent.
+    """Mean gain over the questions, and its standard error clustered by image.
 
     With residuals e_i, n questions, C images: sqrt(C / (C - 1) sum_c (sum_{i in c} e_i)^2) / n. NaN for one image.
     """
@@ -37,10 +37,10 @@ def clustered(gains: pd.DataFrame) -> tuple[float, float]:
 
 
 def against(table: pd.DataFrame, method: str = "mi") -> dict[tuple, tuple[float, float]]:
-    """Of each row of a compared table (model, keep, method, setting) the gain over ``method`` at the same budget.
+    """Gain over ``method`` at the same budget, for each row (model, keep, method, setting) of a compared table.
 
-    Over the questions of all datasets that both have; the first row of ``method`` where there are several. Cells of
-    several seeds are compared seed by seed, as far as both have them.
+    It is computed over the questions of all common datasets. If ``method`` has several rows, the first is used. Cells
+    with several seeds are compared seed by seed.
     """
     measured = table[table.cell != ""].drop_duplicates(["model", "keep", "method", "setting", "dataset"])
     base: dict[tuple, str] = {}

@@ -3,8 +3,8 @@
     python run.py dataset.benchmark.seed=100 pruner.lam=1 pruner.support=vocabulary       questions to validate on
     python -m analysis.prior results/demo_llava/demo/mi/keep=16,seed=100* --name demo     writes conf/prior/demo.yaml
 
-A weight is the share of the tokens at its place that was kept, relative to the share everywhere. Estimate on questions
-that you do not evaluate on.
+A weight is the kept share of the tokens at a position, relative to the kept share of all tokens. Use questions that are
+not in the evaluation.
 """
 
 import json
@@ -17,13 +17,13 @@ from analysis.command import arguments
 from analysis.load import CONF
 
 SIZE = 8
-"""Rows and columns of the estimate."""
+"""Number of rows and columns of the estimate."""
 
 
 def estimate(rows: list[dict], size: int = SIZE) -> Tensor:
-    """Weights [size, size] of the places of an image, mean about 1, from rows of samples.jsonl.
+    """Weights [size, size] of positions in an image, with a mean of about 1, from rows of samples.jsonl.
 
-    Each place starts with one token that was kept as often as tokens are, so that no weight is 0.
+    Each position starts with one token of average kept share, so that no weight is 0.
     """
     kept, seen = torch.zeros(size, size), torch.zeros(size, size)
     for row in rows:

@@ -3,7 +3,7 @@
     python -m analysis.report                                       from results/ into docs/results/report.html
     python -m analysis.report --results results --out report.html --samples 6
 
-The page needs no server and no network: images and plots are inside it, and the masks are drawn as in the explorer.
+The page needs no server and no network: it contains images and plots. Masks are drawn as in the explorer.
 """
 
 import base64
@@ -27,7 +27,7 @@ from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.explorer import panels
 
 IMAGE_WIDTH = 448
-"""Images wider than this are embedded smaller, in pixels."""
+"""Largest width of images in the page, in pixels; larger images are resized."""
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -47,7 +47,7 @@ def layout_html(layout: tables.Layout) -> str:
 
 
 def tables_html(cells: pd.DataFrame) -> str:
-    """All tables: measured ones first and open, printed ones after them and closed."""
+    """All tables: measured ones first and open, the others closed."""
     measured, printed = [], []
     for name in compare.table_names():
         compared = compare.compare(compare.wanted(name), cells)
@@ -64,7 +64,7 @@ def tables_html(cells: pd.DataFrame) -> str:
 
 
 def figures_html(cells: pd.DataFrame) -> str:
-    """Every figure with measured numbers."""
+    """All figures with measured numbers."""
     blocks = []
     for name in figures.FIGURES:
         figure = figures.draw_figure(name, cells)
@@ -92,26 +92,26 @@ def data_url(content: bytes, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One question on which methods disagree, with the kept tokens and the answer of each."""
+    """A question on which methods disagree, with kept tokens and answers of each method."""
 
     model: str
     dataset: str
     keep: str
     image: Image.Image
     rows: dict[str, dict[str, Any]]
-    """Line of samples.jsonl by method."""
+    """Lines of samples.jsonl by method."""
 
 
 def place(method: str) -> tuple[int, str]:
-    """Position in the order of the tables; methods that are not installed come last."""
+    """Position of a method in the order of the tables. Methods that are not installed are last."""
     known = list(compare.METHODS)
     return known.index(method) if method in known else len(known), method
 
 
 def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
-    """Per model, dataset and budget the ``n_samples`` questions on which the methods disagree most.
+    """The ``n_samples`` questions, per model, dataset and budget, on which the methods disagree most.
 
-    What has no image on this machine is passed over.
+    Questions without an image on this machine are skipped.
     """
     if cells.empty:
         return
@@ -137,12 +137,12 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
 
 
 def image_key(image: Image.Image) -> str:
-    """Equal for equal images, so that a page holds each image once."""
+    """Key of an image, so that the page has each image once."""
     return f"p{hashlib.sha256(image.tobytes()).hexdigest()[:12]}"
 
 
 def show_case(case: Case) -> dict[str, Any]:
-    """What `panels.js` draws of a case, with the name of its image as ``src``."""
+    """Data of a case for `panels.js`, with the name of its image as ``src``."""
     first = next(iter(case.rows.values()))
     runs = []
     for method, row in case.rows.items():
@@ -160,7 +160,7 @@ def show_case(case: Case) -> dict[str, Any]:
 
 
 def case_html(case: Case) -> str:
-    """Heading and place of a case; the script draws its panels there when it comes into view."""
+    """Heading and placeholder of a case. The script draws its panels there when it becomes visible."""
     first = next(iter(case.rows.values()))
     group = html.escape(f"{conf.title('model', case.model)}, {case.dataset}, {compare.budget_name(case.keep)}")
     task = html.escape(first["task"])
@@ -172,7 +172,7 @@ def case_html(case: Case) -> str:
 
 
 def gallery_data(found: Sequence[Case]) -> str:
-    """The cases as JSON, each image once."""
+    """The cases as JSON, with each image once."""
     images = {image_key(case.image): panels.data_url(case.image, IMAGE_WIDTH) for case in found}
     return panels.embedded({"images": images, "views": [show_case(case) for case in found]})
 
@@ -181,7 +181,7 @@ def gallery_data(found: Sequence[Case]) -> str:
 
 
 def page(cells: pd.DataFrame, n_samples: int) -> str:
-    """The whole page."""
+    """HTML of the page."""
     found = list(cases(cells, n_samples))
     gallery = "\n".join(map(case_html, found))
     unscored = answers.unscored_html(cells)

@@ -2,8 +2,8 @@
 
     python -m analysis.scaling docs/results/scaling_cpu.csv --out docs/results/scaling_cpu.png
 
-Left: time of the choice. Right: time that pruning takes off the prefill of LLaVA-1.5-7B, for each millisecond of the
-choice; above the line at 1 pruning pays. The figure is written as PDF and PNG.
+Left: time of the selection. Right: saved prefill time of LLaVA-1.5-7B per millisecond of selection; above the line at
+1, pruning saves time. The figure is written as PDF and PNG.
 """
 
 from pathlib import Path
@@ -34,12 +34,12 @@ LINES = {
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The newest row of each method and size.
+    """Newest row of each method and size.
 
     Raises
     ------
     ValueError
-        If the rows are of several devices or precisions, which one figure must not mix.
+        If the rows have several devices or precisions, which one figure must not mix.
     """
     rows = pd.read_csv(path)
     if len(rows[["device", "dtype"]].drop_duplicates()) != 1:
@@ -48,13 +48,13 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def series(rows: pd.DataFrame, method: str, share: float | None, n_keep: int | None) -> pd.DataFrame:
-    """One line: the rows of a method at a share of the tokens, or at a number of them."""
+    """Rows of a method at a share, or at a number, of the tokens."""
     kept = rows.n_keep.eq(n_keep) if share is None else rows.n_keep.eq((share * rows.n_visual).round())
     return rows[rows.method.eq(method) & kept].sort_values("n_visual")
 
 
 def draw(rows: pd.DataFrame, share: float = 0.25, n_keep: int = 64) -> Figure:
-    """Both panels, at a quarter of the tokens; MI at 64 tokens too, thin."""
+    """Draw both panels at a quarter of the tokens, and MI at 64 tokens with thin lines."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 0.42 * PAGE))
         for method, (label, colour, marker, line) in LINES.items():

@@ -1,9 +1,9 @@
-"""Draws the possible speed-up by pruning, from FLOPs alone, over image tokens and question length.
+"""Draws the largest possible speed-up by pruning over image tokens and question length, from FLOPs.
 
     python -m analysis.speedup                     # docs/results/speedup.png
 
-Vision encoder and prefill count, at one speed; decoding, which a short answer hardly has, and the choice do not. With a
-share s of the FLOPs in the prefill's image tokens, no pruner after the encoder gains more than 1 / (1 - s).
+FLOPs of vision encoder and prefill count, at the same speed. Decoding and selection do not count. If the image tokens
+of the prefill have a share s of the FLOPs, the speed-up by pruning after the encoder is at most 1 / (1 - s).
 """
 
 import matplotlib
@@ -18,7 +18,7 @@ from analysis.figures import GREEN, ORANGE, PAGE, RED, STYLE
 from experiments.flops import Decoder, architecture, vision_flops
 
 QUESTIONS = {20: (RED, "-"), 60: (ORANGE, "--"), 240: (GREEN, ":")}
-"""Other tokens of the prompt, and how their line is drawn."""
+"""Number of other tokens in the prompt, and line style."""
 
 MODELS = {
     "llava15_7b": ("LLaVA-1.5-7B", (576,)),
@@ -26,13 +26,13 @@ MODELS = {
     "qwen3vl_8b": ("Qwen3-VL-8B", (144, 256, 576, 1024, 2304, 4096)),
     "qwen3vl_2b": ("Qwen3-VL-2B", (144, 256, 576, 1024, 2304, 4096)),
 }
-"""Models whose vision FLOPs have a closed form, and image tokens to draw."""
+"""Models with a formula for vision FLOPs, and numbers of image tokens to draw."""
 
 KEEP = 1 / 9
 
 
 def speedup(model: str, n_visual: int, n_text: int, keep: float = KEEP) -> tuple[float, float]:
-    """FLOPs of vision and prefill with all tokens over those with the share ``keep``, and vision's share of them."""
+    """FLOPs of vision and prefill with all tokens divided by those with the share ``keep``, and the share of vision."""
     config = architecture(model)
     decoder, vision = Decoder.of(config.get_text_config()), vision_flops(config, n_visual)
     if vision is None:
@@ -58,7 +58,7 @@ def draw() -> Figure:
 
 
 def table() -> str:
-    """The same numbers at 60 other tokens, as Markdown."""
+    """The numbers for 60 other tokens as Markdown."""
     lines = ["| model | image tokens | vision's share | most that pruning can gain | a ninth kept |"]
     lines.append("|:---|---:|---:|---:|---:|")
     for model, (title, sizes) in MODELS.items():

@@ -1,9 +1,9 @@
-"""Writes every table of the paper and of the demo: measured beside printed numbers, in Markdown, LaTeX and CSV.
+"""Writes the tables of the paper and of the demo, measured beside printed numbers, as Markdown, LaTeX and CSV.
 
     python -m analysis.tables                                       all of them, from results/ into docs/results/
     python -m analysis.tables --table table1 --results results --out tables
 
-What a table contains is found by `analysis.compare`, and written by `experiments.tabular`; here it is laid out.
+`analysis.compare` finds the numbers, this module arranges them, and `experiments.tabular` writes the table.
 """
 
 import math
@@ -29,7 +29,7 @@ AGAINST = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A compared table as text, with the notes below it."""
+    """A compared table as text, with notes below it."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class Layout:
 
 
 def lay_out(table: pd.DataFrame) -> Layout:
-    """The layout of a compared table: a row a method and setting, a column a metric, a heading a model and budget."""
+    """Layout of a compared table: rows of methods and settings, columns of metrics, headings of models and budgets."""
     table = table.assign(
         row=list(table[["model", "keep", "method", "setting"]].itertuples(index=False, name=None)),
         column=list(table[["dataset", "metric"]].itertuples(index=False, name=None)),
@@ -72,9 +72,9 @@ def lay_out(table: pd.DataFrame) -> Layout:
 
 
 def place_footnotes(table: pd.DataFrame) -> tuple[dict, dict[str, str]]:
-    """Marks by column, row or (row, column), and the footnotes by mark.
+    """Marks by column, row or (row, column), and footnotes by mark.
 
-    A footnote of every number of a column or of a row is marked once, at its head.
+    A footnote for all numbers of a column or row has one mark, at its head.
     """
     explanations = load.paper_notes()
     counts = table.groupby("dataset").n_samples.transform("max")
@@ -178,7 +178,7 @@ def markdown(layout: Layout) -> str:
 
 
 def latex(layout: Layout) -> str:
-    """A ``table`` environment that needs the packages booktabs and graphicx."""
+    """A ``table`` environment, which needs the packages booktabs and graphicx."""
     lines = [
         "% needs \\usepackage{booktabs,graphicx}",
         r"\begin{table}",
@@ -195,7 +195,7 @@ def latex(layout: Layout) -> str:
 
 
 def csv(table: pd.DataFrame) -> str:
-    """All numbers of a compared table, one a line, with the paired difference to MI-Pruner of the row it stands in."""
+    """CSV of a compared table: one number per line, with the paired difference of its row to MI-Pruner."""
     gains, rows = (
         paired.against(table),
         table[["model", "keep", "method", "setting"]].itertuples(index=False, name=None),

@@ -1,6 +1,6 @@
-"""The explorer on Hugging Face Spaces: gradio provides form, upload and queue; `panels.js` draws.
+"""Explorer for Hugging Face Spaces: gradio provides form, upload and queue; `panels.js` draws.
 
-MODELS names the models of conf/model that are offered, as in MODELS=qwen3vl_2b; by default the two of the demo.
+The environment variable MODELS names models of conf/model, as in MODELS=qwen3vl_2b; by default both demo models.
 """
 
 import base64
@@ -27,7 +27,7 @@ OWN = "An own image replaces the scene. The demo models know rendered scenes onl
 
 
 def ask(explorer: Explorer, progress: gr.Progress, asked: dict[str, Any]) -> dict[str, Any]:
-    """The view that `panels.js` draws; what is wrong with a request is one sentence on the page."""
+    """Data for `panels.js`. An error of a request is one sentence on the page."""
     try:
         read = read_request(explorer, asked)
         work = Work(time.monotonic())
@@ -42,7 +42,7 @@ def ask(explorer: Explorer, progress: gr.Progress, asked: dict[str, Any]) -> dic
 
 
 def page(explorer: Explorer) -> gr.Blocks:
-    """The form on the left, the panels on the right."""
+    """Page with the form on the left and the panels on the right."""
     offered = explorer.describe()
     scenes = [(f"scene {k}", k) for k in range(offered["n_scenes"])]
     titles = [(pruner["title"], name) for name, pruner in offered["pruners"].items()]

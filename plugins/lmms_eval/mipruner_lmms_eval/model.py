@@ -1,4 +1,4 @@
-"""Answers lmms-eval's requests through `mipruner.pipeline.Pipeline`."""
+"""Answers requests of lmms-eval through `mipruner.pipeline.Pipeline`."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -18,7 +18,7 @@ from mipruner.pipeline import Pipeline
 
 
 class Pruned(lmms):
-    """Any supported model under any pruner. Images only, at least one a sample; generation, no likelihoods.
+    """Any supported model with any pruner. Only images, at least one per sample; only generation, no likelihoods.
 
     Parameters
     ----------
@@ -30,9 +30,9 @@ class Pruned(lmms):
         Budget per prompt, see `mipruner.budget`.
     batch_size : int
     device : str, optional
-        By default that of this process, as accelerate says.
+        By default the device of this process according to accelerate.
     options
-        Hyperparameters of the pruner (``lam=1``), and else options of `mipruner.models.load` (``prompt=vicuna_v1``).
+        Hyperparameters of the pruner (``lam=1``), or options of `mipruner.models.load` (``prompt=vicuna_v1``).
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Pruned(lmms):
         self.pipeline = Pipeline(load(pretrained, device=str(self.device), **options), method, keep)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers in the order of the requests; those of one kind of decoding share batches."""
+        """Answers in the order of the requests. Requests with the same decoding settings share batches."""
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for k, request in enumerate(requests):
@@ -88,7 +88,7 @@ class Pruned(lmms):
 
 
 def decoding(options: dict[str, Any]) -> Decoding:
-    """lmms-eval's generation_kwargs."""
+    """Decoding settings from lmms-eval's generation_kwargs."""
     drawn = options.get("do_sample", True) and options.get("temperature")
     return Decoding(
         max_new_tokens=options.get("max_new_tokens", 128),
@@ -99,7 +99,7 @@ def decoding(options: dict[str, Any]) -> Decoding:
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the stop strings."""
+    """Text before the first stop string."""
     for stop in [until] if isinstance(until, str) else until or ():
         text = text.split(stop)[0] if stop else text
     return text.strip()

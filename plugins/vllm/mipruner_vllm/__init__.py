@@ -1,9 +1,9 @@
-"""Question-aware pruning of image tokens inside vLLM, turned on by one setting.
+"""Question-aware pruning of image tokens inside vLLM, enabled by one setting.
 
     vllm serve MODEL --hf-overrides '{"mipruner": {"pruner": "mi", "keep": 0.25, "options": {"lam": 0.5}}}'
 
-The classes are registered under vLLM's own architecture names, so the checkpoint's config stays as it is and no second
-setting is needed. Without the setting they do what the classes that they replace do.
+The classes are registered under vLLM's own architecture names, so the config of a checkpoint does not change. Without
+the setting they behave like the classes that they replace.
 """
 
 ARCHITECTURES = {
@@ -20,7 +20,7 @@ ARCHITECTURES = {
     "Mistral3ForConditionalGeneration": "mistral3:PrunedMistral3",
     "SmolVLMForConditionalGeneration": "smolvlm:PrunedSmolVLM",
 }
-"""vLLM's architecture -> module and class here, one module a family: vLLM imports the one that it serves."""
+"""vLLM's architecture -> module and class here, one module per family. vLLM imports only the served one."""
 
 
 def register() -> None:

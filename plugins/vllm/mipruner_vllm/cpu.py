@@ -1,10 +1,10 @@
-"""vLLM's CPU worker, with the flag that its GPU worker sets after loading."""
+"""CPU worker of vLLM, with a flag that only the GPU worker of vLLM sets after loading."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class Worker(CPUWorker):
-    """Has positions recomputed after encoding (`MRoPE.recompute_mrope_positions`); vLLM 0.32 forgets it on a CPU."""
+    """Enables `MRoPE.recompute_mrope_positions` after encoding, which vLLM 0.32 does not do on a CPU."""
 
     def load_model(self, **options) -> None:
         super().load_model(**options)

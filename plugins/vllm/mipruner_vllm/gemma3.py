@@ -1,4 +1,4 @@
-"""Gemma 3."""
+"""Gemma 3 in vLLM."""
 
 from vllm.model_executor.models import gemma3_mm
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -1,4 +1,4 @@
-"""InternVL3 (the transformers checkpoints)."""
+"""InternVL3 in vLLM, for transformers checkpoints."""
 
 from vllm.model_executor.models import interns1
 from vllm.multimodal import MULTIMODAL_REGISTRY

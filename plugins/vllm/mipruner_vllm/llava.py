@@ -1,4 +1,4 @@
-"""LLaVA-1.5."""
+"""LLaVA-1.5 in vLLM."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT."""
+"""LLaVA-NeXT in vLLM."""
 
 from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY

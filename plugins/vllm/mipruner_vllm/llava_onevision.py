@@ -1,4 +1,4 @@
-"""LLaVA-OneVision."""
+"""LLaVA-OneVision in vLLM."""
 
 from vllm.model_executor.models import llava_onevision as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -1,4 +1,4 @@
-"""Mistral 3."""
+"""Mistral 3 in vLLM."""
 
 from vllm.model_executor.models import mistral3
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -17,7 +17,7 @@ from mipruner_vllm.processor import OWN
 class VisionRows:
     """Cache of image rows by image hash: up to ``max_bytes``, the least recently used are removed first.
 
-    They lie in host memory, of which vLLM's memory profile takes nothing.
+    The rows are in host memory, which vLLM's memory profile does not use.
     """
 
     def __init__(self, max_bytes: int):
@@ -25,7 +25,7 @@ class VisionRows:
         self._held: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, keys: Sequence[bytes], encode: Callable[[list[int]], Sequence[Tensor]]) -> list[Tensor]:
-        """The rows of each key; ``encode`` is given the places of those that are new, each once."""
+        """Rows of each key. ``encode`` gets the indices of new keys, each once."""
         new = list(dict.fromkeys(key for key in keys if key not in self._held))
         rows = {}
         if new:
@@ -48,13 +48,13 @@ class VisionRows:
 
 
 class Pruned:
-    """Mixin of a stock model: its own rows of each image, scored against the question and cut.
+    """Mixin of a vLLM model: computes the rows of each image, scores them against the question, and keeps a part.
 
     Does nothing unless the model's config has the setting ``mipruner``.
     """
 
     tiles: ClassVar[str | None] = None
-    """The argument that holds the number of tiles of each image, None where there are no tiles."""
+    """Argument with the number of tiles of each image; None if there are no tiles."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -78,11 +78,11 @@ class Pruned:
         return [None] * n
 
     def sizes(self, kwargs: dict[str, Any]) -> list[int] | None:
-        """Entries of ``pixel_values`` that belong to each image, None where it has one entry an image."""
+        """Number of entries of ``pixel_values`` of each image; None if it is one."""
         return None if self.tiles is None else kwargs[self.tiles].view(-1).tolist()
 
     def part(self, kwargs: dict[str, Any], n: int, places: list[int]) -> dict[str, Any]:
-        """The arguments for the images at ``places`` of n."""
+        """Arguments for the images at the indices ``places`` of n."""
         if places == list(range(n)):
             return kwargs
         sizes, chosen = self.sizes(kwargs), {}
@@ -99,7 +99,7 @@ class Pruned:
         return chosen
 
     def is_candidate(self, rows: Tensor) -> Tensor:
-        """Which of the rows [n_rows, d] are patches, [n_rows] bool."""
+        """Mask [n_rows] of the rows [n_rows, d] that are patches."""
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
 
     def grid(self, n_visual: int, shape: Any) -> tuple[int, ...] | None:
@@ -109,7 +109,7 @@ class Pruned:
     def shorten(
         self, rows: Tensor, question_ids: Tensor, n_keep: Tensor, layout: Tensor, shape: Any, name: str
     ) -> Tensor:
-        """The rows [n_kept, d] that enter the language model, words between them included.
+        """Rows [n_kept, d] for the language model, including words between them.
 
         A random draw depends on the seed and on ``name``, which is that of the image whatever the question.
         """
@@ -143,12 +143,14 @@ class Pruned:
         return rows
 
     def embed_words(self, ids: Tensor) -> Tensor:
-        """Input embeddings [n, d], by the model's own call: under tensor parallelism each rank has a part of them."""
+        """Input embeddings [n, d] from the model's own method, because each tensor-parallel rank has only a part of the
+        table.
+        """
         return self.get_language_model().embed_input_ids(ids)
 
     @cached_property
     def signals(self) -> dict[str, Any]:
-        """The optional fields of `Features` that do not depend on the request."""
+        """Optional fields of `Features` that do not depend on the request."""
         if "vocabulary" not in self.mipruner.pruner.signals:
             return {}
         n_words = self.config.get_text_config().vocab_size

@@ -9,7 +9,7 @@ from torch import Tensor
 from mipruner_vllm.model import Pruned
 
 BASE = 256
-"""bfloat16 has whole numbers up to here, so a coordinate travels as two digits of it."""
+"""Largest integer range that is exact in bfloat16. A coordinate is stored as two digits of this base."""
 SHAPE = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 """The processor's outputs that `Shape` follows from."""
 
@@ -72,9 +72,9 @@ class MRoPE(Pruned):
         return torch.cat([rows, torch.stack(digits, 1).to(rows)], 1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
-        """Positions [3, n] of the short prompt: after an image they go on as if all of it were there.
+        """Positions [3, n] of the short prompt. Text after an image has the same positions as in the full prompt.
 
-        Within an image each row has the image's first position; `recompute_mrope_positions` adds the coordinates.
+        All rows of an image get the first position of the image; `recompute_mrope_positions` adds the coordinates.
         """
         if self.mipruner is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)

@@ -1,4 +1,4 @@
-"""Rows that end a line of a tiled image (LLaVA-NeXT, LLaVA-OneVision): never scored, always kept."""
+"""Newline rows of tiled images (LLaVA-NeXT, LLaVA-OneVision), which are not scored and always kept."""
 
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape

@@ -23,12 +23,12 @@ OWN = ("question_ids", "n_keep", "layout", "media_hash")
 """What travels with each image or video to the worker."""
 
 PROFILE = MappingProxyType({"keep": 1.0})
-"""The options of vLLM's own requests, with which it measures memory before it serves; a video may be among them."""
+"""Options of the profiling requests that vLLM sends itself before serving; they may include a video."""
 
 
 @dataclass
 class Request:
-    """One request while it is processed."""
+    """A request during processing."""
 
     question: list[int]
     keep: int | float
@@ -40,20 +40,20 @@ _request: contextvars.ContextVar[Request] = contextvars.ContextVar("mipruner req
 
 
 class Questions:
-    """Mixin of a stock multimodal processor. Does nothing unless the model's config has the setting ``mipruner``.
+    """Mixin of a vLLM multimodal processor. Does nothing unless the model's config has the setting ``mipruner``.
 
-    vLLM caches what the encoder put out, and the keys and values of a prompt, by an image's hash. So question, budget
-    and, where several images share one, their hashes enter it; the image's own hash goes to the worker, which encodes
-    an image once for all questions (`mipruner_vllm.model.VisionRows`).
+    vLLM caches encoder output and the KV cache of a prompt by image hash. So the hash includes question, budget and, if
+    several images share the budget, their hashes. The image's own hash is sent to the worker, which encodes an image
+    once for all questions (`mipruner_vllm.model.VisionRows`).
     """
 
     placeholders: ClassVar[tuple[str, ...]] = ("<image>",)
     marker: ClassVar[str] = "image_token_id"
-    """The config's name for the id that stands for an image in the prompt as sent."""
+    """Name in the config of the placeholder id of an image in a request."""
     video_marker: ClassVar[str | None] = None
     """The same for a video; None where videos are not pruned."""
     is_scored_by_tile: ClassVar[bool] = False
-    """Whether each tile has a budget of its own, as with `mipruner.prune`, which sees tiles as images."""
+    """Whether each tile has its own budget, as in `mipruner.prune`, which treats tiles as images."""
 
     @cached_property
     def settings(self) -> settings.Settings | None:
@@ -71,7 +71,7 @@ class Questions:
         return {"image": self.marker} | ({"video": self.video_marker} if self.video_marker else {})
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any):
-        """Inputs for profiling: no question, and all rows, the most that a request can keep."""
+        """Inputs for profiling: no question and all rows, which is the maximum for a request."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs=PROFILE)
 
@@ -192,9 +192,9 @@ class Span:
     image : int
         The id of a row.
     layout : Tensor [n_span]
-        From the first row to the last: -1 for a row, else the id of a word.
+        The span from first to last row: -1 for a row, else the id of a word.
     n_fixed : int
-        Rows that are no candidates.
+        Number of rows that are not candidates.
     """
 
     before: list[int]
@@ -217,13 +217,13 @@ class Span:
         return int((self.layout < 0).sum()) - self.n_fixed
 
     def tiles(self) -> list[int]:
-        """Rows of each run of rows without words in between."""
+        """Number of rows in each run of rows without words in between."""
         is_row = torch.nn.functional.pad((self.layout < 0).int(), (1, 1))
         turns = is_row.diff().nonzero()[:, 0]
         return (turns[1::2] - turns[::2]).tolist()
 
     def shorten(self, n_keep: int) -> PromptUpdateDetails:
-        """The placeholders of ``n_keep`` candidates with everything that is always kept."""
+        """Placeholders of ``n_keep`` candidates and of everything that is always kept."""
         n_rows = n_keep + len(self.layout) - self.n_candidates
         ids = [*self.before, *[self.image] * n_rows, *self.after]
         is_row = torch.zeros(len(ids), dtype=torch.bool)

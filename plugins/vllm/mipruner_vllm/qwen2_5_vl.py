@@ -1,4 +1,4 @@
-"""Qwen2.5-VL."""
+"""Qwen2.5-VL in vLLM."""
 
 from vllm.model_executor.models import qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -1,4 +1,4 @@
-"""Qwen3.5."""
+"""Qwen3.5 in vLLM."""
 
 from vllm.model_executor.models import qwen3_5, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -1,4 +1,4 @@
-"""Qwen3-VL."""
+"""Qwen3-VL in vLLM."""
 
 from vllm.model_executor.models import qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -1,4 +1,4 @@
-"""Qwen3-VL with experts."""
+"""Qwen3-VL with a mixture of experts in vLLM."""
 
 from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
 from vllm.multimodal import MULTIMODAL_REGISTRY

@@ -1,4 +1,4 @@
-"""The setting ``mipruner`` of ``--hf-overrides``: reads it and checks it before the model is loaded."""
+"""Reads and checks the setting ``mipruner`` of ``--hf-overrides`` before the model is loaded."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from mipruner.selection import budget
 
 GRID = frozenset({"grid"})
 GRIDS = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
-"""Families whose image tokens lie on one grid."""
+"""Families whose image tokens form one grid."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Settings:
     ----------
     pruner : Pruner
     keep : int or float
-        Budget of a request that names none, see `mipruner.selection.budget`.
+        Budget of a request without its own, see `mipruner.selection.budget`.
     cache_bytes : int
-        Upper bound of the vision rows that each worker holds, in host memory.
+        Limit in bytes of the vision rows of each worker, in host memory.
     """
 
     pruner: Pruner
@@ -34,12 +34,12 @@ class Settings:
 
 
 def read(config: Any) -> Settings | None:
-    """The settings of a model's config, None if it has none.
+    """Settings in a model's config; None if there are none.
 
     Raises
     ------
     InputError
-        For a pruner that vLLM cannot run, a budget that is none, an option that does not fit.
+        For a pruner that vLLM cannot run, an invalid budget, or an invalid option.
     """
     given = getattr(config, "mipruner", None)
     if given is None:
@@ -94,7 +94,7 @@ def methods(provided: frozenset[str]) -> str:
 
 
 def check_pruner(running: Pruner, name: Any, options: Any) -> None:
-    """Raise `InputError` if a request names another pruner than the server was started with."""
+    """Raise `InputError` if a request names another pruner than that of the server."""
     if not isinstance(name, str) or not isinstance(options, dict):
         raise InputError(f"pruner={name!r} with options={options!r} is none: give a name and a mapping")
     if (asked := make(name, **options)) != running:
@@ -118,7 +118,7 @@ def _named(unknown: set[str]) -> str:
 
 
 def checked(stock: type) -> type:
-    """vLLM's own hook of an architecture's config, and then that of this package."""
+    """vLLM's own config hook of an architecture, followed by that of this package."""
 
     class Checked(stock):
         checks_mipruner = True

@@ -1,4 +1,4 @@
-"""SmolVLM."""
+"""SmolVLM in vLLM."""
 
 from vllm.model_executor.models import idefics3, smolvlm
 from vllm.multimodal import MULTIMODAL_REGISTRY
