@@ -1,3 +1,5 @@
+"""Cover: greedy search for tokens that cover question and image. Not in the paper: see docs/extensions.md."""
+
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,8 +24,7 @@ class CoverPruner(Pruner):
 
     T(S) = sum_t [1 - prod_{v in S} (1 - p(t | v))] is the coverage of the question's words t, with p(t | v) of eq. 16
     over the vocabulary. U(S) = sum_u max_{v in S} p(u | v) is the coverage of all visual tokens u. V is the set of all
-    visual tokens. f is monotone and submodular, so the greedy search reaches at least 1 - 1/e of the largest f. Not in
-    the paper: see docs/extensions.md.
+    visual tokens. f is monotone and submodular, so the greedy search reaches at least 1 - 1/e of the largest f.
 
     Parameters
     ----------
