@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -23,6 +24,8 @@ from mipruner.errors import InputError
 
 START_S = 600
 """Time limit in seconds for the start of a server."""
+NONE: Mapping[str, str] = MappingProxyType({})
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @dataclass
@@ -108,8 +111,13 @@ def vllm_version(client: OpenAI) -> str | None:
 
 
 @contextmanager
-def serve(model: str, setting: dict[str, Any] | None, log: Path, *options: str) -> Iterator[Served]:
-    """Start vLLM's server on a free port, and stop it at the end. Raises `InputError` if it does not start."""
+def serve(
+    model: str, setting: dict[str, Any] | None, log: Path, *options: str, environment: Mapping[str, str] = NONE
+) -> Iterator[Served]:
+    """Start vLLM's server on a free port, and stop it at the end. Raises `InputError` if it does not start.
+
+    ``environment`` holds defaults for variables that are not set.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -118,11 +126,9 @@ def serve(model: str, setting: dict[str, Any] | None, log: Path, *options: str) 
     if setting is not None:
         words += ["--hf-overrides", json.dumps({"mipruner": setting})]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
-    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    variables = ENVIRONMENT | environment | os.environ
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env=environment | os.environ, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
     try:
         _wait_until_up(f"http://127.0.0.1:{port}/health", process, log)
         yield Served(f"http://127.0.0.1:{port}/v1", process, log)

@@ -46,15 +46,18 @@ class Soak:
         return asdict(self)
 
     def table(self) -> str:
+        counts = (
+            f"{self.asked} requests, {self.with_image} with an image; {self.refused} bad ones refused; "
+            f"{len(self.wrong)} wrong."
+        )
         names = sorted({name for read in self.memory_mib for name in read})
+        if not names:
+            return f"{counts} The memory of a server that runs already is not known."
         lines = ["| requests | " + " | ".join([*names, "all"]) + " |", "|" + "---|" * (len(names) + 2)]
         for k, read in enumerate(self.memory_mib):
             values = [*(read.get(name, 0) for name in names), sum(read.values())]
             lines.append(f"| {k * self.asked // PARTS} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
-        return (
-            f"{self.asked} requests, {self.with_image} with an image; {self.refused} bad ones refused; "
-            f"{len(self.wrong)} wrong. Memory in MiB:\n\n" + "\n".join(lines)
-        )
+        return f"{counts} Memory in MiB:\n\n" + "\n".join(lines)
 
 
 def soak(

@@ -29,7 +29,7 @@ def started(monkeypatch):
     calls = []
 
     @contextmanager
-    def serve(path, setting, log, *options):
+    def serve(path, setting, log, *options, environment):
         calls.append((path, setting, options))
         yield served.Served("http://127.0.0.1:9/v1", None, Path(log))
 
@@ -98,9 +98,10 @@ def test_a_soak_sees_an_answer_about_another_image_and_a_bad_request_that_is_ans
 
     reply = served.Reply("image 2")
     for kind in (("image 1", "What ?", 16), ("image 1", "What ?", 0), (soak.BROKEN, "What ?", None)):
-        found = soak.Soak()
+        found = soak.Soak(memory_mib=[{}])
         soak.judge(found, kind, reply, {("image 1", "What ?", 16): "image 1"})
         assert len(found.wrong) == 1 and found.refused == 0
+        assert found.table().endswith("The memory of a server that runs already is not known.")
 
 
 @pytest.mark.parametrize(

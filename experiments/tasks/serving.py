@@ -12,12 +12,13 @@ first budget.
 """
 
 import json
+import os
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ from experiments.benchmarks.demo import Demo
 from experiments.flops import stand_in
 from experiments.machine import provenance
 from experiments.remote import encode, setting_of
-from experiments.served import Served, serve, vllm_version
+from experiments.served import NONE, Served, serve, vllm_version
 from experiments.soak import soak
 from experiments.tabular import Table
 from mipruner.errors import InputError
@@ -124,11 +125,19 @@ def sent(config: dict[str, Any], keep: Any) -> dict[str, Any] | None:
     return None if config["pruner"]["name"] == "none" else setting_of(config, keep)
 
 
-def server(config: dict[str, Any], keep: Any, path: str, log: Path, options: Sequence[str]):
+def server(
+    config: dict[str, Any],
+    keep: Any,
+    path: str,
+    log: Path,
+    options: Sequence[str],
+    environment: Mapping[str, str] = NONE,
+):
     """The server at ``url``, or a new server for the time of the context."""
     if config["url"]:
         return nullcontext(Served(config["url"]))
-    return serve(path, None if config["pruner"]["name"] == "none" else setting_of(config, keep), log, *options)
+    setting = None if config["pruner"]["name"] == "none" else setting_of(config, keep)
+    return serve(path, setting, log, *options, environment=environment)
 
 
 MEASURED = {
@@ -139,6 +148,8 @@ MEASURED = {
     "peak_memory_mib": "peak memory",
 }
 """Names of fields in the table."""
+FLAT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
+"""Environment of a soak: on a CPU, oneDNN otherwise keeps up to 1024 kernels, one for each number of tokens in a step."""
 UNITS = {"first_token_ms_median": " ms", "first_token_ms_p95": " ms", "peak_memory_mib": " MiB"}
 
 
@@ -216,9 +227,10 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         path = folder if config["weights"] == "random" else build.weights(config["model"]["path"])
         if config["soak"]:
             pruning = None if config["pruner"]["name"] == "none" else partial(sent, config)
-            with server(config, 1.0, path, log, options) as served:
+            with server(config, 1.0, path, log, options, FLAT) as served:
                 found = soak(served, scenes(12, 4, seed=0), pruning, config["soak"])
             record |= {"requests": config["soak"], "soak": found.record()}
+            record["environment"] = None if config["url"] else {name: os.environ.get(name, FLAT[name]) for name in FLAT}
         else:
             record["rows"] = load(config, path, log, options)
     results.write_atomic(out, json.dumps(record, indent=1) + "\n")
