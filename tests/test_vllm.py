@@ -11,7 +11,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,9 +320,8 @@ def test_every_method_is_tested_above_or_refused_before_the_model_is_loaded():
     """The message names all that run and all that do not."""
     run = {name for name, _ in METHODS}
     for name in PRUNERS.keys() - run:
-        config = SimpleNamespace(mipruner={"pruner": name}, model_type="qwen3_vl")
         with pytest.raises(InputError, match=f"pruner='{name}' cannot run in vLLM with a qwen3_vl") as refused:
-            settings.read(config)
+            settings.check_runs(PRUNERS[name](), "qwen3_vl")
         can, cannot = str(refused.value).split("These can: ")[1].split(". These cannot: ")
         assert set(can.split(", ")) == run
         assert {word for part in re.sub(r"\([^)]*\)", "", cannot).split(";") for word in re.findall(r"\w+", part)} == (

@@ -149,7 +149,7 @@ MEASURED = {
 }
 """Names of fields in the table."""
 FLAT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
-"""Environment of a soak: on a CPU, oneDNN otherwise keeps up to 1024 kernels, one for each number of tokens in a step."""
+"""Environment of a soak: on a CPU, oneDNN otherwise keeps a kernel for each number of tokens in a step, up to 1024."""
 UNITS = {"first_token_ms_median": " ms", "first_token_ms_p95": " ms", "peak_memory_mib": " MiB"}
 
 

@@ -39,7 +39,7 @@ def read(config: Any) -> Settings | None:
     Raises
     ------
     InputError
-        For a pruner that vLLM cannot run, an invalid budget, or an invalid option.
+        For an invalid budget, or an invalid option.
     """
     given = getattr(config, "mipruner", None)
     if given is None:
@@ -49,15 +49,19 @@ def read(config: Any) -> Settings | None:
             f"mipruner={given!r} is not a setting{_named(unknown) if isinstance(given, dict) else ''}: "
             'give {"pruner": "mi", "keep": 0.25, "options": {"lam": 0.5}}'
         )
-    provided = frozenset({"vocabulary"}) | (GRID if config.model_type in GRIDS else frozenset())
-    name, keep = given.get("pruner", "mi"), given.get("keep", 1.0)
-    pruner = make(name, **given.get("options", {}))
-    if reason := why_not(pruner, provided):
-        raise InputError(
-            f"pruner={name!r} cannot run in vLLM with a {config.model_type}: {reason}. {methods(provided)}"
-        )
+    keep = given.get("keep", 1.0)
     check_keep(keep)
+    pruner = make(given.get("pruner", "mi"), **given.get("options", {}))
     return Settings(pruner, keep, given.get("cache_bytes", Settings.cache_bytes))
+
+
+def check_runs(pruner: Method, model_type: str) -> None:
+    """Raise `InputError` for a pruner that vLLM cannot run."""
+    provided = frozenset({"vocabulary"}) | (GRID if model_type in GRIDS else frozenset())
+    if reason := why_not(pruner, provided):
+        name = next(name for name, cls in PRUNERS.items() if cls is type(pruner))
+        head = f"pruner={name!r} cannot run in vLLM with a {model_type}"
+        raise InputError(f"{head}: {reason}. {methods(provided)}")
 
 
 def why_not(pruner: Method, provided: frozenset[str]) -> str | None:
@@ -126,7 +130,9 @@ def checked(stock: type) -> type:
         @classmethod
         def verify_and_update_config(cls, vllm_config) -> None:
             super().verify_and_update_config(vllm_config)
-            if read(vllm_config.model_config.hf_config) is not None:
+            config = vllm_config.model_config.hf_config
+            if (settings := read(config)) is not None:
+                check_runs(settings.pruner, config.model_type)
                 _use_own_cpu_worker(vllm_config.parallel_config)
 
     return Checked
