@@ -1,4 +1,4 @@
-"""The text of ``python run.py task=X --help``, read from the files of conf. Imports neither torch nor Hydra."""
+"""Text of ``python run.py task=NAME --help``, from the files of conf. Imports neither torch nor Hydra."""
 
 import ast
 import re
