@@ -33,7 +33,7 @@ test-kills: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mipruner
+	$(BIN)/mypy
 	$(BIN)/vulture
 
 explorer: setup

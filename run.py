@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 from experiments.usage import usage
 
@@ -82,7 +83,8 @@ def quoted(argument: str, is_sweep: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
     sys.argv[1:] = [quoted(argument, is_sweep) for argument in sys.argv[1:]]
     try:

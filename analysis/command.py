@@ -2,6 +2,7 @@
 
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ class Moved(Action):
     """A former option: the program ends and prints the new command ``const``."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, help=SUPPRESS, **options)
+        super().__init__(*args, **options | {"help": SUPPRESS})
 
     def __call__(self, parser: ArgumentParser, *_: object) -> None:
         parser.exit(2, f"{'/'.join(self.option_strings)} is a task of run.py now: {self.const}\n")
@@ -20,7 +21,8 @@ def arguments(doc: str | None, out: str | None = None, reads_results: bool = Fal
     """Create a parser whose help is the docstring of the script, with ``--results`` and ``--out`` if the script has
     them.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     if reads_results:
         parser.add_argument(

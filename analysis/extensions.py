@@ -10,6 +10,7 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ OPTIONS = {"support", "lam", "prior", "prior_table", "seed", "quality", "keep_ma
 """Settings that may differ from the defaults in these tables."""
 
 
-def select(cells: pd.DataFrame, model: str, method: str = "mi", **settings) -> dict[str, list]:
+def select(cells: pd.DataFrame, model: str, method: str = "mi", **settings: Any) -> dict[str, list[Any]]:
     """Cells of a demo model with these settings and otherwise defaults: by budget, one per draw of the scenes.
 
     Of several cells with the same settings (for example with a limit), the one with the most samples is used.
@@ -131,7 +132,7 @@ def automatic(cells: pd.DataFrame) -> str:
     rows = []
     for model in DEMOS:
         for word in ("prompt", "vocabulary"):
-            options = {"support": word, "lam": 0.5, "prior": "uniform", "vocabulary_rows": None}
+            options: dict[str, Any] = {"support": word, "lam": 0.5, "prior": "uniform", "vocabulary_rows": None}
             found = select(cells, model, **options)
             whole = {
                 int(keep): {c.settings["seed"]: c for c in draws} for keep, draws in found.items() if keep.isdigit()
@@ -163,7 +164,8 @@ def automatic(cells: pd.DataFrame) -> str:
 
 def cover(cells: pd.DataFrame) -> str:
     """Cover minus each method with the same draws, by type of question and budget."""
-    rows, tasks, n_contrasts = [], {}, 0
+    rows, n_contrasts = [], 0
+    tasks: dict[str, Any] = {}
     for model in DEMOS:
         ours = select(cells, model, method="cover")
         named = cells[(cells.model == model) & (cells.dataset == DEMOS[model])]

@@ -11,6 +11,7 @@ method has its own marker for grey prints.
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -75,7 +76,7 @@ PAPER = ", paper"
 COLUMN, PAGE = 3.4, 7.0
 """Widths of one column and of a page in inches. Text has at least 7 points at that size."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -166,8 +167,9 @@ def over_setting(table: pd.DataFrame) -> Figure:
             if line.ours.notna().any():
                 best = line.loc[line.ours.idxmax()]
                 on_top = best.ours == rows.ours[rows.setting == best.setting].max()
-                place = {"xytext": (0, 6 if on_top else -16), "textcoords": "offset points", "ha": "center"}
-                ax.annotate(f"{best.ours:.1f}", (x[best.name], best.ours), **place)
+                place = (0, 6 if on_top else -16)
+                at = (x[best.name], best.ours)
+                ax.annotate(f"{best.ours:.1f}", at, xytext=place, textcoords="offset points", ha="center")
         ax.margins(y=0.15)
         ax.set(xlabel={"lam": "\u03bb", "tau": "\u03c4"}.get(name, name), ylabel=y_label(rows))
         ax.set_title(conf.title("model", model))
@@ -219,13 +221,15 @@ def tradeoff(table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     for (model, dataset, keep), rows, ax in parts:
         for point in rows.fillna({"error": 0}).itertuples():
             colour, marker, _ = style_of(point.method)
-            style = {"color": colour, "marker": marker, "ls": "none", "elinewidth": 0.8}
             ax.errorbar(
                 point.latency_ms,
                 point.ours,
                 point.error,
                 label=compare.METHODS.get(point.method, point.method),
-                **style,
+                color=colour,
+                marker=marker,
+                ls="none",
+                elinewidth=0.8,
             )
         full = table[(table.model == model) & (table.dataset == dataset) & (table.method == "none")]
         for point in full.head(1).itertuples():

@@ -8,7 +8,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from hydra import compose, initialize_config_dir
@@ -52,7 +52,7 @@ def default_settings(model: str, dataset: str, pruner: str) -> dict[str, Any]:
             config = compose("config", [f"model={model}", f"dataset={dataset}", f"pruner={pruner}"])
     except MissingConfigException:
         return {}
-    return settings(OmegaConf.to_container(config, resolve=True))
+    return settings(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ PMI of words and patches: `python run.py task=heat cell=FOLDER` loads the model 
 
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import pvariance
 from typing import Any
@@ -32,8 +33,6 @@ DIM = 0.82
 """Share of white in a dropped patch."""
 SIDE = 1000
 """Longer side of a drawn image in pixels; a panel is 275 pixels wide."""
-PLAIN = {"text.parse_math": False}
-"""matplotlib settings: a dollar sign in a question is not math text."""
 RIGHT, WRONG = "#0072B2", "#D55E00"
 WORD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
 
@@ -114,7 +113,14 @@ def disagreements(answered: Sequence[dict[str, dict[str, Any]]], n: int) -> list
     return choose([answered[0][sample] for sample in ranked[: 8 * n]], n)
 
 
-@plt.rc_context(PLAIN)
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """A context, or decorator, in which dollars in texts are dollars."""
+    with plt.rc_context({"text.parse_math": False}):
+        yield
+
+
+@plain_text()
 def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path) -> None:
     """Draw for each sample the full image, then one panel per cell. Titles of right answers are blue, of wrong ones
     orange.
@@ -146,7 +152,7 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
     save(figure, out, dpi=110)
 
 
-@plt.rc_context(PLAIN)
+@plain_text()
 def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
     """Draw one question: the full image, then columns of pruners and rows of budgets, with the answers."""
     read = [read_cell(cell) for cell in cells]
@@ -192,7 +198,7 @@ def patch_image(values: np.ndarray, grid: Sequence[int], box: Sequence[float]) -
     return {"X": values.reshape(*grid[-2:], *values.shape[1:]), "extent": (left, right, bottom, top)}
 
 
-@plt.rc_context(PLAIN)
+@plain_text()
 def draw_heat(
     cell: Path, word_pmi: WordPmi, out: Path, n: int = 3, ids: Sequence[str] | None = None, words: Sequence[str] = ()
 ) -> None:
@@ -251,7 +257,7 @@ def draw_heat(
         scale = figure.colorbar(heat, ax=line[0], location="bottom", fraction=0.05, pad=0.04)
         scale.ax.tick_params(labelsize=6)
         scale.set_label("PMI", fontsize=7)
-    figure.get_layout_engine().set(h_pad=0.15)
+    figure.set_layout_engine("constrained", h_pad=0.15)
     save(figure, out, dpi=130, bbox_inches="tight")
 
 

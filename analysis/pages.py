@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -64,8 +65,8 @@ def purpose(path: Path) -> str:
             first = (ast.get_docstring(classes[-1]) or "").splitlines() if classes else []
         return first[0] if first else ""
     if path.suffix == ".yaml":
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        return first.lstrip("# ") if first.startswith("#") and "@package" not in first else ""
+        head = path.read_text(encoding="utf-8").splitlines()[0]
+        return head.lstrip("# ") if head.startswith("#") and "@package" not in head else ""
     return ""
 
 
@@ -117,7 +118,7 @@ def demo_table(cells: pd.DataFrame) -> str:
         found = cells[cells.method == method]
         if method not in OWN or found.empty:
             continue
-        row = [label]
+        row: list[Any] = [label]
         for keep in BUDGETS:
             values = [metrics["accuracy"] for metrics in found[found.keep == keep].metrics]
             row.append(f"{sum(values) / len(values):.1f}" if values else "")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis.command import arguments
-from analysis.load import CONF
+from experiments.conf import CONF
 
 SIZE = 8
 """Number of rows and columns of the estimate."""

@@ -48,7 +48,8 @@ def layout_html(layout: tables.Layout) -> str:
 
 def tables_html(cells: pd.DataFrame) -> str:
     """All tables: measured ones first and open, the others closed."""
-    measured, printed = [], []
+    measured: list[str] = []
+    printed: list[str] = []
     for name in compare.table_names():
         compared = compare.compare(compare.wanted(name), cells)
         done = (compared.n_seeds > 0).sum()

@@ -64,7 +64,7 @@ def table() -> str:
     for model, (title, sizes) in MODELS.items():
         for n in sizes:
             config = architecture(model)
-            decoder, vision = Decoder.of(config.get_text_config()), vision_flops(config, n)
+            decoder, vision = Decoder.of(config.get_text_config()), vision_flops(config, n) or 0
             gain, share = speedup(model, n, 60)
             most = (vision + decoder.prefill_flops(n + 60)) / (vision + decoder.prefill_flops(60))
             lines.append(f"| {title} | {n:,} | {share:.0%} | {most:.1f} | {gain:.1f} |")

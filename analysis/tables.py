@@ -8,8 +8,10 @@
 
 import math
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -48,23 +50,26 @@ def lay_out(table: pd.DataFrame) -> Layout:
     marks, footnotes = place_footnotes(table)
     columns = list(dict.fromkeys(table.column))
     gains = paired.against(table)
-    heads = ([column_name(*column), Span(marks.get(column, ""), "sup")] for column in columns)
-    head = ["", "tokens", "per layer", *heads, *(["against MI-Pruner"] if gains else [])]
+    heads: list[Cell] = [[column_name(*column), Span(marks.get(column, ""), "sup")] for column in columns]
+    head: list[Cell] = ["", "tokens", "per layer", *heads, *(["against MI-Pruner"] if gains else [])]
     groups: dict[str, list[list[Cell]]] = {}
     for key, numbers in table.groupby("row", sort=False):
         model, keep, method, setting = key
         title = conf.title("model", model) + ("" if method == "none" else f", keep {budget_name(keep)}")
         label = METHODS.get(method, method) + (f" ({setting})" if setting else "")
-        entries = {number.column: entry(number, marks.get((key, number.column), "")) for number in numbers.itertuples()}
-        cells = [[label, Span(marks.get(key, ""), "sup")], span(numbers.n_kept), span(numbers.layer_mean)]
+        entries: dict[Any, Cell] = {
+            number.column: entry(number, marks.get((key, number.column), "")) for number in numbers.itertuples()
+        }
+        cells: list[Cell] = [[label, Span(marks.get(key, ""), "sup")], span(numbers.n_kept), span(numbers.layer_mean)]
         cells += [entries.get(column, "–") for column in columns]
         cells += ["{:+.1f} ± {:.1f}".format(*gains[key]) if key in gains else ""] if gains else []
         groups.setdefault(title, []).append(cells)
     name = table.table.iloc[0]
+    rows: list[str | Sequence[Cell]] = [row for title, group in groups.items() for row in (title, *group)]
     return Layout(
         name,
         conf.experiment_title(name),
-        Table(head, [row for title, rows in groups.items() for row in (title, *rows)]),
+        Table(head, rows),
         footnotes,
         remarks(table) + ([AGAINST] if gains else []),
         commands(table),

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from inspect import isabstract
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -39,7 +39,8 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     InputError
         If a value has the wrong type or is out of range.
     """
-    config = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else deepcopy(cfg)
+    found = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else deepcopy(cfg)
+    config = cast(dict[str, Any], found)
     settings.check(config)
     if "seed" not in config["pruner"] and config["limit"] is None and not config["decoding"]["temperature"]:
         config["seed"] = config["decoding"]["seed"] = 0
@@ -54,6 +55,11 @@ def resolve(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     for group in ("model", "dataset"):
         config[group] = conf.without_about(config[group])
     return config
+
+
+def resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the values of its interpolations."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config), resolve=True))
 
 
 def budget(config: dict[str, Any]) -> int | float | Auto:
@@ -104,8 +110,8 @@ def any_model(config: dict[str, Any]) -> Adapter:
 
 
 @lru_cache(maxsize=1)
-def _model(options: str, where: str) -> Adapter:
-    options = conf.without_about(json.loads(options))
+def _model(words: str, where: str) -> Adapter:
+    options = conf.without_about(json.loads(words))
     for key in ("name", "family"):
         options.pop(key, None)
     return load(**options | {"path": weights(options["path"])}, device=where)
@@ -180,7 +186,7 @@ def method(words: str, config: dict[str, Any]) -> Method:
     name, given = parse_method(words)
     shared = {key: config[key] for key in ("model", "dataset", "seed")}
     file = conf.read("pruner", name) if name in conf.names("pruner") else {"name": name}  # of another package
-    options = OmegaConf.to_container(OmegaConf.create(shared | {"pruner": file}), resolve=True)["pruner"]
+    options = resolved(shared | {"pruner": file})["pruner"]
     return make(**options | {key: yaml.safe_load(value) for key, value in given.items()})
 
 

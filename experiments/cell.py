@@ -52,8 +52,8 @@ def check_swept(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> N
 
 def run_cell(
     config: dict[str, Any], overrides: Sequence[str] = (), ranks: Ranks = ALONE, draw: Draw | None = None
-) -> dict[str, Any] | None:
-    """Run or resume the cell of a config made by ``overrides``. Returns its record; None on other ranks than the first.
+) -> dict[str, Any]:
+    """Run or resume the cell of a config made by ``overrides``. Returns its record; {} on other ranks than the first.
 
     ``draw`` writes an image of ``n_masks`` samples into the folder of the finished cell.
     """
@@ -65,7 +65,7 @@ def run_cell(
     cell = Cell(config, differs(overrides, config["seed"]))
     if cell.is_done and not config["overwrite"] and not cell.record()["failed"]:
         if ranks.rank > 0:
-            return None
+            return {}
         print(f"finished before: {cell.path} (overwrite=true runs it again)")
         record = cell.record()
         if draw is not None and config["n_masks"] and not (cell.path / "masks.png").exists():

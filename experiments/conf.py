@@ -2,7 +2,7 @@
 
 import re
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -28,12 +28,12 @@ def read(group: str, name: str) -> dict[str, Any]:
         If there is no such file.
     """
     own = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for base in own.pop("defaults", []):
         base, _, part = base.partition("@") if isinstance(base, str) else ("_self_", "", "")
         if base != "_self_":
             merged = OmegaConf.merge(merged, {part: read(group, base)} if part else read(group, base))
-    return OmegaConf.to_container(OmegaConf.merge(merged, own), resolve=False)
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(merged, own), resolve=False))
 
 
 def title(group: str, name: str) -> str:

@@ -1,6 +1,7 @@
 """Engines that answer one prompt with a pruner: the pipeline, `mipruner.engine`, and transformers' `generate`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,22 +14,24 @@ from mipruner.prompt import collate
 from mipruner.pruners import Method, Pruner
 
 Budget = int | float
+Run = Callable[[Any], int]
+"""Answers the prompt once, with a `Stopwatch` around its stages; returns the number of new tokens."""
 
 
-def pipeline_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+def pipeline_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Run:
     pipeline = Pipeline(adapter, pruner, keep, decoding)
 
-    def run(watch: Callable) -> int:
+    def run(watch: Any) -> int:
         pipeline.cache, pipeline.watch = VisionCache(), watch
         return len(pipeline([prompt])[0].tokens)
 
     return run
 
 
-def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Run:
     engine = Engine(adapter, pruner, keep, decoding, compiled=adapter.device.type == "cuda")
 
-    def run(watch: Callable) -> int:
+    def run(watch: Any) -> int:
         engine.watch = watch
         if engine.pipeline is not None:  # on a CPU
             engine.pipeline.cache = VisionCache()
@@ -37,13 +40,14 @@ def static_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Deco
     return run
 
 
-def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Callable:
+def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: Decoding, prompt: Prompt) -> Run:
     if not isinstance(pruner, Pruner):
         raise InputError(f"{type(pruner).__name__} does not prune between encoder and decoder: use the pipeline")
+    model: Any = adapter.model
     pipeline = Pipeline(adapter, pruner, keep, decoding)
 
     @torch.inference_mode()
-    def run(watch: Callable) -> int:
+    def run(watch: Any) -> int:
         pipeline.cache, pipeline.watch = VisionCache(), watch
         seen = pipeline.see(prompt.images)
         with watch("scoring"):
@@ -53,7 +57,7 @@ def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: De
             batch = collate([adapter.shorten(encoded, selections)])
             if batch.deepstack:
                 raise InputError("generate takes no deepstack rows beside embeddings")
-            new = adapter.model.generate(
+            new = model.generate(
                 inputs_embeds=batch.embeds,
                 position_ids=batch.position_ids,
                 attention_mask=torch.ones_like(batch.is_visual, dtype=torch.long),

@@ -12,10 +12,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from experiments import remote, results
@@ -25,6 +25,7 @@ from experiments.results import Cell
 from mipruner.errors import InputError, PromptError
 from mipruner.models import Prompt, Video
 from mipruner.pipeline import Answer, Pipeline
+from mipruner.processed import ProcessorPipeline
 from mipruner.prompt import Media
 
 WINDOW = 256
@@ -57,8 +58,10 @@ def subset(samples: Sequence[Sample], limit: int | None, shard: str | None, seed
     if shard is not None:
         try:
             part, parts = map(int, str(shard).split("/"))
-            names = names[part:][::parts] if 0 <= part < parts else 1 // 0
-        except (ValueError, ZeroDivisionError):
+            if not 0 <= part < parts:
+                raise ValueError
+            names = names[part:][::parts]
+        except ValueError:
             raise InputError(f"shard={shard!r} is not a part such as 0/4") from None
     if not names:
         raise InputError("no samples are left: raise limit, or choose another shard")
@@ -77,7 +80,7 @@ class ImageLoader:
     The pipeline's vision cache needs an image to stay the same object.
     """
 
-    def __init__(self, benchmark: Benchmark, pipeline: Pipeline, pool: ThreadPoolExecutor):
+    def __init__(self, benchmark: Benchmark, pipeline: Pipeline | ProcessorPipeline, pool: ThreadPoolExecutor):
         self.benchmark, self.pipeline, self.pool = benchmark, pipeline, pool
         self._held: OrderedDict[str, list[Media]] = OrderedDict()
 
@@ -102,7 +105,7 @@ class ImageLoader:
     def _prepared(self, image_id: str) -> list[Media]:
         """Load and process one image or video. Raises SampleError if it cannot be read or the processor refuses it."""
         frames = self.benchmark.images(image_id)
-        images = [Video(frames)] if self.benchmark.is_video else frames
+        images: list[Media] = [Video(frames)] if self.benchmark.is_video else [*frames]
         self.pipeline.adapter.kinds(images)
         try:
             self.pipeline.prepare(images)
@@ -113,7 +116,7 @@ class ImageLoader:
 
 
 def prompts_of(
-    pipeline: Pipeline, samples: Sequence[Sample], images: dict[str, list[Media]], text_scope: str
+    pipeline: Pipeline | ProcessorPipeline, samples: Sequence[Sample], images: dict[str, list[Media]], text_scope: str
 ) -> tuple[dict[str, Prompt], dict[str, str]]:
     """Prompts of the samples with an image, and error messages for invalid texts, by sample id."""
     prompts, errors = {}, {}
@@ -136,7 +139,7 @@ def prompts_of(
 
 
 def answer_batch(
-    pipeline: Pipeline,
+    pipeline: Pipeline | ProcessorPipeline,
     samples: Sequence[Sample],
     images: dict[str, list[Media]],
     errors: dict[str, str],
@@ -168,15 +171,15 @@ def answer_batch(
             }
         else:
             row["error"] = text_errors.get(sample.id) or errors[sample.image_id]
-        shown = images.get(sample.image_id, ())
-        if notes := [image.info["note"] for image in shown if getattr(image, "info", {}).get("note")]:
+        shown = [image for image in images.get(sample.image_id, ()) if isinstance(image, Image.Image)]
+        if notes := [image.info["note"] for image in shown if image.info.get("note")]:
             row["image_notes"] = notes
         rows.append(row)
     return rows
 
 
 def answer_rest(
-    cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks
+    cell: Cell, pipeline: Pipeline | ProcessorPipeline, benchmark: Benchmark, samples: Sequence[Sample], ranks: Ranks
 ) -> float | None:
     """Answer this process's share of the open samples. Returns the share of time spent waiting for images."""
     digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
@@ -187,14 +190,14 @@ def answer_rest(
     ranks.wait()
     batch_size = cell.config["batch_size"]
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    batches = ranks.share([batch for batch in batches if not done.issuperset(sample.id for sample in batch)])
-    n_samples, quiet = sum(map(len, batches)), ranks.rank > 0 or None
+    shared = ranks.share([batch for batch in batches if not done.issuperset(sample.id for sample in batch)])
+    n_samples, quiet = sum(map(len, shared)), ranks.rank > 0 or None
     bar = tqdm(total=n_samples, unit="q", desc=_words(cell), disable=quiet, file=sys.stderr)
     start, waited = time.perf_counter(), 0.0
     with bar, ThreadPoolExecutor(cell.config["loader_threads"]) as pool, ThreadPoolExecutor(1) as ahead:
         loader = ImageLoader(benchmark, pipeline, pool)
-        loading = ahead.submit(loader.load, batches[0] if batches else [])
-        for batch, following in zip_longest(batches, batches[1:], fillvalue=[]):
+        loading = ahead.submit(loader.load, shared[0] if shared else [])
+        for batch, following in zip(shared, [*shared[1:], ()], strict=True):
             asked = time.perf_counter()
             images, errors = loading.result()
             waited += time.perf_counter() - asked
@@ -202,13 +205,18 @@ def answer_rest(
             new = answer_batch(pipeline, batch, images, errors, cell.config["text_scope"])
             cell.append([row | {"digest": digests[row["id"]]} for row in new], ranks.rank)
             bar.update(len(new))
-    return round(waited / (time.perf_counter() - start), 4) if batches else None
+    return round(waited / (time.perf_counter() - start), 4) if shared else None
 
 
 def evaluate(
-    cell: Cell, pipeline: Pipeline, benchmark: Benchmark, samples: Sequence[Sample], command: str, ranks: Ranks
-) -> dict[str, Any] | None:
-    """Answer the open samples, score all and return the record; None on other ranks than the first.
+    cell: Cell,
+    pipeline: Pipeline | ProcessorPipeline,
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    command: str,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Answer the open samples, score all and return the record; {} on other ranks than the first.
 
     The record is not written here. It is written last, because its presence means that the cell is finished.
 
@@ -222,7 +230,7 @@ def evaluate(
     waited = answer_rest(cell, pipeline, benchmark, samples, ranks)
     peak_memory_gib = ranks.largest(results.peak_memory_gib(pipeline.adapter.device))
     if ranks.rank > 0:
-        return None
+        return {}
     device = (f"{ranks.n} x " if ranks.n > 1 else "") + results.device_name(pipeline.adapter.device)
     costs = {"device": device, "batch_size": cell.config["batch_size"], "peak_memory_gib": round(peak_memory_gib, 3)}
     costs["waited_for_images"] = waited

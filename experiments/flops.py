@@ -26,7 +26,7 @@ def architecture(name: str | None) -> PreTrainedConfig:
         If the name is neither a folder nor a file in conf/model with a shape.
     """
     models = {known: read("model", known) for known in names("model")}
-    options = models.get(name, {"path": name})
+    options = models.get(name or "", {"path": name})
     path = ROOT / (options["path"] or name or "")
     if (path / "config.json").exists():
         return AutoConfig.from_pretrained(path)

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 WHITE = (255, 255, 255, 255)
 
@@ -28,6 +28,7 @@ def open_image(source: Path | bytes, name: str = "") -> Image.Image:
     ValueError
         If it is not an image, is truncated, or is larger than Pillow's limit.
     """
+    label = name or ("an image" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -36,10 +37,10 @@ def open_image(source: Path | bytes, name: str = "") -> Image.Image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 rgb, note = to_rgb(upright)
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{name or source} cannot be decoded: it is no image") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{label} cannot be decoded: it is no image") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name or source} cannot be decoded: {error}") from error
+        raise ValueError(f"{label} cannot be decoded: {error}") from error
     notes = [note] if note else []
     if n_frames > 1 and image.format != "MPO":  # further frames of an MPO are a preview or a stereo image
         notes.append(f"first of {n_frames} frames")
@@ -53,7 +54,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
         return scaled(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3][0] < 255:
+        if any(rgba.getchannel("A").histogram()[:255]):
             white = Image.new("RGBA", image.size, WHITE)
             return Image.alpha_composite(white, rgba).convert("RGB"), "transparency on white"
         return rgba.convert("RGB"), ""

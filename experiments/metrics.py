@@ -11,7 +11,7 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy import stats
@@ -139,11 +139,11 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------- MME
 
-MME_PERCEPTION = (
-    *("existence", "count", "position", "color", "posters"),
-    *("celebrity", "scene", "landmark", "artwork", "OCR"),
-)
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+Perception = Literal[
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"
+]
+Cognition = Literal["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+MME_PERCEPTION, MME_COGNITION = get_args(Perception), get_args(Cognition)
 
 
 def mme_answer(prediction: str, scoring: str = "llava") -> str:
@@ -216,7 +216,8 @@ def mme_scores(rows: Iterable[MMERow], scoring: str = "llava") -> dict[str, floa
 
 # --------------------------------------------------------------------------------------------------------------- POPE
 
-POPE_CATEGORIES = ("random", "popular", "adversarial")
+POPECategory = Literal["random", "popular", "adversarial"]
+POPE_CATEGORIES = get_args(POPECategory)
 
 
 def pope_answer(prediction: str, scoring: str = "llava") -> str:

@@ -98,7 +98,8 @@ class Server:
 
     def ask(self, model: str, text: str, urls: Sequence[str]) -> tuple[str, int | None]:
         """Send a request. Returns the answer and the number of prompt tokens."""
-        content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+        content: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content.append({"type": "text", "text": text})
         body = {"top_k": self.decoding["top_k"]} if self.decoding["top_k"] else {}
         if self.pruning:
             body["mm_processor_kwargs"] = self.pruning
@@ -113,7 +114,7 @@ class Server:
         )
         try:
             answer = completion.choices[0].message.content or ""
-            n_prompt = completion.usage and completion.usage.prompt_tokens
+            n_prompt = completion.usage.prompt_tokens if completion.usage else None
         except (AttributeError, IndexError, TypeError) as error:
             raise openai.OpenAIError("it does not answer as chat/completions does") from error
         return answer.rpartition(END_OF_THINKING)[2].strip(), n_prompt

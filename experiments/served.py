@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class Served:
 
     def ask(self, url: str | None, text: str, pruning: dict[str, Any] | None = None, n_tokens: int = 4) -> Reply:
         """Send one question, about the image at ``url`` if given, and read the answer as a stream."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        content: list[Any] = [{"type": "text", "text": text}]
         if url is not None:
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         reply, started = Reply(), time.perf_counter()
@@ -94,7 +94,7 @@ class Served:
 
     def memory_mib(self) -> dict[str, float]:
         """Resident memory (PSS) by name of process; empty if this process did not start the server."""
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for pid in _tree(self.process.pid) if self.process else ():
             name, kib = _name_and_pss(pid)
             found[name] += kib / 1024

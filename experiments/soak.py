@@ -63,7 +63,7 @@ class Soak:
 def soak(
     served: Served,
     questions: Sequence[tuple[str, str]],
-    pruning: Callable[[Any], dict[str, Any]] | None,
+    pruning: Callable[[Any], dict[str, Any] | None] | None,
     n_requests: int,
     concurrency: int = 32,
     seed: int = 0,
@@ -78,7 +78,7 @@ def soak(
         Returns the request fields of a budget. None for a server that does not prune: then bad requests are bad images.
     """
     budgets = BUDGETS if pruning else (None,)
-    kinds = [(*one, keep) for one in questions for keep in budgets]
+    kinds: list[tuple[str | None, str, Any]] = [(*one, keep) for one in questions for keep in budgets]
     kinds += [(None, TEXT_ONLY, None)] * (len(kinds) // 8 + 1)
     rng, found = random.Random(seed), Soak()
 

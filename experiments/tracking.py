@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,9 @@ class Tracker:
     """A W&B run for one cell, or none. An error does not stop the evaluation: it is a warning and in the record."""
 
     def __init__(self, logger: dict[str, Any], cell: Cell):
-        self.name, self.cell, self.run, self.problem = logger["name"], cell, None, None
+        self.name, self.cell = logger["name"], cell
+        self.run: Any = None
+        self.problem: str | None = None
         if self.name != "none":
             self._try(lambda: self._start(logger))
 
@@ -31,7 +33,7 @@ class Tracker:
             self._try(lambda: self.run.finish(exit_code=int(failed)))
             self.run = None
 
-    def _try(self, step) -> None:
+    def _try(self, step: Callable[[], object]) -> None:
         try:
             step()
         except Exception as error:
@@ -42,7 +44,7 @@ class Tracker:
     def _start(self, logger: dict[str, Any]) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or logger["mode"]
+        mode: Any = os.environ.get("WANDB_MODE") or logger["mode"]
         if mode == "online" and not wandb.login(prompt=False):
             raise RuntimeError("there is no key: run wandb login, or set logger.mode=offline")
         self.run = wandb.init(
@@ -68,7 +70,7 @@ class Tracker:
         self.run.summary.update({**record["metrics"], **latency, **tokens})
         columns = ["id", "task", "question", "answer", "prediction", "correct"]
         rows = [[str(row[c]) if c == "answer" else row[c] for c in columns] for row in self.cell.rows()]
-        log = {"predictions": wandb.Table(columns=columns, data=rows)}
+        log: dict[str, Any] = {"predictions": wandb.Table(columns=[*columns], data=rows)}
         if (self.cell.path / "masks.png").exists():
             log["masks"] = wandb.Image(str(self.cell.path / "masks.png"))
         self.run.log(log)

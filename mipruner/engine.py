@@ -27,7 +27,7 @@ from mipruner.graphs import Graph, KeyValues
 from mipruner.models.adapter import Adapter
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Batch, Media, Prompt, Tokens, Visual
-from mipruner.pruners import Pruner
+from mipruner.pruners import Method, Pruner
 from mipruner.pruners.none import NoPruner
 from mipruner.selection import Auto, Selection
 
@@ -99,7 +99,7 @@ class Engine:
     def __init__(
         self,
         adapter: Adapter,
-        pruner: Pruner,
+        pruner: Method,
         keep: int | float,
         decoding: Decoding,
         *,

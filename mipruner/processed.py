@@ -19,7 +19,7 @@ from mipruner.models.adapter import Adapter
 from mipruner.models.generic import ALONE, PAGE, GenericAdapter
 from mipruner.pipeline import Answer, Pipeline
 from mipruner.prompt import Encoded, Media, Prompt
-from mipruner.pruners import DecoderPruner, ImagePruner, Pruner
+from mipruner.pruners import DecoderPruner, ImagePruner, Method
 from mipruner.pruning import prune
 from mipruner.selection import Auto, Selection, budget
 from mipruner.timing import Stopwatch
@@ -63,7 +63,7 @@ class ProcessorPipeline:
     def __init__(
         self,
         adapter: GenericAdapter,
-        pruner: Pruner | DecoderPruner,
+        pruner: Method,
         keep: int | float | Auto,
         decoding: Decoding | None = None,
     ) -> None:
@@ -161,7 +161,7 @@ class ProcessorPipeline:
 
 
 def pipeline_of(
-    adapter: Adapter, pruner: Pruner | DecoderPruner, keep: int | float | Auto, decoding: Decoding | None = None
+    adapter: Adapter, pruner: Method, keep: int | float | Auto, decoding: Decoding | None = None
 ) -> Pipeline | ProcessorPipeline:
     """A `ProcessorPipeline` for a `GenericAdapter`, a `Pipeline` for other adapters."""
     if adapter.reads_inside:

@@ -60,7 +60,7 @@ UNSERVED = {
 
 def prune(
     model: PreTrainedModel,
-    pruner: str | Pruner | DecoderPruner | Sequence[str | Pruner | DecoderPruner] = "mi",
+    pruner: str | Method | Sequence[str | Method] = "mi",
     keep: int | float | Auto | Sequence[int | float] = 0.25,
     *,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,

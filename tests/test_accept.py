@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from experiments.accept import scores
 from experiments.accept.exactness import agree
 from experiments.accept.method import N_KEEP, stored_cases
-from experiments.accept.prompts import SIZES, STORED, family_of
+from experiments.accept.prompts import SIZES, STORED, check_prompts, family_of
 from experiments.accept.published import PUBLISHED
 from experiments.accept.report import FAIL, NOT_RUN, PASS, Report, check
 from experiments.accept.speed import check_speed
@@ -27,6 +27,7 @@ from experiments.cell import beside_published, run_cell
 from experiments.results import ROOT
 from experiments.tasks import accept, hours
 from experiments.tasks.efficiency import measure
+from mipruner.models import load
 
 FOLDERS = {"demo_llava": "llava", "demo_qwen3vl": "qwen3vl"}
 
@@ -401,3 +402,13 @@ def test_the_stored_ids_are_rebuilt_from_the_published_ranks(model, system):
     for question, after in zip(STORED["questions"], family["after"], strict=True):
         text = f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
         assert qwen_ids(text, ranks) == after, question
+
+
+def test_a_model_without_stored_ids_is_asked_by_its_own_template(monkeypatch):
+    """Whatever template and system message the run has: section 3 is about the checkpoint."""
+    folder = ROOT / "experiments/demo/llava"
+    adapter = load(folder, prompt="{image} Look: {text}", system="Be brief.", dtype="float32", device="cpu")
+    monkeypatch.setattr("experiments.accept.prompts.QUESTIONS", ["is there a cup?"])
+    ids = next(check_prompts(adapter, "mine", folder))
+    assert ids.name == "prompt ids" and ids.status == PASS, ids
+    assert adapter.chat.prompt == "{image} Look: {text}" and adapter.chat.system == "Be brief."

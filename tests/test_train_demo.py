@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImagePr
 from experiments.demo.examples import IGNORE, Examples, cell_words, choose_questions
 from experiments.demo.families import Llava, Qwen3VL, Visual, patchify
 from experiments.demo.scenes import COLORS, NOUNS, glyph_mask, make_scene, render, scene_generators
-from experiments.tasks.train_demo import RECIPE, Learner, learning_rate, load_examples, take_step, train
+from experiments.tasks.train_demo import RECIPE, Learner, evaluate, learning_rate, load_examples, take_step, train
 from mipruner.models import Prompt, load
 from mipruner.prompt import collate
 from mipruner.selection import Selection
@@ -314,3 +314,8 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
     assert load(resumed).model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="another recipe"):
         train(recipe("smoke", output=str(tmp_path / "cut"), device="cpu", seed=2))
+
+
+def test_the_accuracy_at_the_end_is_that_of_the_shipped_model():
+    scores = evaluate(ROOT / "experiments/demo/llava", 1, [(336, 336)], "cpu")
+    assert scores["sparse"]["accuracy"] > 50 and scores.keys() == {"sparse", "crowded"}

@@ -72,9 +72,10 @@ def check_weights(config: dict[str, Any]) -> Iterator[Line]:
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("cpu"):
-            loaded, info = AutoModelForImageTextToText.from_pretrained(
+            checkpoint: Any = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, output_loading_info=True
             )
+            loaded, info = checkpoint
     except Exception as error:
         yield check("checkpoint loads", False, "no error", str(error).strip().splitlines()[0])
         return

@@ -18,6 +18,7 @@ from mipruner.engine import Engine
 from mipruner.errors import InputError
 from mipruner.models import Adapter, Prompt
 from mipruner.pipeline import Answer, Pipeline
+from mipruner.prompt import Media
 from mipruner.pruners import PRUNERS
 
 NEW_TOKENS = 8
@@ -37,10 +38,10 @@ def draw_prompts(adapter: Adapter, n: int) -> list[Prompt]:
     return prompts
 
 
-def image_inputs(adapter: Adapter, image: Image.Image) -> dict[str, Tensor]:
+def image_inputs(adapter: Adapter, image: Media) -> dict[str, Tensor]:
     """Output of the model's own image processor for one image, by names of the model's arguments."""
-    size = {"size": adapter.image_size} if getattr(adapter, "image_size", None) else {}
-    return dict(adapter.image_processor(images=[image], return_tensors="pt", **size))
+    size = getattr(adapter, "image_size", None)
+    return dict(adapter.image_processor(images=[image], return_tensors="pt", **({"size": size} if size else {})))
 
 
 class Stock:
@@ -53,7 +54,8 @@ class Stock:
     """
 
     def __init__(self, adapter: Adapter):
-        self.adapter, self.model = adapter, adapter.model
+        self.adapter = adapter
+        self.model: Any = adapter.model
 
     def inputs(self, prompt: Prompt) -> dict[str, Any]:
         """Arguments of a stock ``generate``."""

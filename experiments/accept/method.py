@@ -3,22 +3,24 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from experiments.accept.report import Line, check, not_run
 from mipruner import pmi, selection
 from mipruner.features import Features
 from mipruner.models import Adapter
-from mipruner.pruners import PRUNERS
+from mipruner.pruners.mi import MIPruner
 
 FIXTURE = Path(__file__).with_name("picks.safetensors")
 N_KEEP = 16
 
 
-def stored_cases() -> Iterator[tuple[str, dict[str, object], Features, list[int]]]:
-    """Name, hyperparameters, features and kept indices of each stored case."""
+def stored_cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], list[int]]]:
+    """Name, hyperparameters, fields of `Features` and kept indices of each stored case."""
     with safe_open(str(FIXTURE), "pt") as file:
         features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 safe_open is no mapping
         for name, case in json.loads(file.metadata()["cases"]).items():
@@ -29,10 +31,10 @@ def check_method(adapter: Adapter) -> Iterator[Line]:
     device = adapter.device
     for name, options, tensors, kept in stored_cases():
         features = Features(**{key: x.to(device) for key, x in tensors.items()})
-        found = PRUNERS["mi"](**options)(features, N_KEEP).indices.tolist()
+        found = MIPruner(**options)(features, N_KEEP).indices.tolist()
         shared = len(set(found) & set(kept))
         yield check(f"picks of mi, {name}", found == kept, kept, f"{shared} of {len(kept)} shared", "", FIXTURE.name)
-    width = adapter.model.get_input_embeddings().weight.shape[1]
+    width = cast(Tensor, adapter.model.get_input_embeddings().weight).shape[1]
     for n_visual, n_keep in ((576, 64), (1024, 256)):
         yield compare_fast(n_visual, n_keep, width, device)
     if device.type != "cuda":
@@ -44,7 +46,7 @@ def compare_fast(n_visual: int, n_keep: int, width: int, device: torch.device) -
     generator = torch.Generator().manual_seed(n_visual)
     visual = torch.randn(n_visual, width, generator=generator).to(device)
     text = torch.randn(12, width, generator=generator).to(device)
-    pruner = PRUNERS["mi"](lam=0.5)
+    pruner = MIPruner(lam=0.5)
     found = pruner(Features(visual, text), n_keep).indices.tolist()
     plain = selection.greedy(
         pmi.relevance(visual, text, pruner.tau, pruner.aggregation, pruner.normalization),

@@ -32,9 +32,10 @@ def check_prompts(adapter: Adapter, model: str, folder: Path) -> Iterator[Line]:
     """Lines of section 3 for a loaded model, by its name on the command line."""
     family = family_of(model)
     plain = copy(adapter)
-    plain.system = None
+    plain.chat = copy(adapter.chat)
+    plain.chat.system = None
     if family is None:
-        plain.prompt = None
+        plain.chat.prompt = None
     image = Image.new("RGB", (336, 336), (90, 120, 150))
     visuals = adapter.encode([adapter.preprocess(image)])
     questions, source = QUESTIONS, "the rule of this model's family"
@@ -48,7 +49,7 @@ def check_prompts(adapter: Adapter, model: str, folder: Path) -> Iterator[Line]:
         tokens = plain.tokenize(Prompt(question, [image]), visuals)
         if tokens.ids.tolist() != ids:
             wrong.append(f"{question!r}: {difference(tokens.ids.tolist(), ids)}")
-        said = adapter.tokenizer.decode(tokens.ids[tokens.is_text])
+        said = str(adapter.tokenizer.decode(tokens.ids[tokens.is_text]))
         if "".join(said.split()) != "".join(question.split()):
             unread.append(f"{said!r} for {question!r}")
     n = len(questions)
@@ -72,7 +73,7 @@ def own_ids(
     adapter: Adapter, folder: Path, image: Image.Image, questions: Sequence[str], visuals: Sequence[Visual]
 ) -> tuple[list[list[int]], str]:
     """Ids of the model's own processor, and their source; of its chat template if the processor cannot load."""
-    chats = [
+    chats: list[Any] = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
     ]
     try:
@@ -80,7 +81,7 @@ def own_ids(
     except (ImportError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         texts = [adapter.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-        ids = [expanded(adapter, text, visuals) for text in texts]
+        ids = [expanded(adapter, str(text), visuals) for text in texts]
         return ids, f"the model's chat template; its processor does not load here ({reason})"
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     ids = [processor(images=[image], text=[text], return_tensors="pt")["input_ids"][0].tolist() for text in texts]

@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.base import BenchmarkError
 from experiments.results import write_atomic
-from experiments.tabular import Span, Table
+from experiments.tabular import Cell, Span, Table
 from mipruner.errors import InputError, ModelError
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
@@ -125,7 +125,7 @@ class Report:
         head = [f"- {name}: {value}" for name, value in self.head.items() if name != "identity"]
         blocks = [f"# Acceptance of {self.head['model']}: {self.verdict}", "\n".join(head)]
         for section, lines in self.sections.items():
-            rows = [
+            rows: list[Sequence[Cell]] = [
                 [line.name, Span(line.status, "bold"), line.expected, line.found, line.tolerance, line.source]
                 for line in lines
             ]

@@ -165,7 +165,9 @@ def check_paper(
         if value is None:
             yield not_run(name, f"the subset gives no {row['metric']}", row["value"], source)
             continue
-        half = interval(*answers(config, "llava"), row["metric"], float(row["value"]))
+        benchmark, samples, predictions = answers(config, "llava")
+        assert benchmark is not None  # every benchmark has that protocol
+        half = interval(benchmark, samples, predictions, row["metric"], float(row["value"]))
         difference = value - float(row["value"])
         consistent = abs(difference) <= half
         found = f"{value:.4g}, {difference:+.2g}: {'consistent' if consistent else 'not consistent'}"

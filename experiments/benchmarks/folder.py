@@ -127,7 +127,7 @@ class Folder(Benchmark):
     def __init__(self, path: str | None, scoring: str = "auto", sentence: str | None = None, on_bad_row: str = "stop"):
         if scoring not in ("auto", *SENTENCES):
             raise ValueError(f"scoring={scoring!r} is not one of auto, {', '.join(SENTENCES)}")
-        self.path, self.asked, self.sentence = path, scoring, sentence
+        self.path, self.asked, self.sentence = path or "", scoring, sentence
         self.on_bad_row = check_on_bad_row(on_bad_row)
         self._open = lru_cache(16)(open_image)
 
@@ -254,7 +254,7 @@ class Folder(Benchmark):
             return mme_answer(prediction, "lmms_eval") != "other"
         return self.scoring != "choice" or letter(prediction, sample.meta["choices"]) is not None
 
-    def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float | None]:
+    def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[Any]:
         if self.scoring == "none":
             return [None] * len(samples)
         return super().score(samples, predictions)

@@ -95,7 +95,7 @@ class GQA(ShortAnswers):
     def name(self, number: int, row: GQAQuestion) -> str:
         return row.id
 
-    def sample(self, row: GQAQuestion, **ids: str) -> Sample:
+    def sample(self, row: GQAQuestion, **ids: Any) -> Sample:
         task = "open" if row.types.structural == "query" else "binary"
         text = with_format(row.question, self.prompt)
         return Sample(text=text, question=row.question, answer=row.answer, task=task, **ids)

@@ -11,7 +11,9 @@ from experiments.benchmarks.table import ShortAnswers, group_by_image
 from experiments.metrics import (
     MME_COGNITION,
     MME_PERCEPTION,
+    Cognition,
     MMERow,
+    Perception,
     mme_answer,
     mme_correct,
     mme_scores,
@@ -24,7 +26,7 @@ class MMERowOfFile(Row):
     question_id: Text
     question: Text
     answer: YesNo
-    category: Literal[MME_PERCEPTION + MME_COGNITION]
+    category: Literal[Perception, Cognition]
 
 
 class MME(ShortAnswers):

@@ -109,7 +109,7 @@ class MMVet(TableBenchmark):
         self.judge = judge
         self.headline = "score" if judge else "offline_score"
 
-    def sample(self, row: MMVetRow, **ids: str) -> Sample:
+    def sample(self, row: MMVetRow, **ids: Any) -> Sample:
         found = {capability.strip() for capability in row.capability.split(",")}
         task = ",".join(sorted(found, key=(*CAPABILITIES, *sorted(found)).index))
         return Sample(text=row.question, question=row.question, answer=row.answer, task=task, **ids)

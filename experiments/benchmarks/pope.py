@@ -7,13 +7,13 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Any
 
 from experiments.benchmarks.base import Example, Sample
 from experiments.benchmarks.prompts import with_format
 from experiments.benchmarks.rows import Row, Text, YesNo
 from experiments.benchmarks.table import ShortAnswers
-from experiments.metrics import POPE_CATEGORIES, POPERow, mme_answer, pope_correct, pope_scores
+from experiments.metrics import POPE_CATEGORIES, POPECategory, POPERow, mme_answer, pope_correct, pope_scores
 
 
 class POPERowOfFile(Row):
@@ -21,7 +21,7 @@ class POPERowOfFile(Row):
     question: Text
     answer: YesNo
     image_source: str | None
-    category: Literal[POPE_CATEGORIES]
+    category: POPECategory
 
 
 class POPE(ShortAnswers):
@@ -73,7 +73,7 @@ class POPE(ShortAnswers):
     def name(self, number: int, row: POPERowOfFile) -> str:
         return f"{row.category}/{row.question_id}"
 
-    def sample(self, row: POPERowOfFile, **ids: str) -> Sample:
+    def sample(self, row: POPERowOfFile, **ids: Any) -> Sample:
         text = with_format(row.question, self.prompt)
         return Sample(text=text, question=row.question, answer=row.answer, task=row.category, **ids)
 

@@ -72,7 +72,7 @@ def _fetched(repository: str) -> Path | None:
         return None
     copies = (r.revisions for r in repositories if (r.repo_type, r.repo_id) == ("dataset", repository))
     newest = max((revision for group in copies for revision in group), key=lambda r: r.last_modified, default=None)
-    return newest and newest.snapshot_path
+    return newest.snapshot_path if newest else None
 
 
 def _hub_files(hub: Sequence[str], config: str | None, split: str) -> list[Path]:
@@ -86,8 +86,8 @@ def _hub_files(hub: Sequence[str], config: str | None, split: str) -> list[Path]
         try:
             info = HfApi().dataset_info(repository, timeout=HUB_TIMEOUT_S)
             names = _matching((file.rfilename for file in info.siblings or ()), config, split, repository)
-            folder = snapshot_download(repository, repo_type="dataset", revision=info.sha, allow_patterns=names)
-            return [Path(folder) / name for name in names]
+            fetched = snapshot_download(repository, repo_type="dataset", revision=info.sha, allow_patterns=names)
+            return [Path(fetched) / name for name in names]
         except RepositoryNotFoundError:
             problems.append(f"{repository} is not there, or not for you")
         except BenchmarkError as error:
@@ -226,7 +226,9 @@ def by_content(names: Iterable[str | None], digests: Iterable[str]) -> list[str]
 def write_table(file: Path, rows: Sequence[dict[str, Any]], image: str | None = "image") -> None:
     """Write a parquet file of rows, each with its own small image in the column ``image``."""
     rows = list(rows)
-    for number, row in enumerate(rows if image else ()):
+    for number, row in enumerate(rows):
+        if image is None:
+            break
         content = io.BytesIO()
         Image.new("RGB", (32, 32), (60 * number % 256, 90, 160)).save(content, "PNG")
         rows[number] = {image: {"bytes": content.getvalue(), "path": None}} | row

@@ -59,7 +59,7 @@ class TextVQA(TableBenchmark):
         super().__init__(*args, **options)
         self.ocr = ocr
 
-    def sample(self, row: TextVQARow, **ids: str) -> Sample:
+    def sample(self, row: TextVQARow, **ids: Any) -> Sample:
         question = row.question.capitalize()  # as in LLaVA's file, where all other letters are lower case
         content = f"{question}\nReference OCR token: {', '.join(row.ocr_tokens)}" if self.ocr else question
         text = f"{content}\n{SHORT_ANSWER}"

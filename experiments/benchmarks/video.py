@@ -54,7 +54,7 @@ def read_grade(reply: str) -> Grade:
     """
     found = re.search(r"\{.*?\}", reply, re.DOTALL)
     try:
-        grade = ast.literal_eval(found[0])
+        grade = ast.literal_eval(found[0] if found else "")
         verdict, score = str(grade["pred"]).lower(), grade["score"]
     except (TypeError, KeyError, SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError("no dictionary with pred and score") from None
@@ -211,7 +211,7 @@ class VideoQA(Benchmark):
         on_bad_row: str = "stop",
     ):
         self.on_bad_row = check_on_bad_row(on_bad_row)
-        self.path, self.videos, self.questions, self.answers = path, videos, questions, answers
+        self.path, self.videos, self.questions, self.answers = path or "", videos, questions, answers
         self.n_frames, self.first, self.judge, self.temperature = n_frames, first, judge, temperature
         self.prefix = "" if judge else "offline_"
         self._frames = lru_cache(2)(lambda name: frames(self._file(name), n_frames))

@@ -4,6 +4,7 @@ A scene depends only on its generator (`scene_generators`), so scene 7 does not 
 is DejaVu Sans of matplotlib.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -113,7 +114,7 @@ def make_scene(
     density: str = "crowded",
     canvas: tuple[int, int] = FULL_CANVAS,
     n_objects: tuple[int, int] | None = None,
-    sizes: tuple[int, ...] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Scene:
     """Draw one scene of at least two objects.
 

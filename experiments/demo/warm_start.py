@@ -13,16 +13,17 @@ Common weights are copied. Where the architectures differ, the copy approximates
 Merger and deepstack have no counterpart and are random.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from experiments.demo.families import Llava
 from mipruner.intercept import captured
 
 
 @torch.no_grad()
-def warm_start(student: PreTrainedModel, teacher: PreTrainedModel, pixels: Tensor, ids: Tensor) -> None:
+def warm_start(student: Any, teacher: Any, pixels: Tensor, ids: Tensor) -> None:
     """Overwrite the weights of the student. The student's vocabulary must begin with that of the teacher.
 
     Parameters
@@ -78,7 +79,7 @@ def warm_start(student: PreTrainedModel, teacher: PreTrainedModel, pixels: Tenso
             norm.weight.fill_(heads.pow(2).mean(-1).sqrt().mean())
 
 
-def copy_patches(vision: nn.Module, eyes: nn.Module, pixels: Tensor) -> None:
+def copy_patches(vision: Any, eyes: Any, pixels: Tensor) -> None:
     """Copy patch and position embeddings with CLIP's first layer norm folded in."""
     norm, kernel = eyes.pre_layrnorm, eyes.embeddings.patch_embedding.weight
     positions = eyes.embeddings.position_embedding.weight[1:]

@@ -200,7 +200,7 @@ class Work:
 async def follow(explorer: Explorer, queue: Queue, asked: Asked, is_gone: Callable[[], Any]) -> AsyncIterator[dict]:
     """Events of a request: place in the queue, finished panels, and finally the view or an error."""
     async with queue.ticket() as ticket:
-        told = None
+        told: int | tuple[int, int] | None = None
         while place := queue.place(ticket):
             if place != told:
                 yield {"place": place}
@@ -224,8 +224,8 @@ async def follow(explorer: Explorer, queue: Queue, asked: Asked, is_gone: Callab
         try:
             while not (await asyncio.wait([running], timeout=0.1))[0]:
                 if work.progress != told:
-                    told = work.progress
-                    yield {"done": told[0], "n": told[1]}
+                    told = done, n = work.progress
+                    yield {"done": done, "n": n}
                 if await is_gone():
                     return
             yield {"view": running.result()}

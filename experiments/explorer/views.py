@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -81,8 +81,8 @@ _readable: "WeakKeyDictionary[Any, tuple[Tensor, list[str]]]" = WeakKeyDictionar
 def readable(adapter: Adapter) -> tuple[Tensor, list[str]]:
     """Ids and text of tokens that are words: two or more letters, no special tokens."""
     if adapter.model not in _readable:
-        special = set(adapter.tokenizer.all_special_ids)
-        ids = [k for k in range(min(len(adapter.tokenizer), len(adapter.model.get_input_embeddings().weight)))]
+        special, table = set(adapter.tokenizer.all_special_ids), adapter.model.get_input_embeddings().weight
+        ids = [k for k in range(min(len(adapter.tokenizer), len(cast(Tensor, table))))]
         words = [word.strip() for word in adapter.tokenizer.batch_decode([[k] for k in ids])]
         kept = [k for k in ids if k not in special and len(words[k]) > 1 and words[k].isalpha()]
         _readable[adapter.model] = torch.tensor(kept), [words[k] for k in kept]
@@ -95,7 +95,7 @@ def say_patches(adapter: Adapter, visual: Tensor, tau: float = 0.1) -> list[list
     p(w | v_i) is normalised over all readable words, see `readable`. At most `BLOCK` of them are in memory at a time.
     """
     ids, words = readable(adapter)
-    table = adapter.model.get_input_embeddings().weight[ids.to(visual.device)]
+    table = cast(Tensor, adapter.model.get_input_embeddings().weight)[ids.to(visual.device)]
     partition = log_partition(visual, table, tau)
     best, index = visual.new_zeros(len(visual), 0, dtype=torch.float32), ids.new_zeros(len(visual), 0).to(visual.device)
     for start in range(0, len(table), BLOCK):
@@ -172,7 +172,7 @@ def show_question(question: str, encoded: Encoded, runs: Sequence[dict[str, Any]
     return {
         "question": question,
         "expected": None,
-        "words": [word.strip() for word in features.words],
+        "words": [word.strip() for word in features.words or ()],
         "pmi": [[round(value, 2) for value in row] for row in pmi.tolist()],
         "runs": list(runs),
     }

@@ -14,24 +14,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from experiments import build
+from experiments import build, conf
 from experiments.cell import run_cell
 from experiments.remote import setting_of
-from experiments.results import ROOT, Cell, write_atomic
+from experiments.results import Cell, write_atomic
 from experiments.served import serve
 from experiments.tabular import Table
 from experiments.tasks.serving import require_vllm
 
-CONF = ROOT / "conf"
-
 
 def cells(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Configs of a pruner's cells, one per budget."""
-    pruner = OmegaConf.load(CONF / "pruner" / f"{name}.yaml")
-    merged = OmegaConf.merge({key: value for key, value in config.items() if key != "pruner"}, {"pruner": pruner})
-    whole = OmegaConf.to_container(merged, resolve=True)
+    whole = build.resolved(config | {"pruner": conf.read("pruner", name)})
     return [whole | {"keep": keep} for keep in (config["keeps"] if name != "none" else [1.0])]
 
 
@@ -40,7 +34,7 @@ def compared(config: dict[str, Any], name: str, log: Path) -> Iterator[dict[str,
     asked = cells(config, name)
     setting = None if name == "none" else setting_of(asked[0], 1.0)
     options = ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
-    engine = OmegaConf.to_container(OmegaConf.load(CONF / "engine/server.yaml"))
+    engine = conf.read("engine", "server")
     with serve(build.weights(config["model"]["path"]), setting, log, *options) as served:
         remote = [build.resolve(one | {"engine": engine | {"base_url": served.url}}) for one in asked]
         records = [run_cell(one) for one in remote]

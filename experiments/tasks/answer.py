@@ -21,7 +21,7 @@ from experiments.results import cell_id, write_atomic
 from mipruner.errors import InputError
 from mipruner.models import Prompt
 from mipruner.pipeline import Pipeline
-from mipruner.processed import pipeline_of
+from mipruner.processed import ProcessorPipeline, pipeline_of
 from mipruner.pruners import PRUNERS
 from mipruner.selection import Auto
 
@@ -94,7 +94,12 @@ def page_path(config: dict[str, Any], image: Path, question: str) -> Path:
 
 
 def show_answer(
-    config: dict[str, Any], pipeline: Pipeline, image: Image.Image, question: str, n_keep: int, path: str
+    config: dict[str, Any],
+    pipeline: Pipeline | ProcessorPipeline,
+    image: Image.Image,
+    question: str,
+    n_keep: int,
+    path: str,
 ) -> dict[str, Any]:
     """Data of the page: all tokens, and the pruner of ``pipeline`` at its budget."""
     adapter, method, keep = pipeline.adapter, pipeline.pruner, pipeline.keep

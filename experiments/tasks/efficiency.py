@@ -19,7 +19,7 @@ The last line printed is the result as JSON; it is also written to ``out``.
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from experiments import build, results
-from experiments.engines import ENGINES, Budget
+from experiments.engines import ENGINES, Budget, Run
 from experiments.flops import Decoder, stand_in, vision_flops
 from experiments.machine import CLOCKS, Memory, measure_limits, provenance, spread
 from experiments.tabular import Table
@@ -59,7 +59,7 @@ class Subject:
     method: str
     keep: Budget
     engine: str
-    run: Callable[[Callable], int]
+    run: Run
     n_visual: int
     tokens_per_layer: list[int]
     floor_ms: float
@@ -130,14 +130,16 @@ def prepare(config: dict[str, Any]) -> tuple[Adapter, Prompt]:
             ready[key] = process(image)
         return ready[key]
 
-    adapter.preprocess = once
+    vars(adapter)["preprocess"] = once  # of this copy alone
     return adapter, prompt
 
 
 def shortest_ms(adapter: Adapter, limits: dict[str, float], n_visual: int, n_prefill: int, n_new: int) -> float:
     """Lower bound of the time of an answer in ms: weights read once per forward pass, FLOPs of vision and prefill."""
-    config, lm = adapter.model.config, adapter.language_model
-    weights = sum(p.nbytes for p in [*lm.layers.parameters(), *adapter.model.lm_head.parameters()])
+    config = adapter.model.config
+    lm: Any = adapter.language_model
+    head: Any = adapter.model.lm_head
+    weights = sum(p.nbytes for p in [*lm.layers.parameters(), *head.parameters()])
     read_ms = weights / limits["copy_gb_per_s"] / 1e6
     flops_ms = 1e-9 / limits["product_tflop_per_s"]
     prefill = Decoder.of(config.get_text_config()).prefill_flops(n_prefill)
@@ -217,7 +219,8 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     InputError
         If it names an unknown clock, engine or method, or the model cannot be built.
     """
-    for word, known in [(config["clock"], CLOCKS), *((engine, ENGINES) for engine in config["engines"])]:
+    words: list[tuple[str, Collection[str]]] = [(config["clock"], CLOCKS)]
+    for word, known in [*words, *((engine, ENGINES) for engine in config["engines"])]:
         if word not in known:
             raise InputError(f"unknown {word!r}: choose {', '.join(known)}")
     adapter, prompt = prepare(config)

@@ -12,5 +12,5 @@ from experiments.results import Cell
 def run(config: dict[str, Any], overrides: Sequence[str] = (), draw: Draw | None = None) -> None:
     config = build.resolve(config)
     record = run_cell(config, overrides, Ranks.join(), draw)
-    if record is not None:
+    if record:
         print(show(record, str(Cell(config, differs(overrides, config["seed"])).path)))

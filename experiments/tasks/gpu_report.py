@@ -77,7 +77,7 @@ class Step:
                 timeout=self.limit_s,
             )
             self.status = "passed" if done.returncode == 0 else f"failed with status {done.returncode}"
-            output = done.stdout
+            output: str | bytes = done.stdout
         except subprocess.TimeoutExpired as error:
             self.status = f"stopped after {self.limit_s:.0f} s"
             output = error.stdout or b""
@@ -152,7 +152,7 @@ class Goal:
             value = None
         if value is None:
             return "", "not measured"
-        passed = value <= self.at_most if self.at_most is not None else value >= self.at_least
+        passed = value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0)
         shown = f"{value:.3g}{self.unit}"
         return shown, ("pass" if passed else "**fail**") if on_gpu else "no GPU: says nothing"
 

@@ -37,7 +37,7 @@ def word_pmi(config: dict[str, Any], benchmark: Benchmark, sample: str) -> tuple
         visuals = adapter.encode([adapter.preprocess(image) for image in prompt.images])
         features = adapter.read(prompt, visuals, {"words"}).features()[0]
         options = {key: config["pruner"][key] for key in ("tau", "normalization") if key in config["pruner"]}
-        return list(features.words), cross_pmi(features.visual, features.text, **options).numpy()
+        return list(features.words or ()), cross_pmi(features.visual, features.text, **options).numpy()
 
 
 def run(config: dict[str, Any], overrides: Sequence[str], draw: Callable[..., None]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from experiments.results import ROOT
-from experiments.tabular import Span, Table
+from experiments.tabular import Cell, Span, Table
 from experiments.tasks.estimate import estimate
 from mipruner.errors import InputError
 
@@ -46,7 +46,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
 
 
 def table(found: Sequence[Row]) -> Table:
-    lines = [
+    lines: list[Sequence[Cell]] = [
         [Span(row.experiment, "code"), f"{row.answers:,}", *(f"{row.hours[card]:.1f}" for card in CARDS)]
         for row in found
     ]

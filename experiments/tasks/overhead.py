@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import mipruner
 from experiments import build, results
+from experiments.benchmarks.base import Sample
 from experiments.machine import CLOCKS, provenance, spread
 from experiments.tabular import Table
 from mipruner.errors import InputError
@@ -55,7 +56,8 @@ def inputs_of(adapter: Adapter, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
 
 def calls(config: dict[str, Any], adapter: Adapter, inputs: dict[str, Tensor]) -> tuple[dict[str, Call], int]:
     """The four calls, and the number of visual tokens of a prompt."""
-    model, n_new = adapter.model, config["max_new_tokens"]
+    model: Any = adapter.model
+    n_new = config["max_new_tokens"]
     options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
     (n_visual,) = set(adapter.is_placeholder(inputs["input_ids"]).sum(1).tolist())
     batch, length = inputs["input_ids"].shape
@@ -87,6 +89,7 @@ def calls(config: dict[str, Any], adapter: Adapter, inputs: dict[str, Tensor]) -
 
 def take_turns(every: dict[str, Call], config: dict[str, Any], device: torch.device) -> dict[str, dict[str, list]]:
     """Milliseconds by clock and call, one value per round."""
+    ms: dict[str, dict[str, list[float]]]
     ms = {clock: {name: [] for name in every} for clock in CLOCKS}
     shuffle = random.Random(config["seed"]).shuffle
     for k in tqdm(range(-config["warmup"], config["repetitions"]), unit="round", leave=False):
@@ -104,8 +107,8 @@ def take_turns(every: dict[str, Call], config: dict[str, Any], device: torch.dev
 
 def row(batch: int, n_visual: int, n_keep: int, ms: dict[str, dict[str, list]]) -> dict[str, Any]:
     """The result of one batch size."""
-    found = {"batch": batch, "visual_tokens": n_visual, "kept": n_keep, "ms": {}, "everything_over_stock": {}}
-    found["share_of_ideal_saving"] = {}
+    found: dict[str, Any] = {"batch": batch, "visual_tokens": n_visual, "kept": n_keep}
+    found |= {"ms": {}, "everything_over_stock": {}, "share_of_ideal_saving": {}}
     for clock, times in ms.items():
         rounds = list(zip(*(times[name] for name in ("stock", "everything", "pruned", "ideal")), strict=True))
         found["ms"][clock] = {name: spread(values) for name, values in times.items()}
@@ -118,7 +121,7 @@ def row(batch: int, n_visual: int, n_keep: int, ms: dict[str, dict[str, list]]) 
 @torch.inference_mode()
 def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     adapter, benchmark = build.model(config), build.benchmark(config)
-    first = {}
+    first: dict[str, Sample] = {}
     for sample in benchmark.samples():
         first.setdefault(sample.image_id, sample)
     if len(first) < max(config["batches"]):

@@ -33,8 +33,9 @@ from experiments.tasks import scaling
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import HAS_TILES, mi_picks, row_norm
-from mipruner.pruners import MMTokPruner, VisPruner
 from mipruner.pruners.mi import MIPruner
+from mipruner.pruners.mmtok import MMTokPruner
+from mipruner.pruners.vispruner import VisPruner
 
 PRODUCT = "product"
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def methods(n_visual: int, n_keep: int, options: dict[str, Any]) -> dict[str, Ca
     features = Features(visual, text, hidden=hidden, attention=attention)
     half, half_text = visual.bfloat16(), text.bfloat16()
     held: dict = {}
-    found = {name: partial(getattr(scaling, name), visual, text, n_keep) for name in scaling_names()}
+    found: dict[str, Call] = {name: partial(getattr(scaling, name), visual, text, n_keep) for name in scaling_names()}
     found |= {
         "mi_bfloat16": lambda: mi_picks(half, half_text, n_keep, 0.5),
         "mi_again": lambda: mi_picks(visual, text, n_keep, 0.5, held=held),
@@ -103,7 +104,8 @@ def over_a_vocabulary(n_visual: int, n_keep: int, n_words: int, options: dict[st
     """Calls with support="vocabulary" for this many words: a new image, and a further question about it."""
     visual = scaling.tokens(n_visual, options["width"], CPU, seed=2).bfloat16()
     table = torch.randn(n_words, options["width"], generator=torch.Generator().manual_seed(5)).bfloat16()
-    norm, held, pruner = row_norm(table), {}, MIPruner(0.5, support="vocabulary")
+    norm, pruner = row_norm(table), MIPruner(0.5, support="vocabulary")
+    held: dict[Any, Any] = {}
 
     def ask(held: dict | None) -> Tensor:
         features = Features(visual, table[:20], vocabulary=table, vocabulary_norm=norm, held=held)
@@ -122,7 +124,8 @@ def title(name: str) -> str:
 
 def measured(calls: dict[str, Call], repetitions: int, bar: tqdm) -> dict[str, dict[str, Any]]:
     """Time and memory of each call. A call of over a second is repeated twice, of over ten seconds not at all."""
-    memory, found = Memory(CPU), {}
+    memory = Memory(CPU)
+    found: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
         bar.set_postfix_str(name)
         if sys.platform == "linux":
@@ -163,7 +166,8 @@ def exponent(rows: list[dict[str, Any]]) -> float:
 
 def measure(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of every method and size, and a line for each that was skipped."""
-    rows, left_out = [], []
+    rows: list[dict[str, Any]] = []
+    left_out = []
     for k, (n_visual, n_keep) in enumerate(sorted(options["sizes"])):
         calls = methods(n_visual, n_keep, options)
         for n_words in options["n_words"] if k == 0 else ():

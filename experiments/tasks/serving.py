@@ -74,7 +74,7 @@ def watched(served: Served) -> Iterator[list[float]]:
 
 
 def measure(
-    served: Served, asked: Sequence[tuple[str, str]], concurrency: int, pruning: dict[str, Any] | None = None
+    served: Served, asked: Sequence[tuple[str | None, str]], concurrency: int, pruning: dict[str, Any] | None = None
 ) -> dict[str, float | None]:
     """Measure one load: requests per second, time to first token, prompt tokens and peak memory.
 
@@ -85,7 +85,7 @@ def measure(
     """
     with watched(served) as memory, ThreadPoolExecutor(concurrency) as pool:
         started = time.perf_counter()
-        replies = list(pool.map(lambda one: served.ask(*one, pruning), asked))
+        replies = list(pool.map(lambda one: served.ask(one[0], one[1], pruning), asked))
         spent = time.perf_counter() - started
     if refused := [reply.refused for reply in replies if reply.refused]:
         raise InputError(f"the server refused {len(refused)} of {len(replies)} requests: {refused[0][1]}")

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from experiments import conf
 from experiments.benchmarks.demo import Demo
 from experiments.demo.examples import IGNORE, THINGS, Examples
 from experiments.demo.families import FAMILIES, Llava, Visual, take
@@ -61,6 +62,11 @@ class Learner(nn.Module):
     recipe : dict
         The resolved config.
     """
+
+    image_mean: Tensor
+    image_std: Tensor
+    thing_ids: Tensor
+    color_ids: Tensor
 
     def __init__(self, recipe: dict[str, Any]):
         super().__init__()
@@ -129,9 +135,10 @@ class Learner(nn.Module):
         among_things = cosines.masked_fill(is_color, -torch.inf).flatten(0, 1)
         among_colors = cosines.masked_fill(~is_color, -torch.inf).flatten(0, 1)
         parts = [(among_things, things.flatten()), (among_colors, colors.flatten())]
-        return sum(
+        losses = (
             F.cross_entropy(scores[ids != IGNORE], ids[ids != IGNORE]) for scores, ids in parts if (ids >= 0).any()
         )
+        return sum(losses, start=cosines.new_zeros(()))
 
     def scramble(self, visual: Visual, order: Tensor) -> Visual:
         """Visual tokens whose part outside the span of the nouns' embeddings is exchanged with other tokens.
@@ -262,7 +269,7 @@ class Checkpoint:
         )
 
     def save(self, learner: Learner, optimizer: torch.optim.Optimizer, step: int, losses: dict[str, float]) -> None:
-        tensors = {f"weights.{name}": parameter for name, parameter in learner.named_parameters()}
+        tensors: dict[str, Tensor] = {f"weights.{name}": parameter for name, parameter in learner.named_parameters()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -321,7 +328,7 @@ def export(learner: Learner, recipe: dict[str, Any], output: Path) -> Path:
 
 def evaluate(folder: Path, n_scenes: int, canvases: list, device: str) -> dict[str, dict[str, float]]:
     """Accuracy with all visual tokens on scenes that were not used in training, by density."""
-    decoding = Decoding(max_new_tokens=Demo.max_new_tokens)
+    decoding = Decoding(max_new_tokens=conf.read("dataset", "demo")["max_new_tokens"])
     pipeline = Pipeline(load(folder, dtype="float32", device=device), NoPruner(), 1.0, decoding)
     scores = {}
     for density in ("sparse", "crowded"):

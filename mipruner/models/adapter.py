@@ -94,7 +94,7 @@ class Adapter(ABC):
         ids = {"image": model.config.image_token_id, "video": getattr(model.config, "video_token_id", None)}
         self.placeholder_ids: dict[str, int] = {kind: k for kind, k in ids.items() if k is not None}
         self._vocabulary_norm: tuple[tuple[Any, ...] | None, Tensor | None] = (None, None)
-        self._chat = None
+        self._chat: Chat | None = None
         if tokenizer is not None:
             placeholders = self.write_placeholders(tokenizer)
             self._chat = Chat(tokenizer, placeholders, self.placeholder_ids.values(), prompt, system, thinking)
@@ -104,6 +104,10 @@ class Adapter(ABC):
         if self._chat is None:
             raise InputError("this adapter has no tokenizer, so it makes no prompts: use mipruner.models.load")
         return self._chat
+
+    @chat.setter
+    def chat(self, chat: Chat) -> None:
+        self._chat = chat
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

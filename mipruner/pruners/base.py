@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,9 @@ def _all_finite(x: Tensor) -> bool:
 class Method:
     """Base class of all pruners: a dataclass whose fields are the hyperparameters."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    """For type checkers: subclasses are dataclasses."""
+
     title: ClassVar[str]
     """Name in tables and figures."""
 
@@ -31,9 +34,10 @@ class Method:
     """Link to the paper of the method; None for MI-Pruner and its baselines."""
 
     reads: ClassVar[str] = "nothing"
+    """Inputs that the selection depends on, in words."""
+
     reads_text: ClassVar[bool] = True
     """Whether it needs a question."""
-    """Inputs that the selection depends on, in words."""
 
     cost: ClassVar[str] = "none"
     """Cost of the selection, without the model: N visual tokens, T kept tokens, width d, m text tokens, L decoder
