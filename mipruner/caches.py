@@ -17,7 +17,7 @@ from mipruner.errors import InputError
 
 
 @dataclass
-class Course:
+class CacheState:
     """State of a cache with shortened prompts: remaining columns and positions.
 
     Attributes
@@ -64,13 +64,13 @@ class Course:
         """Whether later layers hold fewer columns than the first."""
         return len(self.layers) > 1
 
-    def select(self, rows: Tensor) -> "Course":
+    def select(self, rows: Tensor) -> "CacheState":
         """State of a selection of batch rows."""
         known: dict[int, Tensor] = {id(valid): valid[rows.to(valid.device)] for valid in self.layers}
         layers = [known[id(valid)] for valid in self.layers]
         return replace(self, last=self.last[:, rows.to(self.last.device)], layers=layers)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Course":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheState":
         return replace(self, serving=False)
 
 
@@ -83,20 +83,20 @@ else:
 class _Short(Mixed):
     """Mixin of a cache that converts lengths between full and short prompts."""
 
-    course: Course
+    pruning_state: CacheState
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         n = super().get_seq_length(layer_idx)
-        if self.course.serving:
+        if self.pruning_state.serving:
             return n
-        if layer_idx and self.course.is_staged:
-            n += self.course.valid.shape[1] - self.course.layers[layer_idx].shape[1]
-        return n + self.course.removed
+        if layer_idx and self.pruning_state.is_staged:
+            n += self.pruning_state.valid.shape[1] - self.pruning_state.layers[layer_idx].shape[1]
+        return n + self.pruning_state.removed
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.course.serving:
+        if not self.pruning_state.serving:
             raise InputError(
                 "this cache holds a prompt that mipruner.prune shortened, and its context has ended: use it inside, or "
                 "start with an empty cache"
@@ -106,27 +106,27 @@ class _Short(Mixed):
     def crop(self, tokens: int) -> None:
         full = self.get_seq_length()
         tokens = tokens if tokens <= 0 else min(tokens - full, 0)  # before 5.20: the remaining length
-        if full + tokens < self.course.valid.shape[1] + self.course.removed:
+        if full + tokens < self.pruning_state.valid.shape[1] + self.pruning_state.removed:
             raise InputError("a shortened prompt cannot be cropped: only what came after it")
         if tokens:
             super().crop(tokens)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self.course = self.course.select(beam_idx)
+        self.pruning_state = self.pruning_state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.course = self.course.select(indices)
+        self.pruning_state = self.pruning_state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self.course.last.shape[1], device=self.course.last.device)
-        self.course = self.course.select(rows.repeat_interleave(repeats))
+        rows = torch.arange(self.pruning_state.last.shape[1], device=self.pruning_state.last.device)
+        self.pruning_state = self.pruning_state.select(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
-        del self.course
+        del self.pruning_state
         self.__class__ = type(self).__bases__[1]
 
 
@@ -135,23 +135,23 @@ def _short(cls: type) -> type:
     return type(cls.__name__, (_Short, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def mark(cache: Cache, course: Course) -> None:
+def mark(cache: Cache, state: CacheState) -> None:
     """Store on a cache which tokens of its prompts were kept."""
     if not isinstance(cache, _Short):
         cache.__class__ = _short(type(cache))  # type: ignore[arg-type]
-    cast(_Short, cache).course = course
+    cast(_Short, cache).pruning_state = state
 
 
-def course_of(cache: Cache | None) -> Course | None:
-    return getattr(cache, "course", None) if isinstance(cache, _Short) else None
+def state_of(cache: Cache | None) -> CacheState | None:
+    return getattr(cache, "pruning_state", None) if isinstance(cache, _Short) else None
 
 
 def length(cache: Cache | None) -> int:
     """Number of columns in the cache."""
     if cache is None:
         return 0
-    n, course = int(cache.get_seq_length()), course_of(cache)
-    return n if course is None or course.serving else n - course.removed
+    n, state = int(cache.get_seq_length()), state_of(cache)
+    return n if state is None or state.serving else n - state.removed
 
 
 def is_dynamic(cache: Cache) -> bool:

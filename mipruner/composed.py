@@ -13,36 +13,36 @@ from mipruner.selection import Auto
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(DecoderPruner):
-    """Two methods in a row: ``door`` selects tokens before the language model, ``inside`` drops more inside it.
+    """Two methods in a row: ``before`` selects tokens before the language model, ``inside`` drops more inside it.
 
     Parameters
     ----------
-    door : Pruner
+    before : Pruner
     inside : DecoderPruner
-    enter : int or float
-        Budget of ``door`` per prompt, see `budget`. The budget of the prompt is that of ``inside``.
+    keep_before : int or float
+        Budget of ``before`` per prompt, see `budget`. The budget of the prompt is that of ``inside``.
     """
 
     budget_match: ClassVar[Literal["nominal"]] = "nominal"  # type: ignore[misc]
 
-    door: Pruner  # type: ignore[misc]
+    before: Pruner  # type: ignore[misc]
     inside: DecoderPruner
-    enter: int | float
+    keep_before: int | float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.door, Pruner) or not isinstance(self.inside, DecoderPruner):
+        if not isinstance(self.before, Pruner) or not isinstance(self.inside, DecoderPruner):
             raise InputError("two methods are one before the language model and one inside it, as in ['mi', 'fastv']")
         if self.inside.budget_match != "nominal":
             raise InputError("of two methods, the budget is what the second leaves: use budget_match=nominal")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.door.needs | self.inside.needs
+        return self.before.needs | self.inside.needs
 
     @property
     def wants(self) -> frozenset[str]:  # type: ignore[override]
-        return self.door.wants | self.inside.wants
+        return self.before.wants | self.inside.wants
 
     @property
     def renumbers(self) -> bool:  # type: ignore[override]
@@ -50,16 +50,16 @@ class Composed(DecoderPruner):
 
     @property
     def reads_text(self) -> bool:  # type: ignore[override]
-        return self.door.reads_text or self.inside.reads_text
+        return self.before.reads_text or self.inside.reads_text
 
     def notes(self, features: Features) -> dict[str, str]:
-        return self.door.notes(features) | self.inside.notes(features)
+        return self.before.notes(features) | self.inside.notes(features)
 
     def s_cross(self, features: Features) -> Tensor:
-        return self.door.s_cross(features)
+        return self.before.s_cross(features)
 
     def n_entering(self, n_visual: int, n_keep: int) -> int:
-        n = self.door.budget(self.enter, n_visual)
+        n = self.before.budget(self.keep_before, n_visual)
         if n < n_keep:
             raise InputError(f"{n} tokens enter the language model, and {n_keep} are to be left inside: swap them")
         return n

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from mipruner.decoding import Decoding, decode, prefill
-from mipruner.door import Prompts
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.models.adapter import Adapter
 from mipruner.prompt import Encoded, Media, Prompt, Short, Smaller, Visual, collate, identity
 from mipruner.pruners import DecoderPruner, ImagePruner, Method, Pruner
 from mipruner.selection import Auto, Selection, grid_within, split_budget
+from mipruner.short_prompt import Prompts
 from mipruner.shortening import Shortening, of_prefill
 from mipruner.timing import Stopwatch
 
@@ -254,10 +254,10 @@ class Pipeline:
         assert isinstance(self.pruner, DecoderPruner)
         for features, n in pairs:
             self.pruner.check(features, n)
-        if self.pruner.door is None:
+        if self.pruner.before is None:
             return every
         entering = split_budget(self.pruner.n_entering(sum(counts), n_keep), counts)
-        return [self.pruner.door(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
+        return [self.pruner.before(features, n) for (features, _), n in zip(pairs, entering, strict=True)]
 
     def enough(self, features: Features, n_max: int) -> int:
         """Budget of one image for keep=auto."""
@@ -282,7 +282,7 @@ class Pipeline:
                 else None
                 for sample, chosen in zip(encoded, selections, strict=True)
             ]
-        if self.pruner.door is not None:
+        if self.pruner.before is not None:
             prompts.encoded, prompts.selections = encoded, selections
         return prompts, selections
 

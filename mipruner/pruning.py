@@ -20,34 +20,31 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from mipruner.arguments import Masks
-from mipruner.caches import Course, course_of, length
-from mipruner.composed import Composed
-from mipruner.door import Prompts, padding
+from mipruner.caches import CacheState, length, state_of
 from mipruner.errors import InputError
 from mipruner.inputs import Inputs, reader_of, saved_tokenizer, see
 from mipruner.intercept import Arguments, Step, intercept
 from mipruner.layer_form import Form
 from mipruner.loss import Asked
 from mipruner.models import FAMILIES
-from mipruner.models.generic import PAGE, GenericAdapter, check, refusal
+from mipruner.models.generic import PAGE, GenericAdapter, check
 from mipruner.pipeline import Pipeline, per_image
 from mipruner.prompt import Encoded
-from mipruner.pruners import PRUNERS, DecoderPruner, ImagePruner, Method, Pruner, make
-from mipruner.selection import Auto, Selection, budget
+from mipruner.pruners import DecoderPruner, Keep, Method, parse_pruner
+from mipruner.selection import Auto, Kept, Selection, budget
+from mipruner.short_prompt import Prompts, padding
 from mipruner.shortening import Shortening
+from mipruner.unwrap import unwrapped
 
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_sizes", "mm_encoder_outputs")
-
-Keep = int | float | Auto
 
 UNSERVED = {
     "prefill_chunk_size": "cuts a prompt before its question is known",
@@ -124,29 +121,6 @@ def attach(model: PreTrainedModel, *args: Any, **options: Any) -> "Pruning":
     return prune(model, *args, **options).attach()
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Kept tokens and token counts of one prompt.
-
-    Attributes
-    ----------
-    question : str
-        T as text; empty without a tokenizer.
-    n_visual, n_kept : list of int
-        Visual tokens of each image before pruning and in the last layer.
-    """
-
-    question: str
-    n_visual: list[int]
-    n_kept: list[int]
-
-    def __str__(self) -> str:
-        counts = [f"{kept} of {n}" for kept, n in zip(self.n_kept, self.n_visual, strict=True)]
-        images = f" in {len(counts)} images" if len(counts) > 1 else ""
-        asked = f" for {self.question!r}" if self.question else ""
-        return f"kept {' + '.join(counts)} image tokens{images}{asked}" if counts else "no image, nothing pruned"
-
-
 class Pruning:
     """A pruner and budget for one model, as a context or attached until detached. It can be used again.
 
@@ -171,13 +145,13 @@ class Pruning:
     ):
         self._stack: ExitStack | None = None
         self._used = True  # until the arguments are known to be good
-        self.model = _unwrapped(model)
+        self.model = unwrapped(model)
         methods = pruner if isinstance(pruner, list | tuple) else [pruner]
         self.keep = keep
         self.name = " then ".join(one if isinstance(one, str) else type(one).__name__ for one in methods)
         for one in keep if isinstance(keep, list | tuple) else [keep]:
             budget(cast(Keep, one), sys.maxsize)
-        method, kept = _pruner(pruner, keep, options)
+        method, kept = parse_pruner(pruner, keep, options)
         family = FAMILIES.get(self.model.config.model_type, GenericAdapter)
         self.adapter = family(self.model, None, None, positions=positions)
         if not self.adapter.reads_inside:
@@ -360,7 +334,7 @@ class Pruning:
         if bound.get("input_ids") is None and not length(cache):
             raise InputError("pruning reads the prompt's input_ids, and this call has inputs_embeds only")
         ids = self._here.ids = bound.get("input_ids")
-        if ids is not None and course_of(cache) is not None and not bool(self.adapter.is_placeholder(ids).any()):
+        if ids is not None and state_of(cache) is not None and not bool(self.adapter.is_placeholder(ids).any()):
             bound = {name: value for name, value in bound.items() if name not in PIXELS}  # of an earlier turn
         self._here.outer = bound
         return (), bound
@@ -369,7 +343,7 @@ class Pruning:
         self._here.ids = self._here.outer = None
         return output
 
-    def _choose(self, kwargs: dict[str, Any], course: Course | None) -> Prompts | None:
+    def _choose(self, kwargs: dict[str, Any], state: CacheState | None) -> Prompts | None:
         """Select the tokens of the prompts with images in a call."""
         ids: Tensor | None = getattr(self._here, "ids", None)
         if not self.adapter.reads_inside and getattr(self._here, "outer", None) is None:
@@ -391,7 +365,7 @@ class Pruning:
             )
         if getattr(mask, "ndim", 2) != 2 and not getattr(cache, "is_compileable", False):
             raise InputError("pruning takes an attention mask [batch, length] that tells the padding")
-        n_before = n_past + (course.removed if course else 0)
+        n_before = n_past + (state.removed if state else 0)
         if given is None:
             given = torch.arange(n_before, n_before + ids.shape[1], device=ids.device)[None]
         columns = padding(mask, n_before + ids.shape[1])
@@ -408,55 +382,3 @@ class Pruning:
 def _names(method: Callable[..., Any]) -> list[str]:
     """Names of the arguments without self."""
     return list(inspect.signature(method).parameters)[1:]
-
-
-def _unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model inside a wrapper."""
-    if isinstance(model, nn.DataParallel):
-        raise InputError("nn.DataParallel copies the model for each call: use DistributedDataParallel, or one process")
-    for _ in range(8):
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-        elif isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and hasattr(model, "module"):
-            model = model.module
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-        raise InputError(
-            f"{type(model).__name__} cannot be pruned: give the transformers model that has generate (of an adapter or "
-            "a pipeline, its .model)"
-        )
-    if model.config.model_type not in FAMILIES and (reason := refusal(model)):
-        raise InputError(
-            f"{model.config.model_type!r} has no adapter, and cannot be pruned without one: {reason}; {PAGE}"
-        )
-    return model
-
-
-def _pruner(
-    pruner: str | Method | Sequence[str | Method], keep: Keep | Sequence[int | float], options: dict[str, Any]
-) -> tuple[Pruner | DecoderPruner, Keep]:
-    """The pruner, and the budget of tokens in the last layer."""
-    if isinstance(pruner, list | tuple):
-        if options:
-            raise InputError(f"{', '.join(options)}: give hyperparameters to each of the methods, as instances")
-        if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
-            raise InputError(f"{len(pruner)} methods need a budget each: keep=[0.5, 0.25]")
-        if len(pruner) != 2:
-            raise InputError(f"{len(pruner)} methods: give one, or one before the language model and one inside it")
-        door, inside = (_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True))
-        return Composed(door=door, inside=inside, enter=keep[0]), keep[1]  # type: ignore[arg-type]
-    if isinstance(pruner, str):
-        return _pruner(make(pruner, **options), keep, {})
-    if isinstance(pruner, ImagePruner):
-        raise InputError(
-            f"{type(pruner).__name__} makes the image smaller before the model's processor, which is out of reach "
-            "here: give the processor a smaller image, or use run.py"
-        )
-    if options:
-        raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
-    if not isinstance(pruner, Pruner | DecoderPruner):
-        raise InputError(f"{pruner!r} is no pruner: give one of {', '.join(PRUNERS)}, or an instance")
-    if not isinstance(keep, int | float | Auto):
-        raise InputError(f"keep={keep!r} are several budgets: one method takes one")
-    return pruner, keep

@@ -69,6 +69,29 @@ class Auto:
         return min(1 + int((curve < self.quality).sum()), len(relevance))
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Kept tokens and token counts of one prompt.
+
+    Attributes
+    ----------
+    question : str
+        T as text; empty without a tokenizer.
+    n_visual, n_kept : list of int
+        Visual tokens of each image before pruning and in the last layer.
+    """
+
+    question: str
+    n_visual: list[int]
+    n_kept: list[int]
+
+    def __str__(self) -> str:
+        counts = [f"{kept} of {n}" for kept, n in zip(self.n_kept, self.n_visual, strict=True)]
+        images = f" in {len(counts)} images" if len(counts) > 1 else ""
+        asked = f" for {self.question!r}" if self.question else ""
+        return f"kept {' + '.join(counts)} image tokens{images}{asked}" if counts else "no image, nothing pruned"
+
+
 def budget(keep: int | float | Auto, n_visual: int) -> int:
     """Number of tokens to keep: an integer is used as it is, a fraction in (0, 1] gives ``round(keep * n_visual)``.
 

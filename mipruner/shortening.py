@@ -5,10 +5,11 @@
     run.per_layer, run.kept
 
 Functions run before and after the language model and each of its layers (`mipruner.intercept`). At each call,
-``choose`` selects the kept tokens. Tokens that a `Pruner` drops are removed before the first layer (`mipruner.door`). A
-`DecoderPruner` drops rows between two layers (`mipruner.stages`). The state of one call belongs to its thread. The
-cache stores which tokens of its prompt were kept (`mipruner.caches`), and the Shortening that serves the following
-calls. So threads, chats and contexts are independent, and a cache whose context has ended is refused.
+``choose`` selects the kept tokens. Tokens that a `Pruner` drops are removed before the first layer
+(`mipruner.short_prompt`). A `DecoderPruner` drops rows between two layers (`mipruner.stages`). The state of one call
+belongs to its thread. The cache stores which tokens of its prompt were kept (`mipruner.caches`), and the Shortening
+that serves the following calls. So threads, chats and contexts are independent, and a cache whose context has ended is
+refused.
 """
 
 import threading
@@ -24,19 +25,19 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from mipruner.arguments import SERVED, Cut, Masks
-from mipruner.caches import Course, course_of, length, mark
-from mipruner.door import Entry, Prompts, enter, follow, left
+from mipruner.caches import CacheState, length, mark, state_of
 from mipruner.errors import InputError
 from mipruner.intercept import Arguments, Step, intercept
 from mipruner.layer_form import Form
 from mipruner.pruners.base import DecoderPruner, Method
+from mipruner.short_prompt import Prompts, ShortInputs, build_inputs, follow, left
 from mipruner.stages import Layers, Prefill
 
 _active: "WeakKeyDictionary[nn.Module, tuple[Shortening, ...]]" = WeakKeyDictionary()
 _own: "ContextVar[tuple[Shortening, ...]]" = ContextVar("mipruner", default=())
 _changing = threading.Lock()
 
-Choose = Callable[[dict[str, Any], Course | None], Prompts | None]
+Choose = Callable[[dict[str, Any], CacheState | None], Prompts | None]
 
 
 @dataclass
@@ -45,9 +46,9 @@ class Served:
 
     Attributes
     ----------
-    old, new : Course or None
+    old, new : CacheState or None
         State of the cache before and after the call.
-    entry : Entry or None
+    short : ShortInputs or None
         The new prompts of the call, if any.
     prefill : Prefill or None
         State of a method that drops rows between layers.
@@ -57,9 +58,9 @@ class Served:
         The remaining columns of the prompts, if some are dropped.
     """
 
-    old: Course | None = None
-    new: Course | None = None
-    entry: Entry | None = None
+    old: CacheState | None = None
+    new: CacheState | None = None
+    short: ShortInputs | None = None
     prefill: Prefill | None = None
     rest: Tensor | None = None
     cut: Cut | None = None
@@ -74,8 +75,8 @@ class Shortening:
     language_model : the text model of a transformers model, ``model.model.language_model``
     pruner : Pruner or DecoderPruner
     choose : callable
-        Takes the keyword arguments of the call and the `Course` of its cache. Returns `Prompts`, or None if the call
-        has no new prompt with images.
+        Takes the keyword arguments of the call and the `CacheState` of its cache. Returns `Prompts`, or None if the
+        call has no new prompt with images.
     repack : bool
         Whether short prompts are renumbered, see `Adapter`.
     own, shared : bool
@@ -175,9 +176,9 @@ class Shortening:
         InputError
             If several contexts could serve it, or its context has ended.
         """
-        course = course_of(cache)
-        server = _server(self.model, course)
-        if course is not None and course.is_staged and server is not course.owner:
+        state = state_of(cache)
+        server = _server(self.model, state)
+        if state is not None and state.is_staged and server is not state.owner:
             raise InputError(
                 "this cache holds a prompt that a method inside the language model pruned in another mipruner.prune "
                 "context, which is over: go on inside it, or start with an empty cache"
@@ -191,7 +192,7 @@ class Shortening:
         self._here.call = self._here.columns = None
         if not self.serves(cache):
             return args, kwargs
-        call = Served(old=course_of(cache))
+        call = Served(old=state_of(cache))
         own = self.masks.given(kwargs) if self.masks else None  # if the model built masks from the caller's mask
         arguments = kwargs if own is None else own
         prompts = self.choose(arguments, call.old)
@@ -215,7 +216,7 @@ class Shortening:
     def _masks(self, kwargs: dict[str, Any], own: dict[str, Any], short: dict[str, Any], call: Served) -> Any:
         """Masks of the short prompt, or of text that follows it."""
         assert self.masks is not None
-        if call.entry is None:
+        if call.short is None:
             return self.masks.make(short, {}, False)
         if call.old is not None:
             raise InputError(
@@ -231,22 +232,22 @@ class Shortening:
         self._here.per_layer, self._here.kept = [], []
         if self.layers is not None:
             self.layers.check(prompts, kwargs)
-        call.entry = entry = enter(prompts, kwargs, call.old, self.repack)
-        changes = entry.changes
+        call.short = short = build_inputs(prompts, kwargs, call.old, self.repack)
+        changes = short.changes
         if changes:
-            call.cut = cut = Cut(entry.columns, prompts.is_visual, self._model_type)
+            call.cut = cut = Cut(short.columns, prompts.is_visual, self._model_type)
             others = {name: x for name, x in kwargs.items() if name not in SERVED and name not in changes}
             changes = changes | {name: cut(name, x) for name, x in others.items()}
         if self.layers is not None:
-            call.prefill, more = self.layers.begin(prompts, entry, kwargs | changes)
+            call.prefill, more = self.layers.begin(prompts, short, kwargs | changes)
             changes = changes | more
             if call.prefill is not None:
                 call.prefill.watch(call.stack)
             else:
-                self._here.per_layer = [[n] * len(self.layers) for n in entry.is_visual.sum(1).tolist()]
-                self._here.kept = list(left(entry.is_visual, entry.columns, prompts.is_visual))
+                self._here.per_layer = [[n] * len(self.layers) for n in short.is_visual.sum(1).tolist()]
+                self._here.kept = list(left(short.is_visual, short.columns, prompts.is_visual))
         if changes or call.prefill is not None:
-            call.new = Course(self, entry.removed, entry.last, [entry.valid], is_open=prompts.is_open)
+            call.new = CacheState(self, short.removed, short.last, [short.valid], is_open=prompts.is_open)
         return changes
 
     def _after_model(self, output: Any) -> Any:
@@ -256,18 +257,18 @@ class Shortening:
         call.stack.close()
         if call.old is not None:
             call.old.serving = False
-        if output is None or call.entry is None:
+        if output is None or call.short is None:
             return output
-        course, prefill = call.new, call.prefill
+        state, prefill = call.new, call.prefill
         if prefill is not None:
             layers = [segment.valid for segment in prefill.segments]
-            course = replace(course, layers=layers, renumbered=prefill.renumbers)
+            state = replace(state, layers=layers, renumbered=prefill.renumbers)
             self._here.per_layer, self._here.kept = prefill.per_layer, list(prefill.kept)
         cache = getattr(output, "past_key_values", None)
-        if course is not None:
-            self._here.columns = prefill.segments[-1].columns if prefill is not None else call.entry.columns
+        if state is not None:
+            self._here.columns = prefill.segments[-1].columns if prefill is not None else call.short.columns
             if cache is not None:
-                mark(cache, course)
+                mark(cache, state)
         return output
 
     # Of one layer
@@ -277,7 +278,7 @@ class Shortening:
         if call is None or (call.prefill is None and (call.old is None or not call.old.is_staged)):
             return args, kwargs
         if call.prefill is not None and call.prefill.layers.form is not None:
-            call.prefill.layers.form.check_call(k, args, kwargs, call.prefill.entry.valid, call.prefill.seen)
+            call.prefill.layers.form.check_call(k, args, kwargs, call.prefill.short.valid, call.prefill.seen)
         hidden = args[0]
         if call.prefill is not None:
             hidden, changes = call.prefill.before_layer(k, hidden, kwargs)
@@ -293,11 +294,11 @@ class Shortening:
         return call.prefill.after_layer(k, output)
 
 
-def _server(language_model: nn.Module, course: Course | None) -> Shortening | None:
+def _server(language_model: nn.Module, state: CacheState | None) -> Shortening | None:
     """The open context that serves a call of this thread on a language model."""
     active = _active.get(language_model, ())
-    if course is not None and isinstance(course.owner, Shortening) and course.owner in active:
-        return course.owner
+    if state is not None and isinstance(state.owner, Shortening) and state.owner in active:
+        return state.owner
     own = [shortening for shortening in _own.get() if shortening in active]
     if own:
         return own[-1]
@@ -337,4 +338,4 @@ def shorten(
 
 def of_prefill(prompts: Prompts) -> Choose:
     """Callback for `Shortening` if the first call brings ``prompts`` and later calls only continue."""
-    return lambda kwargs, course: None if length(kwargs.get("past_key_values")) else prompts
+    return lambda kwargs, state: None if length(kwargs.get("past_key_values")) else prompts

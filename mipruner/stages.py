@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mipruner.caches import Course, is_dynamic, length
-from mipruner.door import Entry, Prompts, left
+from mipruner.caches import CacheState, is_dynamic, length
 from mipruner.errors import InputError
 from mipruner.intercept import Call, captured
 from mipruner.layer_form import Form, Rotate, Seen, attention, halves
 from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
+from mipruner.short_prompt import Prompts, ShortInputs, left
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
@@ -109,11 +109,13 @@ class Layers:
         if shape != prompts.is_visual.shape:
             raise InputError(f"is_visual {tuple(prompts.is_visual.shape)} is not of this prompt {tuple(shape)}")
 
-    def begin(self, prompts: Prompts, entry: Entry, kwargs: dict[str, Any]) -> tuple["Prefill | None", dict[str, Any]]:
+    def begin(
+        self, prompts: Prompts, short: ShortInputs, kwargs: dict[str, Any]
+    ) -> tuple["Prefill | None", dict[str, Any]]:
         """Start the prefill of prompts that lose rows inside the decoder. Also returns changed arguments. None if no
         prompt does.
         """
-        counts = entry.is_visual.sum(1).tolist()
+        counts = short.is_visual.sum(1).tolist()
         stages = self.stages(list(zip(counts, prompts.budgets, strict=True)))
         if not stages:
             return None, {}
@@ -121,7 +123,7 @@ class Layers:
         renumbers = self.pruner.renumbers and not (position_ids is not None and position_ids.ndim == 3)
         if self.form is not None:
             self.form.check_arguments(kwargs, sum(counts))
-        prefill = Prefill(self, prompts, entry, kwargs["inputs_embeds"], stages, counts, renumbers)
+        prefill = Prefill(self, prompts, short, kwargs["inputs_embeds"], stages, counts, renumbers)
         return prefill, prefill.take_deepstack(kwargs)
 
     def mask(self, valid: Tensor, hidden: Tensor, n_past: int) -> Tensor | None:
@@ -145,21 +147,21 @@ class Layers:
         return torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
 
     def follow(
-        self, k: int, hidden: Tensor, kwargs: dict[str, Any], course: Course, rest: Tensor | None
+        self, k: int, hidden: Tensor, kwargs: dict[str, Any], state: CacheState, rest: Tensor | None
     ) -> dict[str, Any]:
         """Arguments of layer k for text after the prompts, if its cache has fewer columns than the first layer's."""
-        valid = course.layers[k]
-        if valid is course.layers[0]:
+        valid = state.layers[k]
+        if valid is state.layers[0]:
             return {}
         if not hasattr(self.layers[k], "self_attn"):
             return {"attention_mask": None}
         n_past, n_query = kwargs["past_key_values"].get_seq_length(k), hidden.shape[1]
-        if rest is None and n_query == 1 and course.full[k]:
+        if rest is None and n_query == 1 and state.full[k]:
             changes: dict[str, Any] = {"attention_mask": None}
         else:
             rest = valid.new_ones(len(valid), n_past - valid.shape[1] + n_query) if rest is None else rest
             changes = {"attention_mask": self.mask(torch.cat([valid, rest.to(valid.device)], 1), hidden, n_past)}
-        if course.renumbered:
+        if state.renumbered:
             ahead = n_past - valid.shape[1] + torch.arange(n_query, device=valid.device)
             position_ids = (valid.sum(1, keepdim=True) + ahead).to(hidden.device)
             cos_sin = self.model.rotary_emb(hidden, position_ids)
@@ -173,7 +175,7 @@ class Prefill:
 
     layers: Layers
     prompts: Prompts
-    entry: Entry
+    short: ShortInputs
     embeds: Tensor
     stages: set[int]
     counts: list[int]
@@ -248,15 +250,15 @@ class Prefill:
         return left(segment.visual, segment.columns, self.prompts.is_visual)
 
     def first_segment(self, kwargs: dict[str, Any]) -> Segment:
-        valid, position_ids = self.entry.valid, kwargs.get("position_ids")
+        valid, position_ids = self.short.valid, kwargs.get("position_ids")
         cos, sin = (x.expand(*valid.shape, -1) for x in kwargs["position_embeddings"])
         if self.layers.form is not None and self.renumbers:
             places = torch.arange(valid.shape[1], device=cos.device)[None] if position_ids is None else position_ids
             self.layers.form.check_rotary(self.embeds, places, cos, sin)
         return Segment(
             valid=valid,
-            visual=self.entry.is_visual & valid,
-            columns=self.entry.columns,
+            visual=self.short.is_visual & valid,
+            columns=self.short.columns,
             cos=cos,
             sin=sin,
             position_ids=None if position_ids is None else _columns_first(position_ids, valid),
@@ -295,7 +297,7 @@ class Prefill:
 
     def view(self, k: int, b: int, hidden: Tensor, segment: Segment) -> DecoderView:
         """Prompt b at the input of layer k, without its padding."""
-        rows, entered = segment.valid[b], self.entry.valid[b]
+        rows, entered = segment.valid[b], self.short.valid[b]
         cos, sin = segment.cos[b, rows][:, None], segment.sin[b, rows][:, None]
         attn = self.layers.layers[k - 1].self_attn
         form, projected = self.layers.form, self.calls[k][:2]
@@ -317,7 +319,7 @@ class Prefill:
             keys=keys,
             norm=self.layers.model.norm,
             prompt=self.embeds[b, entered].to(hidden.device),
-            prompt_visual=self.entry.is_visual[b, entered].to(hidden.device),
+            prompt_visual=self.short.is_visual[b, entered].to(hidden.device),
             encoder_attention=None if self.prompts.attention is None else self.prompts.attention[b],
             memory=self.memory[b],
         )

@@ -122,9 +122,9 @@ def run(kind, model, inputs, px, name):
     assert name != "fastv" or pruning.per_layer[0][-1] < n_visual
     keep = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     if name == "mi_fastv":
-        with mipruner.prune(model, "mi", 0.6, positions="keep") as door:
+        with mipruner.prune(model, "mi", 0.6, positions="keep") as run:
             model(**call, use_cache=False)
-        keep = kept_of(model, inputs, door)
+        keep = kept_of(model, inputs, run)
     else:
         by_weights = check_view(kind, model, call, script)
         if name == "fastv":

@@ -782,7 +782,7 @@ def test_on_the_demo(demo, name):
     """Half of the tokens are enough to answer, in one padded batch; no hook stays behind."""
     adapter, benchmark, samples, prompts = demo
     before = n_hooks(adapter.model)
-    pruner = PRUNERS[name](**({"enter": 0.75} if name == "mi_fastv" else {}))
+    pruner = PRUNERS[name](**({"keep_before": 0.75} if name == "mi_fastv" else {}))
     if isinstance(pruner, ImagePruner) and not adapter.any_size:
         with pytest.raises(InputError, match="scales every image to sizes of its own"):
             Pipeline(adapter, pruner, 0.5)

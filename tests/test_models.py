@@ -153,7 +153,7 @@ def test_keeping_everything_in_bfloat16(family):
 def test_answers_of_a_batch(family, name):
     """The pipeline as a user calls it: each prompt answered, its budget met, rows that are never pruned on top."""
     adapter, prompts = tiny(family), prompts_of(family)
-    pruner = PRUNERS[name](**({"enter": 0.5} if name == "mi_fastv" else {}))
+    pruner = PRUNERS[name](**({"keep_before": 0.5} if name == "mi_fastv" else {}))
     if isinstance(pruner, ImagePruner):
         pytest.skip("makes images smaller, see test_smaller")
     fixed = [sample.n_fixed for sample in encode(adapter, prompts)]

@@ -825,7 +825,7 @@ def twice(case):
 @way("two methods, one before the decoder and one inside it")
 def two(case):
     names = ["vispruner", case.name] if case.inside else [case.name, "fastv"]
-    pruner = mipruner.pruning.Composed(door=PRUNERS[names[0]](), inside=PRUNERS[names[1]](), enter=0.5)
+    pruner = mipruner.composed.Composed(before=PRUNERS[names[0]](), inside=PRUNERS[names[1]](), keep_before=0.5)
     expected = [a.tokens for a in Pipeline(case.adapter, pruner, KEEP, Decoding(max_new_tokens=N))(one(case))]
     with mipruner.prune(case.model, names, [0.5, KEEP], tokenizer=case.adapter.tokenizer):
         found = case.generate(one(case), min_new_tokens=0)

@@ -330,7 +330,7 @@ def test_one_method_at_the_door_and_one_inside(family, inside):
             assert generated(adapter.model, inputs) == expected
         assert sum(pruning.last[0].n_kept) <= n_keep and str(pruning).startswith(f"mi then {inside}, keep=[0.6, 0.3]")
     if inside == "fastv":
-        both = make("mi_fastv", enter=0.6, door={"name": "mi"}, inside={"name": "fastv", "layer": 2})
+        both = make("mi_fastv", keep_before=0.6, before={"name": "mi"}, inside={"name": "fastv", "layer": 2})
         (answer,) = Pipeline(adapter, both, 0.3, Decoding(max_new_tokens=N))(prompts)
         assert [answer.tokens] == expected and indices([answer.selections]) == indices(pruning.selections)
         assert answer.visual_tokens_per_layer[1:3] == [mipruner.budget(0.6, sample.n_visual), n_keep]

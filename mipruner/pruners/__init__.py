@@ -5,7 +5,7 @@ name of its file or entry point.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
@@ -15,8 +15,12 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
+from mipruner.composed import Composed
 from mipruner.errors import InputError
 from mipruner.pruners.base import DecoderPruner, ImagePruner, Method, Pruner, ScorePruner
+from mipruner.selection import Auto
+
+Keep = int | float | Auto
 
 OWN = ("random", "similarity", "attention", "mi_attention", "mi")
 """The paper's own pruners and baselines, in the order of its tables. They come after the published ones."""
@@ -99,6 +103,41 @@ def make(name: str, **options: Any) -> Method:
         return PRUNERS[name](**{key: make(**x) if isinstance(x, dict) else x for key, x in options.items()})
     except TypeError as error:
         raise InputError(f"{name}: {str(error).split('() ')[-1]}") from error
+
+
+def parse_pruner(
+    pruner: str | Method | Sequence[str | Method], keep: Keep | Sequence[int | float], options: dict[str, Any]
+) -> tuple[Pruner | DecoderPruner, Keep]:
+    """The pruner that the arguments of `mipruner.prune` name, and the budget of tokens in the last layer.
+
+    Raises
+    ------
+    InputError
+        If a pruner, an option or a budget is invalid, or two methods do not go together.
+    """
+    if isinstance(pruner, list | tuple):
+        if options:
+            raise InputError(f"{', '.join(options)}: give hyperparameters to each of the methods, as instances")
+        if not isinstance(keep, list | tuple) or len(keep) != len(pruner):
+            raise InputError(f"{len(pruner)} methods need a budget each: keep=[0.5, 0.25]")
+        if len(pruner) != 2:
+            raise InputError(f"{len(pruner)} methods: give one, or one before the language model and one inside it")
+        before, inside = (parse_pruner(one, n, {})[0] for one, n in zip(pruner, keep, strict=True))
+        return Composed(before=before, inside=inside, keep_before=keep[0]), keep[1]  # type: ignore[arg-type]
+    if isinstance(pruner, str):
+        return parse_pruner(make(pruner, **options), keep, {})
+    if isinstance(pruner, ImagePruner):
+        raise InputError(
+            f"{type(pruner).__name__} makes the image smaller before the model's processor, which is out of reach "
+            "here: give the processor a smaller image, or use run.py"
+        )
+    if options:
+        raise InputError(f"{', '.join(options)}: hyperparameters belong to the pruner that was given")
+    if not isinstance(pruner, Pruner | DecoderPruner):
+        raise InputError(f"{pruner!r} is no pruner: give one of {', '.join(PRUNERS)}, or an instance")
+    if not isinstance(keep, int | float | Auto):
+        raise InputError(f"keep={keep!r} are several budgets: one method takes one")
+    return pruner, keep
 
 
 def __getattr__(name: str) -> type[Method]:

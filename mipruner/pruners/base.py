@@ -242,7 +242,7 @@ class DecoderPruner(Method, ABC):
 
     budget_match: Literal["nominal", "layer_mean"] = "nominal"
 
-    door: ClassVar[Pruner | None] = None
+    before: ClassVar[Pruner | None] = None
     """A method that selects tokens before the language model, in addition to this one."""
 
     renumbers: ClassVar[bool] = False

@@ -11,9 +11,9 @@ class MIFastVPruner(Composed):
 
     Parameters
     ----------
-    door : MIPruner
+    before : MIPruner
     inside : FastVPruner
-    enter : int or float
+    keep_before : int or float
         Budget of MI-Pruner, see `budget`; at least the budget inside.
     """
 
@@ -21,9 +21,9 @@ class MIFastVPruner(Composed):
     reads = "question, decoder attention"
     cost = "N² d + E N for E that enter, 2 of L layers at E tokens"
 
-    door: MIPruner = field(default_factory=MIPruner)  # type: ignore[misc]
+    before: MIPruner = field(default_factory=MIPruner)  # type: ignore[misc]
     inside: FastVPruner = field(default_factory=FastVPruner)
-    enter: int | float = 0.25
+    keep_before: int | float = 0.25
 
     def n_entering(self, n_visual: int, n_keep: int) -> int:
         return max(n_keep, super().n_entering(n_visual, 1))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mipruner.caches import Course, length
+from mipruner.caches import CacheState, length
 from mipruner.errors import InputError
 from mipruner.prompt import Batch, Encoded, Short, collate, cut
 from mipruner.selection import Selection
@@ -40,7 +40,7 @@ class Prompts:
 
 
 @dataclass
-class Entry:
+class ShortInputs:
     """Short prompts at the input of the first layer.
 
     Attributes
@@ -66,44 +66,44 @@ class Entry:
     last: Tensor
 
 
-def enter(prompts: Prompts, kwargs: dict[str, Any], course: Course | None, repack: bool) -> Entry:
+def build_inputs(prompts: Prompts, kwargs: dict[str, Any], state: CacheState | None, repack: bool) -> ShortInputs:
     """Build the language model's arguments for the short prompts, after the columns that the cache already holds."""
     shape, n_past = prompts.is_visual.shape, length(kwargs.get("past_key_values"))
-    mask = padding(kwargs.get("attention_mask"), n_past + (course.removed if course else 0) + shape[1])
+    mask = padding(kwargs.get("attention_mask"), n_past + (state.removed if state else 0) + shape[1])
     shorts = [cut(*pair, repack=repack) for pair in zip(prompts.encoded, prompts.selections, strict=True)]
-    if course is None and not _differ(shorts, prompts):
+    if state is None and not _differ(shorts, prompts):
         return _whole(prompts, kwargs, mask, n_past)
     real = torch.ones_like(prompts.is_visual) if mask is None else mask[:, -shape[1] :]
     batch = collate(shorts)
-    position_ids = _positions(batch, prompts.encoded, course, mask, n_past, repack)
+    position_ids = _positions(batch, prompts.encoded, state, mask, n_past, repack)
     new = torch.ones_like(batch.is_visual) if batch.attention_mask is None else batch.attention_mask.bool()
-    past = _past(course, mask, n_past, shape[1], new)
+    past = _past(state, mask, n_past, shape[1], new)
     valid = new if past is None else torch.cat([past, new], 1)
     # Without a cache, only a mask distinguishes gaps between positions from several prompts in one row.
     plain = kwargs.get("past_key_values") is not None and bool(valid.all()) and not _is_given(kwargs)
-    return Entry(
+    return ShortInputs(
         changes=batch.language_model_inputs()
         | {"position_ids": position_ids, "attention_mask": None if plain else valid.long()},
         valid=valid,
         columns=_columns(real, [short.index for short in shorts], new),
         is_visual=batch.is_visual,
-        removed=(course.removed if course else 0) + shape[1] - new.shape[1],
+        removed=(state.removed if state else 0) + shape[1] - new.shape[1],
         last=_last(position_ids, new),
     )
 
 
-def follow(kwargs: dict[str, Any], course: Course) -> tuple[dict[str, Any], Tensor | None]:
+def follow(kwargs: dict[str, Any], state: CacheState) -> tuple[dict[str, Any], Tensor | None]:
     """Positions and mask of text that follows a short prompt, and which of its columns are not padding."""
     embeds = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     n_past, n_new = length(kwargs["past_key_values"]), embeds.shape[1]
-    if course.is_open and n_new > 1 and n_past == course.valid.shape[1]:
+    if state.is_open and n_new > 1 and n_past == state.valid.shape[1]:
         raise InputError("this prompt was pruned before its question had ended: give the prompt in one piece")
-    rest = _rest(course, kwargs.get("attention_mask"), n_past, n_new)
-    position_ids = _ahead(course, rest, n_past, n_new)
+    rest = _rest(state, kwargs.get("attention_mask"), n_past, n_new)
+    position_ids = _ahead(state, rest, n_past, n_new)
     mask = None
-    if rest is not None or course.padded:
-        behind = course.valid.new_ones(len(course.valid), n_past - course.valid.shape[1] + n_new)
-        mask = torch.cat([course.valid, behind if rest is None else rest], 1).long()
+    if rest is not None or state.padded:
+        behind = state.valid.new_ones(len(state.valid), n_past - state.valid.shape[1] + n_new)
+        mask = torch.cat([state.valid, behind if rest is None else rest], 1).long()
     return {"attention_mask": mask, "position_ids": position_ids[0] if len(position_ids) == 1 else position_ids}, rest
 
 
@@ -146,7 +146,7 @@ def _is_given(kwargs: dict[str, Any]) -> bool:
     return getattr(kwargs.get("attention_mask"), "ndim", 0) == 2
 
 
-def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past: int) -> Entry:
+def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past: int) -> ShortInputs:
     """Short prompts with all tokens."""
     batch, n = prompts.is_visual.shape
     valid = prompts.is_visual.new_ones(batch, n_past + n) if mask is None else mask.expand(batch, -1)
@@ -154,50 +154,50 @@ def _whole(prompts: Prompts, kwargs: dict[str, Any], mask: Tensor | None, n_past
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
         position_ids = place + n_past
-    return Entry({}, valid, torch.where(new, place, -1), prompts.is_visual & new, 0, _last(position_ids, new))
+    return ShortInputs({}, valid, torch.where(new, place, -1), prompts.is_visual & new, 0, _last(position_ids, new))
 
 
 def _positions(
-    batch: Batch, encoded: Sequence[Encoded], course: Course | None, mask: Tensor | None, n_past: int, repack: bool
+    batch: Batch, encoded: Sequence[Encoded], state: CacheState | None, mask: Tensor | None, n_past: int, repack: bool
 ) -> Tensor:
     """Positions [B, n] or [P, B, n] of short prompts: the original ones, or renumbered after those in the cache."""
     if not repack:
         return batch.position_ids
-    if course is None:
+    if state is None:
         starts = torch.stack([sample.position_ids[0, 0] for sample in encoded])
     else:
-        n_since = n_past - course.valid.shape[1]
-        rest = None if mask is None else mask[:, course.valid.shape[1] + course.removed :]
-        starts = course.last[0] + 1 + (n_since if rest is None else rest[:, :n_since].sum(1))
+        n_since = n_past - state.valid.shape[1]
+        rest = None if mask is None else mask[:, state.valid.shape[1] + state.removed :]
+        starts = state.last[0] + 1 + (n_since if rest is None else rest[:, :n_since].sum(1))
     return batch.position_ids + starts[:, None]
 
 
-def _past(course: Course | None, mask: Tensor | None, n_past: int, n_new: int, like: Tensor) -> Tensor | None:
+def _past(state: CacheState | None, mask: Tensor | None, n_past: int, n_new: int, like: Tensor) -> Tensor | None:
     """Which columns [B, n_past] of the cache are valid."""
     if not n_past:
         return None
-    if course is None:
+    if state is None:
         return like.new_ones(len(like), n_past) if mask is None else mask[:, :n_past]
-    n_since = n_past - course.valid.shape[1]
+    n_since = n_past - state.valid.shape[1]
     since = like.new_ones(len(like), n_since) if mask is None else mask[:, -n_new - n_since : -n_new]
-    return torch.cat([course.valid, since], 1)
+    return torch.cat([state.valid, since], 1)
 
 
-def _rest(course: Course, mask: Tensor | dict[str, Tensor] | None, n_past: int, n_new: int) -> Tensor | None:
+def _rest(state: CacheState, mask: Tensor | dict[str, Tensor] | None, n_past: int, n_new: int) -> Tensor | None:
     """Which columns [B, k] after the prompts are valid, from the caller's mask."""
     if getattr(mask, "ndim", 0) != 2:  # none, or one for a static cache, which is computed again
         return None
-    rest = padding(mask, n_past + course.removed + n_new)
+    rest = padding(mask, n_past + state.removed + n_new)
     assert rest is not None
-    return rest[:, course.valid.shape[1] + course.removed :]
+    return rest[:, state.valid.shape[1] + state.removed :]
 
 
-def _ahead(course: Course, rest: Tensor | None, n_past: int, n_new: int) -> Tensor:
+def _ahead(state: CacheState, rest: Tensor | None, n_past: int, n_new: int) -> Tensor:
     """Positions [P, B, n_new] of the text that follows."""
     if rest is None:
-        n_since = n_past - course.valid.shape[1]
-        return course.last[..., None] + 1 + n_since + torch.arange(n_new, device=course.last.device)
-    return course.last[..., None] + rest.cumsum(1)[:, -n_new:].to(course.last)
+        n_since = n_past - state.valid.shape[1]
+        return state.last[..., None] + 1 + n_since + torch.arange(n_new, device=state.last.device)
+    return state.last[..., None] + rest.cumsum(1)[:, -n_new:].to(state.last)
 
 
 def _columns(real: Tensor, indices: Sequence[Tensor | None], new: Tensor) -> Tensor:
