@@ -126,7 +126,7 @@ def serve(
     if setting is not None:
         words += ["--hf-overrides", json.dumps({"mipruner": setting})]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
-    variables = ENVIRONMENT | environment | os.environ
+    variables = {**ENVIRONMENT, **environment, **os.environ}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
     try:
