@@ -52,7 +52,7 @@ DEMO_ABLATIONS = demo_fig6b demo_table5 demo_table6 demo_fig6a demo_table2 demo_
 
 reproduce-demo: demo
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 demo-methods demo-ablations
-	for n in 3 9; do $(BIN)/python run.py experiment=demo_table$$n || exit 1; done
+	for n in 3 9; do OMP_NUM_THREADS=1 $(BIN)/python run.py experiment=demo_table$$n || exit 1; done
 	$(BIN)/python -m analysis.tables --table demo_table3 demo_table9 $(DEMO_METHODS) $(DEMO_ABLATIONS)
 	$(BIN)/python -m analysis.figures
 	$(BIN)/python run.py task=heat 'cell=results/demo_llava/demo/mi/keep=16-*' out=docs/results/demo_heat.jpg
