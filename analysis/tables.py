@@ -25,8 +25,8 @@ from experiments.tabular import NEWLINE, TEX, Cell, Span, Table
 RANKED = {1: "bold", 2: "underline"}
 AGAINST = (
     "Against MI-Pruner: the difference in correct answers at the same budget, in points, paired question by question"
-    " over all datasets of the row; ± is its standard error, clustered by image. If MI-Pruner has several rows, it is the"
-    " first of them."
+    " over all datasets of the row; ± is its standard error, clustered by image. If MI-Pruner has several rows,"
+    " the first of them counts."
 )
 
 

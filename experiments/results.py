@@ -135,7 +135,8 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' * (n > 1)} of {platform.processor() or platform.machine()}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
