@@ -29,6 +29,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_TILES = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 """Whether oneDNN multiplies bfloat16 into float32 faster than float32. Without AMX it ignores the setting."""
 
+ON_ZEN = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() and not HAS_TILES
+"""Whether oneDNN's float32 product is faster than MKL's, which torch takes: on AMD Zen 4 and 5, told by their flags."""
+
 LEAF = 64
 """Number of tokens up to which all products are computed. More tokens are split into halves, recursively."""
 
@@ -102,8 +105,10 @@ def mi_picks(
         return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
     # Stored only if it is no larger than the tokens in float32.
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
-    rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau))
-    relevance = _relevance(with_text(visual, text, tau).log_softmax(-1)) if relevance is None else relevance
+    norm = once(held, "norm", lambda: row_norm(visual))
+    rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau, norm))
+    if relevance is None:
+        relevance = _relevance(with_text(visual, text, tau, norm).log_softmax(-1))
     found = _picks(rho, lse, relevance, n_keep, lam, [] if given is None else given.tolist())
     return torch.tensor(found, dtype=torch.long)
 
@@ -154,7 +159,7 @@ def log_partition(
         rows, products = vocabulary[start:stop], rho[:, : stop - start]
         wide = rows if rows.dtype == torch.float32 else room[: len(rows)].copy_(rows)
         with _fastest(visual.dtype, vocabulary.dtype):
-            torch.mm(tokens, wide.T, out=products)
+            _multiply(tokens, wide, products)
         # By rows, here and below: other reductions may round equal tokens differently.
         parts.append(products.div_(norm[start:stop]).mul_(own[:, None]).logsumexp(-1))
     return torch.stack(parts, 1).logsumexp(-1, keepdim=True) + scale
@@ -174,7 +179,7 @@ def pieces(n: int, size: int) -> list[tuple[int, int]]:
     return list(pairwise([*range(0, max(0, n - size) + 1, size), n]))
 
 
-def similarities(visual: Tensor, tau: float) -> Tensor:
+def similarities(visual: Tensor, tau: float, norm: Tensor | None = None) -> Tensor:
     """rho of eq. 15, [n_visual, n_visual], for one sample on a CPU.
 
     The norms are applied to the products, so the tokens are not copied.
@@ -187,29 +192,30 @@ def similarities(visual: Tensor, tau: float) -> Tensor:
             rows = visual[start:stop].float()
             _products(rows, rho[start:stop, start:stop])
             for left, right in tiles[k + 1 :]:
-                torch.mm(rows, visual[left:right].float().T, out=rho[start:stop, left:right])
+                _multiply(rows, visual[left:right].float(), rho[start:stop, left:right])
                 rho[left:right, start:stop] = rho[start:stop, left:right].T
-    scale = row_norm(visual).mul_(math.sqrt(tau)).reciprocal_()
+    scale = ((row_norm(visual) if norm is None else norm) * math.sqrt(tau)).reciprocal_()
     for rows, one in zip(rho.split(ROWS), scale.split(ROWS), strict=True):
         rows.mul_(torch.outer(one, scale))
     return rho
 
 
-def _among_themselves(visual: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def _among_themselves(visual: Tensor, tau: float, norm: Tensor) -> tuple[Tensor, Tensor]:
     """`similarities` and the log-sum-exp of its rows."""
-    rho = similarities(visual, tau)
+    rho = similarities(visual, tau, norm)
     return rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
 
 
-def with_text(visual: Tensor, text: Tensor, tau: float) -> Tensor:
+def with_text(visual: Tensor, text: Tensor, tau: float, norm: Tensor | None = None) -> Tensor:
     """rho of eq. 15, [n_visual, n_text], for one sample on a CPU."""
     # Products of a few rows use another kernel, which may round equal tokens differently and break ties.
     words = pad(text.float(), (0, 0, 0, max(0, 16 - len(text))))
     rho = torch.empty(len(words), len(visual))
     with _fastest(visual.dtype, text.dtype):
         for start, stop in pieces(len(visual), FEW):
-            torch.mm(words, visual[start:stop].float().T, out=rho[:, start:stop])
-    return rho[: len(text)].div_(row_norm(visual)).div_(tau * row_norm(text)[:, None]).T
+            _multiply(words, visual[start:stop].float(), rho[:, start:stop])
+    norm = row_norm(visual) if norm is None else norm
+    return rho[: len(text)].div_(norm).div_(tau * row_norm(text)[:, None]).T
 
 
 @contextmanager
@@ -232,14 +238,22 @@ def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def _multiply(rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    """Float32 product [n, m] of rows [n, d] and columns [m, d], written to ``out``."""
+    if ON_ZEN:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], ""))
+    else:
+        torch.mm(rows, columns.T, out=out)
+
+
 def _products(tokens: Tensor, out: Tensor) -> None:
     """Products of the tokens [n, d] with each other, written to out [n, n]; one half is mirrored."""
     n = len(tokens)
     if n < 2 * LEAF:
-        torch.mm(tokens, tokens.T, out=out)
+        _multiply(tokens, tokens, out)
         return
     half = n // 2
-    torch.mm(tokens[:half], tokens[half:].T, out=out[:half, half:])
+    _multiply(tokens[:half], tokens[half:], out[:half, half:])
     out[half:, :half] = out[:half, half:].T
     _products(tokens[:half], out[:half, :half])
     _products(tokens[half:], out[half:, half:])

@@ -81,7 +81,9 @@ def test_exactly_the_plain_picks_at_the_sizes_that_are_used(seed):
     assert torch.equal(picks, reference(visual, text, 64, 0.5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "zen"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -94,8 +96,9 @@ def test_exactly_the_plain_picks_at_the_sizes_that_are_used(seed):
         (129, 20, 1024),
     ],
 )
-def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, monkeypatch):
-    monkeypatch.setattr(fused, "HAS_TILES", dtype == torch.bfloat16)
+def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, zen, monkeypatch):
+    monkeypatch.setattr(fused, "HAS_TILES", dtype == torch.bfloat16 and not zen)
+    monkeypatch.setattr(fused, "ON_ZEN", zen)
     monkeypatch.setattr(fused, "TILE", 1000)
     distinct = shape[0] // 3
     visual, text = tokens(*shape, distinct=distinct, dtype=dtype)
@@ -115,10 +118,11 @@ def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, monkey
         assert_same_picks(order, visual, text, 0.5)
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_bfloat16_tokens_are_multiplied_exactly(tiles, monkeypatch):
+@pytest.mark.parametrize("way", ["HAS_TILES", "ON_ZEN", None])
+def test_bfloat16_tokens_are_multiplied_exactly(way, monkeypatch):
     """Only sums round: unit tokens in bfloat16 would be wrong by 1e-3."""
-    monkeypatch.setattr(fused, "HAS_TILES", tiles)
+    for flag in ("HAS_TILES", "ON_ZEN"):
+        monkeypatch.setattr(fused, flag, flag == way)
     visual, text = tokens(576, 12, 1024, dtype=torch.bfloat16)
     unit, unit_text = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (visual, text))
     rho, rho_text = similarities(visual, 1.0), with_text(visual, text, 1.0)
@@ -131,6 +135,7 @@ def test_bfloat16_tokens_are_multiplied_exactly(tiles, monkeypatch):
 def test_the_precision_of_other_products_is_as_it_was(monkeypatch):
     """The setting is the process's: given back whatever happens, and never taken beside another thread."""
     monkeypatch.setattr(fused, "HAS_TILES", True)
+    monkeypatch.setattr(fused, "ON_ZEN", False)
     settings = torch.backends.mkldnn.matmul
     seen = []
     monkeypatch.setattr(fused.torch, "mm", lambda *_, **__: seen.append(settings.fp32_precision) or 1 / 0)
@@ -154,8 +159,10 @@ def test_the_precision_of_other_products_is_as_it_was(monkeypatch):
     beside.join()
 
 
-def test_16_bit_tokens_are_never_all_in_float32():
+def test_16_bit_tokens_are_never_all_in_float32(monkeypatch):
     """Beside rho there is never a second matrix of its size, nor a float32 copy of tokens that come in 16 bits."""
+    monkeypatch.setattr(fused, "TILE", 256)
+    monkeypatch.setattr(fused, "ROWS", 64)
     largest = [0]
 
     class Largest(TorchDispatchMode):
@@ -172,7 +179,7 @@ def test_16_bit_tokens_are_never_all_in_float32():
         mi_picks(visual, text, 3, 0.5)
     rho, *others = sorted(set(largest), reverse=True)
     assert rho == 4 * 4500**2
-    assert others[0] <= max(2 * fused.TILE * 256 * 4, fused.ROWS * 4500 * 4)
+    assert others[0] <= max(8 * fused.TILE**2, 2 * fused.TILE * 256 * 4, fused.ROWS * 4500 * 4) < 4500 * 256 * 4
 
 
 def test_tokens_all_equal_are_picked_in_order():
