@@ -20,6 +20,7 @@ from analysis.command import arguments
 from analysis.compare import METHODS, budget_name
 from analysis.pages import replace
 from experiments import conf
+from experiments.demo.reading import FORMS
 from experiments.tabular import Span, Table
 
 PAGE = Path(__file__).parent.parent / "docs" / "extensions.md"
@@ -194,17 +195,51 @@ def cover(cells: pd.DataFrame) -> str:
     )
 
 
+def candidates(cells: pd.DataFrame) -> str:
+    """Accuracy of each form of question with all tokens, from the runs that asked all forms."""
+    found = {}
+    for cell in cells[(cells.dataset == "demo_reading") & (cells.method == "none")].itertuples():
+        if set(FORMS) <= set(cell.metrics):
+            found[cell.model] = cell
+    if len(found) < len(DEMOS):
+        return ""
+    header = ["form", *(f"{conf.title('model', model)}, {found[model].n_samples} questions" for model in DEMOS)]
+    rows = [
+        [form, *(f"{c.metrics[form]:.1f} ± {c.standard_errors[form]:.1f}" for c in (found[m] for m in DEMOS))]
+        for form in FORMS
+    ]
+    return markdown(header, rows)
+
+
 def task_of(folder: Path) -> pd.Series:
     """The type of each question of a cell, by id."""
     rows = map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
     return pd.Series({row["id"]: row["task"] for row in rows})
 
 
+BLOCKS = {
+    "support": support,
+    "sample": sample,
+    "prior": prior,
+    "auto": automatic,
+    "cover": cover,
+    "candidates": candidates,
+}
+"""What writes each block of the page, by its name there."""
+
+
 def main() -> None:
     parser = arguments(__doc__, reads_results=True)
     cells = load.cells(parser.parse_args().results)
     text = PAGE.read_text(encoding="utf-8")
-    parts = {"support": support, "sample": sample, "prior": prior, "auto": automatic, "cover": cover}
+    parts = {
+        "support": support,
+        "sample": sample,
+        "prior": prior,
+        "auto": automatic,
+        "cover": cover,
+        "candidates": candidates,
+    }
     for name, table in parts.items():
         if part := table(cells):
             text = replace(text, name, part)

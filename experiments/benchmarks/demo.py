@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample
-from experiments.demo.questions import TASKS, make_questions
+from experiments.demo.questions import TASKS, Question, make_questions
 from experiments.demo.scenes import DENSITIES, FULL_CANVAS, Scene, make_scene, render, scene_generators
 from experiments.metrics import (
     POPERow,
@@ -110,7 +111,7 @@ class Demo(Benchmark):
         samples = []
         for index in range(self.n_scenes):
             _, rng = scene_generators(self.seed, index)
-            for number, question in enumerate(make_questions(self.scene(index), rng)):
+            for number, question in enumerate(self.make_questions(self.scene(index), rng)):
                 if question.task in self.tasks:
                     sample = Sample(
                         id=f"{index}/{number}",
@@ -123,6 +124,9 @@ class Demo(Benchmark):
                     )
                     samples.append(sample)
         return samples
+
+    def make_questions(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
+        return make_questions(scene, rng)
 
     def samples(self) -> list[Sample]:
         return self._samples
