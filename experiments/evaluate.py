@@ -197,7 +197,7 @@ def answer_rest(
     with bar, ThreadPoolExecutor(cell.config["loader_threads"]) as pool, ThreadPoolExecutor(1) as ahead:
         loader = ImageLoader(benchmark, pipeline, pool)
         loading = ahead.submit(loader.load, shared[0] if shared else [])
-        for batch, following in zip(shared, [*shared[1:], ()], strict=True):
+        for batch, following in zip(shared, [*shared[1:], []], strict=False):
             asked = time.perf_counter()
             images, errors = loading.result()
             waited += time.perf_counter() - asked
