@@ -1,12 +1,11 @@
 """Runs one task of the command line. Without ``task=`` it evaluates one cell: model, dataset, pruner and budget.
 
-python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo
-python run.py model=qwen3vl_8b dataset=pope keep=0.25
-python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep; a job a cell on Slurm: hydra/launcher=slurm
-torchrun --nproc-per-node 4 run.py model=llava15_7b        # on four GPUs
-python run.py image=photo.jpg question="What is this?"     # one image of your own
-python run.py task=efficiency                              # another task, one per file of conf/task
-python run.py task=efficiency --help                       # what a task does, and its keys
+python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo python run.py
+model=qwen3vl_8b dataset=pope keep=0.25 python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep; a job a
+cell on Slurm: hydra/launcher=slurm torchrun --nproc-per-node 4 run.py model=llava15_7b        # on four GPUs python
+run.py image=photo.jpg question="What is this?"     # one image of your own python run.py task=efficiency
+# another task, one per file of conf/task python run.py task=efficiency --help                       # what a task does,
+and its keys
 """
 
 import errno
@@ -41,7 +40,7 @@ EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
 PLAIN = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 DRAW = {EVALUATE: draw_cell, "experiments.tasks.heat": draw_heat}
-"""Drawing functions that tasks are given, since experiments import nothing of analysis."""
+"""Drawing functions for tasks, because experiments must not import analysis."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -69,9 +68,9 @@ def main(cfg: DictConfig) -> None:
 
 
 def quoted(argument: str, is_sweep: bool = False) -> str:
-    """A question, or the path of something that is there, as Hydra's grammar wants it, whatever characters it has.
+    """Quote a question, or an existing path, for Hydra's grammar.
 
-    What is in Hydra's own quotes already is left alone; in a sweep also a list of such.
+    A value that is already in Hydra's quotes is not changed; in a sweep, also a list of them.
     """
     key, _, value = argument.partition("=")
     is_text = key in ("question", "image", "cell") or (not PLAIN.fullmatch(value) and os.path.exists(value))

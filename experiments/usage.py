@@ -23,7 +23,7 @@ def tasks() -> dict[str, str]:
 
 
 def keys(file: Path) -> Iterator[tuple[str, str, str]]:
-    """Key, default value and comment of each top-level key that `file` sets, also by a file in its list of defaults."""
+    """Key, default value and comment of each top-level key of `file` and of its defaults."""
     text = file.read_text(encoding="utf-8")
     values, section = yaml.safe_load(text), ""
     for found in filter(None, map(KEY.fullmatch, text.splitlines())):
@@ -39,14 +39,14 @@ def keys(file: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _shown(value: Any) -> str:
-    """A default as it can be typed; of a list of mappings only that it is one."""
+    """A default value as it can be typed; for a list of mappings only its kind."""
     if isinstance(value, list):
         return "[...]" if isinstance(value[0], dict) else f"[{','.join(map(str, value))}]"
     return str(value).replace(", ", ",")
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A title and two columns. The right one is wrapped, and starts on a line of its own beside a long left one."""
+    """A title and two columns. The right column is wrapped, and starts on a new line after a long left entry."""
     lines = [title]
     for left, right in rows:
         first, *others = [""] * (len(left) > 24) + wrap(right, WIDTH - 28, break_on_hyphens=False) or [""]
@@ -55,7 +55,7 @@ def _rows(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def task_of(words: Sequence[str]) -> str:
-    """The task that a command line starts, by ``task=`` or by the file of ``experiment=``."""
+    """Task of a command line, from ``task=`` or from the file of ``experiment=``."""
     given = dict(word.split("=", 1) for word in words if "=" in word)
     file = CONF / "experiment" / f"{given.get('experiment')}.yaml"
     of_experiment = re.search(r"override /task: (\w+)", file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -63,7 +63,7 @@ def task_of(words: Sequence[str]) -> str:
 
 
 def usage(words: Sequence[str], program: str) -> str:
-    """The help of the task in `words`, a command line; without a task, `program` and lists of tasks and names.
+    """Help of the task in the command line `words`; without a task, `program` and lists of tasks and names.
 
     Raises KeyError if there is no such task.
     """

@@ -4,11 +4,10 @@
     question ─ score ─────────────────┴─> kept tokens ─ prefill ─> token ─ step ─> token ─ step ─> ...
 
 Each of these four is a function of tensors. It is recorded as a CUDA graph and then replayed: `see` for each bucket of
-image sizes, `prefill` and `step` for each bucket of prompt lengths, `score` for each number of question tokens. Where
-images have any size, `score` is not recorded, because few pairs of image and question sizes come twice. The host
-uploads image and token ids before and reads the answer afterwards. In between it waits only once every `LOOK` tokens,
-to check whether the answer has ended. On a CPU nothing can be recorded and static shapes are slower, so the pipeline
-answers.
+image sizes, `prefill` and `step` for each bucket of prompt lengths, `score` for each number of question tokens. For
+images of any size, `score` is not recorded, because pairs of image and question sizes rarely repeat. The host uploads
+image and token ids before and reads the answer afterwards. In between it waits only once every `LOOK` tokens, to check
+whether the answer has ended. On a CPU nothing can be recorded and static shapes are slower, so the pipeline answers.
 """
 
 from collections.abc import Callable, Iterable
@@ -69,14 +68,15 @@ class Engine:
     Parameters
     ----------
     adapter : Adapter
-        Of a type in its ``static_types``, with attn_implementation=sdpa.
+        An adapter of a type in its ``static_types``, with attn_implementation=sdpa.
     pruner, keep
         See `Pipeline`.
     decoding : Decoding
         Greedy.
     bucket : int
-        Prompts are padded after their last token to a multiple of it, images to such a number of visual tokens. Above
-        16 buckets the steps are larger, at most an eighth. No token and no patch attends to the padding.
+        Prompts are padded after their last token to a multiple of it, and images to such a number of visual tokens.
+        Above 16 buckets the steps are larger, at most an eighth of the length. No token or patch attends to the
+        padding.
     longest : int
         Largest number of text tokens of a prompt.
     compiled : bool
@@ -190,7 +190,7 @@ class Engine:
         )
 
     def budget(self, n_visual: int) -> int:
-        """How many of the tokens of an image are kept."""
+        """Number of kept tokens of an image."""
         return n_visual if isinstance(self.pruner, NoPruner) else self.pruner.budget(self.keep, n_visual)
 
     def upload(self, x: Tensor) -> Tensor:
@@ -236,9 +236,9 @@ class Engine:
         return -(-n // step) * step
 
     def place(self, visual: Visual, kept: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-        """Kept rows in line with the prompt [1 + n_deepstack, L, d], zero at text, and the layout with their positions.
+        """Kept rows at their places in the prompt [1 + n_deepstack, L, d], zero at text, and the layout with positions.
 
-        What depends on how many are kept happens here, outside of what is recorded.
+        It depends on the number of kept tokens, so it is not recorded.
         """
         rows = torch.stack([visual.rows, *visual.deepstack])[:, kept]
         placed = rows.new_zeros(len(rows), len(layout.ids), rows.shape[-1]).index_copy_(1, layout.places, rows)

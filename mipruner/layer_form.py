@@ -1,8 +1,9 @@
-"""Checks decoder layers of a model without an adapter: whether methods inside the language model may shorten them.
+"""Checks whether the decoder layers of a model without an adapter can be shortened by methods inside the decoder.
 
-`mipruner.stages` relies on layers of the form of Llama: each is called as ``layer(hidden, attention_mask=,
-position_embeddings=, ...)`` on the output of the one before, with a causal mask, and its attention follows from its
-query and key projections. Here each of these is checked on the running call, and what differs is refused.
+`mipruner.stages` needs layers like Llama's: each is called as
+``layer(hidden, attention_mask=, position_embeddings=, ...)`` on the output of the previous layer, with a causal mask,
+and its attention can be computed from its query and key projections. These conditions are checked during the call. If
+one is not met, the call is refused.
 """
 
 import copy
@@ -23,21 +24,23 @@ CUT = {"attention_mask", "position_embeddings", "position_ids", "past_key_values
 """Arguments of a layer that are shortened."""
 DEEPSTACK = {"visual_pos_masks", "deepstack_visual_embeds"}
 ENTERS = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids", "labels"} | DEEPSTACK
-"""Arguments of the language model that may be as long as the prompt."""
+"""Arguments of the language model that may have the length of the prompt."""
 N_CHECKED = 24
-"""Tokens whose attention is compared."""
+"""Number of tokens whose attention is compared."""
 
 
 def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first d_rotary channels of x [n, n_heads, d_head] by cos, sin [n, 1, d_rotary], where
-    channel i turns with i + d_rotary / 2.
+    """Rotary embedding of x [n, n_heads, d_head] by cos, sin [n, 1, d_rotary] that pairs channels i and i + d_rotary /
+    2.
+
+    Only the first d_rotary channels are rotated.
     """
     a, b = x[..., : cos.shape[-1]].chunk(2, -1)
     return _turned(x, torch.cat([-b, a], -1), cos, sin)
 
 
 def pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `halves`, where channel 2 i turns with 2 i + 1 (GLM-4V, Ernie)."""
+    """Like `halves`, but pairs channels 2 i and 2 i + 1 (GLM-4V, Ernie)."""
     turned = x[..., : cos.shape[-1]]
     return _turned(x, torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2), cos, sin)
 
@@ -48,8 +51,9 @@ def _turned(x: Tensor, crossed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, keys: Tensor, at: Tensor, scaling: float) -> Tensor:
-    """Causal attention [n_heads, r, n] of rotated queries q [r, n_heads, d], which stand at rows ``at`` [r], to rotated
-    keys [n, n_kv, d].
+    """Causal attention [n_heads, r, n] of queries q [r, n_heads, d] at rows ``at`` [r] to keys [n, n_kv, d].
+
+    Queries and keys are rotated.
     """
     shared = keys.float().repeat_interleave(q.shape[1] // keys.shape[1], 1)
     logits = torch.einsum("rhd,nhd->hrn", q.float(), shared)
@@ -59,16 +63,16 @@ def attention(q: Tensor, keys: Tensor, at: Tensor, scaling: float) -> Tensor:
 
 @dataclass
 class Seen:
-    """What the latest layer of one prefill left behind.
+    """State after the latest layer of one prefill.
 
     Attributes
     ----------
     output : Tensor, optional
-        Its output.
+        Output of the layer.
     n_added : int
-        To the outputs of how many layers the language model itself adds deepstack rows.
+        Number of layers to whose outputs the language model adds deepstack rows.
     mask : optional
-        The latest attention mask that was found right.
+        The latest attention mask that passed the check.
     """
 
     output: Tensor | None = None
@@ -77,12 +81,12 @@ class Seen:
 
 
 class Form:
-    """The decoder layers of one language model, of a type that nobody described.
+    """Decoder layers of a language model without an adapter.
 
     Raises
     ------
     InputError
-        If modules or attributes are missing. The other methods raise it if a call is not of the known form.
+        If modules or attributes are missing. The other methods raise it if a call does not meet the conditions.
     """
 
     def __init__(self, model_type: str, model: Any):
@@ -117,7 +121,7 @@ class Form:
         )
 
     def check_arguments(self, kwargs: dict[str, Any], n_visual: int) -> None:
-        """Check the arguments of the language model for prompts of n tokens, n_visual of them visual in all."""
+        """Check the arguments of the language model for prompts of n tokens with n_visual visual tokens in total."""
         n = kwargs["inputs_embeds"].shape[1]
         for name, x in kwargs.items():
             if name not in ENTERS and any({n, n_visual} & set(one.shape) for one in _tensors(x)):
@@ -126,7 +130,7 @@ class Form:
             self.refuse("the language model adds deepstack rows in a way that is not known")
 
     def check_call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any], valid: Tensor, seen: Seen) -> None:
-        """Check the arguments of layer ``k`` for prompts ``valid`` [B, n], before anything in them is shortened."""
+        """Check the arguments of layer ``k`` for prompts ``valid`` [B, n], before they are shortened."""
         n = valid.shape[1]
         if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3:
             self.refuse(f"layer {k} takes no tensor [batch, length, width] first")
@@ -159,13 +163,13 @@ class Form:
         return bool((allowed == wanted[:, None])[valid[:, None].expand(-1, allowed.shape[1], n)].all())
 
     def check_deepstack(self, output: Tensor, added: Tensor, kwargs: dict[str, Any]) -> None:
-        """Check what the language model adds to the output of its first layer."""
+        """Check the rows that the language model adds to the output of its first layer."""
         theirs = self.model._deepstack_process(output, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"][0])
         if not torch.equal(theirs, output + added):
             self.refuse("the language model adds deepstack rows in a way that is not known")
 
     def check_rotary(self, hidden: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Check that ``rotary_emb`` is what makes the position embeddings, for a method that numbers tokens anew."""
+        """Check that ``rotary_emb`` computes the position embeddings, for a method that renumbers tokens."""
         takes_more = len(inspect.signature(self.model.rotary_emb.forward).parameters) != 2
         made = () if takes_more else self.model.rotary_emb(hidden, position_ids)
         if takes_more or not all(torch.equal(x.expand_as(y), y) for x, y in zip(made, (cos, sin), strict=True)):
@@ -180,7 +184,7 @@ class Form:
     def rotation(
         self, k: int, given: dict[str, Any], own: tuple[int, Tensor], q: Tensor, keys: Tensor, cos: Tensor, sin: Tensor
     ) -> Rotate:
-        """The rotary embedding of layer ``k``, for which `attention` equals the layer's own on a few tokens.
+        """Rotary embedding for which `attention` equals the attention of layer ``k`` on a few tokens.
 
         Parameters
         ----------
@@ -188,7 +192,7 @@ class Form:
         given : dict
             Arguments of the attention module.
         own : (int, Tensor [S])
-            One prompt of the batch, and which of its tokens are no padding, n in all.
+            Index of a prompt in the batch, and mask of its n tokens that are not padding.
         q, keys : Tensor [n, n_heads, d_head], [n, n_kv, d_head]
             Queries and keys before the rotary embedding.
         cos, sin : Tensor [n, 1, d_rotary]
@@ -213,7 +217,7 @@ class Form:
         return self.rotations[k]
 
     def _own_attention(self, k: int, given: dict[str, Any], hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Weights [n_heads, m, m] that the attention module of layer ``k`` itself gives for hidden [m, d]."""
+        """Attention weights [n_heads, m, m] of the module of layer ``k`` for hidden [m, d]."""
         attn, m = _eager(self.model.layers[k].self_attn), len(hidden)
         mask = torch.full((m, m), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device).triu(1)
         others = {name: x for name, x in given.items() if name not in CUT | {"hidden_states"}}
@@ -231,7 +235,7 @@ class Form:
 
 
 def _eager(attn: Any) -> Any:
-    """A copy of an attention module that shares its weights, and computes attention weights."""
+    """A copy of an attention module with shared weights that returns attention weights."""
     twin, config = copy.copy(attn), copy.deepcopy(attn.config)
     config._attn_implementation = "eager"
     vars(twin)["_modules"] = {name: copy.copy(module) for name, module in attn._modules.items()}

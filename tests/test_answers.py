@@ -95,5 +95,5 @@ def test_the_report_has_unscored_answers_side_by_side(cells, tmp_path, monkeypat
     table = text[text.index("id=answers") :]
     heads = "<th>all tokens</th><th>MI-Pruner, 16</th><th>MI-Pruner, 8</th>"
     assert heads in table and "<td class=changed-answer>blue</td><td class=changed-answer>green</td>" in table
-    assert "<td>A cup</td><td class=changed-answer>a hat</td>" in table and "(the model said nothing)" in table
+    assert "<td>A cup</td><td class=changed-answer>a hat</td>" in table and "(empty answer)" in table
     assert "Is &lt;b&gt;0&lt;/b&gt; $ ?" in table

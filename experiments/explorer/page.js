@@ -54,7 +54,7 @@ async function showFile(file) {
 
 function warn() {
   const isDemo = $('model').value.startsWith('demo_');
-  $('warning').textContent = page.scene === null && isDemo ? `The demo model has 13.5 M parameters and has only seen rendered scenes: what it says about a photograph means nothing. For a real model start: ${page.offer.command}` : '';
+  $('warning').textContent = page.scene === null && isDemo ? `The demo model has 13.5 M parameters and was trained on rendered scenes only: its answer about a photograph means nothing. For photographs start a real model: ${page.offer.command}` : '';
 }
 
 function request() {
@@ -90,7 +90,7 @@ async function ask(asked, tell) {  // the reply is a line of JSON for each thing
   throw new Error('the server ended without an answer: ask again');
 }
 
-const progress = said => { $('state').textContent = said.place ? `${said.place} before you …` : said.n ? `panel ${Math.min(said.done + 1, said.n)} of ${said.n} …` : 'the model looks at the image …'; };
+const progress = said => { $('state').textContent = said.place ? `${said.place} ${said.place === 1 ? 'visitor' : 'visitors'} before you …` : said.n ? `panel ${Math.min(said.done + 1, said.n)} of ${said.n} …` : 'encoding the image …'; };
 
 async function choose(n) {  // methods without an order are asked again at n tokens
   if (page.waiting) page.waiting.abort();

@@ -15,7 +15,7 @@ function panels(root, view, host = {}) {
   said.setAttribute('aria-live', 'polite');
   const sides = make('div', root, {className: view.questions.length > 1 ? 'sides two' : 'sides'});
   view.questions.forEach(side);
-  if (!view.grid) said.textContent = 'The tokens of this image lie on no single grid: what was kept of it cannot be drawn.';
+  if (!view.grid) said.textContent = 'The tokens of this image do not form one grid, so the kept tokens cannot be drawn.';
   image.onload = draw;
   image.src = view.src;
 
@@ -40,7 +40,7 @@ function panels(root, view, host = {}) {
     const part = make('section', sides), title = make('h3', part, {textContent: question.question});
     if (question.expected !== null) make('span', title, {className: 'small', textContent: `  answer: ${question.expected}`});
     const words = make('p', part, {className: 'words'});
-    if (question.words.length && view.grid) words.textContent = 'Which patches say ';
+    if (question.words.length && view.grid) words.textContent = 'Show the PMI with ';
     if (view.grid) chips.push(question.words.map((word, j) => chip(words, word, number, j)));
     const runs = question.runs, full = runs.find(run => run.pruner === 'none');
     const budgets = [...new Set(runs.filter(run => run !== full).map(run => run.keep))];
@@ -87,9 +87,9 @@ function panels(root, view, host = {}) {
     const isSame = full ? run.answer === full.answer : run.right !== false;
     const line = make('div', caption, {className: 'answer ' + (isSame ? 'same' : 'changed')});
     const sign = !full || run === full ? '' : isSame ? '= ' : '≠ ', mark = run.right === null ? '' : run.right ? ' ✓' : ' ✗';
-    line.textContent = sign + (run.answer || '(the model said nothing)') + mark;
-    line.title = [sign && (isSame ? 'what it says with all tokens' : 'not what it says with all tokens'), mark && (run.right ? 'right' : 'wrong')].filter(Boolean).join('; ');
-    if (run.prompt_tokens) make('div', caption, {className: 'small', textContent: `prompt ${run.prompt_tokens} tokens, visual ${run.layer_mean.toFixed(0)} a layer, ${run.ms.toFixed(0)} ms`});
+    line.textContent = sign + (run.answer || '(empty answer)') + mark;
+    line.title = [sign && (isSame ? 'same answer as with all tokens' : 'not the answer with all tokens'), mark && (run.right ? 'right' : 'wrong')].filter(Boolean).join('; ');
+    if (run.prompt_tokens) make('div', caption, {className: 'small', textContent: `${run.prompt_tokens} prompt tokens, ${run.layer_mean.toFixed(0)} visual tokens per layer, ${run.ms.toFixed(0)} ms`});
   }
 
   function listen(one) {
@@ -113,7 +113,7 @@ function panels(root, view, host = {}) {
     };
   }
 
-  function shown(one) {  // what stands in a panel now, and in which order it was picked
+  function shown(one) {  // tokens that a panel shows, and the order of the picks
     const run = one.run;
     if (!state.first || run.pruner === 'none' || run.error) return {kept: run.kept || [], order: null};
     if (run.order) return {kept: run.order.slice(0, state.first), order: run.order};
@@ -126,7 +126,7 @@ function panels(root, view, host = {}) {
     const patch = state.at >= 0 ? state.at : state.patch, question = view.questions[state.hovered ? state.hovered.number : state.question];
     if (patch < 0) {
       const word = state.word >= 0 && view.questions[state.question].words[state.word];
-      said.textContent = word ? `Orange: patches whose PMI with “${word}” is positive. Click a patch for the words it says.` : 'Click a word for the patches that say it, a patch for the words it says. Faded patches were dropped.';
+      said.textContent = word ? `Orange: patches with a positive PMI with “${word}”. Click a patch to see its words.` : 'Click a word to see its patches, or a patch to see its words. Faded patches were dropped.';
       return;
     }
     const parts = [`Patch in row ${Math.floor(patch / columns) + 1}, column ${patch % columns + 1}`];
@@ -144,7 +144,7 @@ function panels(root, view, host = {}) {
 
   function draw() {
     chips.forEach((line, number) => line.forEach((button, j) => button.setAttribute('aria-pressed', state.word === j && state.question === number)));
-    if (range) root.querySelector('.first').textContent = state.first ? `${state.first}; answers stay those of the panels` : 'drag to see the order';
+    if (range) root.querySelector('.first').textContent = state.first ? `${state.first} (the answers do not change)` : 'drag to see the order';
     root.classList.toggle('ordering', state.first > 0);
     cells.forEach(paint);
     tell();
@@ -159,7 +159,7 @@ function panels(root, view, host = {}) {
     const {canvas, run, number} = one, [w, h] = view.size, scale = 400 / w, {kept, order, isOld} = shown(one), has = new Set(kept);
     one.figure.hidden = state.first > 0 && one.column > 0;  // the columns would be equal
     const total = run.n_visual, count = run.error ? '' : run.pruner === 'none' ? ` ${total}` : ` ${kept.length} of ${total}`;
-    one.kept.textContent = count + (isOld ? ', no order: its choice of this budget' : '');
+    one.kept.textContent = count + (isOld ? ' (no order: kept tokens at this budget)' : '');
     canvas.setAttribute('aria-label', `${one.name}:${count} tokens kept${run.error ? '' : ', answer ' + run.answer}`);
     canvas.width = 400;
     canvas.height = Math.round(h * scale);

@@ -11,7 +11,7 @@ from PIL import Image
 
 MAX_WIDTH = 800
 """Width of an image in a page, in pixels; a panel is 400 pixels wide."""
-NOTHING = "(the model said nothing)"
+NOTHING = "(empty answer)"
 """Shown instead of an empty answer."""
 POLICY = "default-src 'none'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 """Content security policy: a page loads only its own content."""

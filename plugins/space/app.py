@@ -23,7 +23,10 @@ const draw = () => { if (props.value) panels(element.querySelector('.panels'), p
 watch('value', draw);
 draw();
 """
-OWN = "An own image replaces the scene. The demo models know rendered scenes only: photographs mean nothing to them."
+OWN = (
+    "Your own image replaces the scene. The demo models were trained on rendered scenes only: their answers about "
+    "photographs mean nothing."
+)
 
 
 def ask(explorer: Explorer, progress: gr.Progress, asked: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Pruned:
         return tuple(self.shorten(*one) for one in zip(rows, *columns, strict=True))
 
     def shapes(self, kwargs: dict[str, Any], n: int) -> Sequence[Any]:
-        """What `grid` and `place` know of each of n images or videos."""
+        """Values for `grid` and `place` of each of n images or videos."""
         return [None] * n
 
     def sizes(self, kwargs: dict[str, Any]) -> list[int] | None:
@@ -103,7 +103,7 @@ class Pruned:
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
 
     def grid(self, n_visual: int, shape: Any) -> tuple[int, ...] | None:
-        """([frames,] rows, columns) of the candidates, None where they do not lie on one grid."""
+        """([frames,] rows, columns) of the candidates; None if they do not form one grid."""
         return None
 
     def shorten(
@@ -111,7 +111,7 @@ class Pruned:
     ) -> Tensor:
         """Rows [n_kept, d] for the language model, including words between them.
 
-        A random draw depends on the seed and on ``name``, which is that of the image whatever the question.
+        A random draw depends on the seed and on ``name``, the name of the image, for all questions.
         """
         is_candidate = self.is_candidate(rows)
         kept = torch.ones_like(is_candidate)

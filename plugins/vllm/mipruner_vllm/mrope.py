@@ -11,12 +11,12 @@ from mipruner_vllm.model import Pruned
 BASE = 256
 """Largest integer range that is exact in bfloat16. A coordinate is stored as two digits of this base."""
 SHAPE = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-"""The processor's outputs that `Shape` follows from."""
+"""Outputs of the processor that define a `Shape`."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The grid of an image or a video in tokens, and the positions that a step in time is worth."""
+    """Grid of an image or a video in tokens, and the position difference of a time step."""
 
     n_steps: int
     height: int
@@ -24,22 +24,22 @@ class Shape:
     scale: float
 
     def coordinates(self) -> Tensor:
-        """Time, height and width [3, n] of each token, from the first one."""
+        """Time, height and width [3, n] of each token, relative to the first one."""
         t, y, x = torch.cartesian_prod(*map(torch.arange, (self.n_steps, self.height, self.width))).T
         return torch.stack([(t * self.scale).long(), y, x])
 
 
 def thw_of(kwargs: dict[str, Any]) -> Tensor:
-    """Steps, height and width [n, 3] in patches, of images or videos."""
+    """Time steps, height and width [n, 3] in patches, of images or videos."""
     return kwargs["image_grid_thw"] if "image_grid_thw" in kwargs else kwargs["video_grid_thw"]
 
 
 class MRoPE(Pruned):
     """`Pruned` for the Qwen-VL families.
 
-    vLLM computes positions when a request arrives, before anything is scored, and has a hook that computes them anew
-    once the rows are there. It serves vLLM's own pruning of videos; here the coordinates of kept tokens travel in six
-    more columns of the rows.
+    vLLM computes positions when a request arrives, before the selection. It has a hook that computes them again after
+    encoding, for its own pruning of videos. Here the hook reads the coordinates of kept tokens from six additional
+    columns of the rows.
     """
 
     supports_multimodal_pruning = True
@@ -91,8 +91,9 @@ class MRoPE(Pruned):
         return torch.cat(parts, 1), position - start
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
-        """Each coordinate plus the position after the last word before, which stays: after preemption this is called
-        again.
+        """Add each coordinate to the position after the previous word.
+
+        That position is not changed, because the method is called again after preemption.
         """
         if self.mipruner is None:
             return super().recompute_mrope_positions(

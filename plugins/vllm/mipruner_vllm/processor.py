@@ -20,7 +20,7 @@ from mipruner.selection import split_budget
 from mipruner_vllm import settings
 
 OWN = ("question_ids", "n_keep", "layout", "media_hash")
-"""What travels with each image or video to the worker."""
+"""Fields that are sent with each image or video to the worker."""
 
 PROFILE = MappingProxyType({"keep": 1.0})
 """Options of the profiling requests that vLLM sends itself before serving; they may include a video."""
@@ -33,7 +33,7 @@ class Request:
     question: list[int]
     keep: int | float
     hashes: dict[str, list[str]] = field(default_factory=dict)
-    """Of the images and videos themselves."""
+    """Hashes of the images and videos themselves."""
 
 
 _request: contextvars.ContextVar[Request] = contextvars.ContextVar("mipruner request")
@@ -51,7 +51,7 @@ class Questions:
     marker: ClassVar[str] = "image_token_id"
     """Name in the config of the placeholder id of an image in a request."""
     video_marker: ClassVar[str | None] = None
-    """The same for a video; None where videos are not pruned."""
+    """The same for a video; None if videos are not pruned."""
     is_scored_by_tile: ClassVar[bool] = False
     """Whether each tile has its own budget, as in `mipruner.prune`, which treats tiles as images."""
 
@@ -67,7 +67,7 @@ class Questions:
 
     @property
     def markers(self) -> dict[str, str]:
-        """What is pruned, and its marker."""
+        """Kinds of media that are pruned, and their markers."""
         return {"image": self.marker} | ({"video": self.video_marker} if self.video_marker else {})
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any):
@@ -76,7 +76,9 @@ class Questions:
         return inputs if self.settings is None else dataclasses.replace(inputs, hf_processor_mm_kwargs=PROFILE)
 
     def apply(self, inputs, timing_ctx):
-        """Raises `InputError`, HTTP 400 of the server, for a bad budget, an empty question or what is not pruned."""
+        """Process a request. Raises `InputError` (HTTP 400) for an invalid budget, an empty question or unsupported
+        media.
+        """
         if self.settings is None:
             if "keep" in inputs.hf_processor_mm_kwargs:
                 raise InputError("this server was started without the setting mipruner: keep would change nothing")
@@ -106,7 +108,7 @@ class Questions:
             raise InputError("mi-pruner-vllm takes images or videos in a prompt, not both")
 
     def question(self, prompt: list[int]) -> list[int]:
-        """The ids of T: the latest user text of the rendered prompt; none without an image or a video."""
+        """Ids of T, the latest user text of the rendered prompt; none without an image or a video."""
         ids, config = torch.tensor(prompt), self.info.get_hf_config()
         is_visual = torch.isin(ids, torch.tensor([getattr(config, name) for name in self.markers.values()]))
         if not is_visual.any():
@@ -130,13 +132,11 @@ class Questions:
         return {**hashes, **named}
 
     def n_fixed(self, items, k: int) -> int:
-        """Rows of item k that are no patch, such as the ends of lines."""
+        """Number of rows of item k that are not patches, such as newline rows."""
         return 0
 
     def _maybe_apply_prompt_updates(self, mm_items, mm_res):
-        """All images and videos of the prompt stand here with their stock placeholders, cached or not: share out the
-        budget.
-        """
+        """Divide the budget: here all images and videos have their original placeholders, cached or not."""
         stock = {kind: mm_res.prompt_updates[kind] for kind in self.markers if mm_res.prompt_updates.get(kind)}
         if self.settings is None or not stock:
             return super()._maybe_apply_prompt_updates(mm_items, mm_res)
@@ -168,7 +168,7 @@ class Questions:
 
 
 def fields(question: list[int], share: list[int], span: "Span", media_hash: str) -> dict[str, MultiModalFieldElem]:
-    """`OWN` of one image or video."""
+    """The fields `OWN` of one image or video."""
     digest = torch.tensor(list(hashlib.sha256(media_hash.encode()).digest()), dtype=torch.uint8)
     values = (torch.tensor(question or [0]), torch.tensor(share), span.layout, digest)
     return {
@@ -179,11 +179,11 @@ def fields(question: list[int], share: list[int], span: "Span", media_hash: str)
 
 @dataclass(frozen=True)
 class Span:
-    """The placeholders of one image or video in the full-length prompt.
+    """Placeholders of one image or video in the full prompt.
 
-    Words between the rows (the ends of lines, the separators of tiles) stand among kept tokens at places that are
-    known only after scoring. So the whole span from the first to the last row becomes ids of rows, and the worker puts
-    the embeddings of those words among the rows.
+    The positions of words between the rows (newlines, separators of tiles) among the kept tokens are known only after
+    the selection. So the whole span from the first to the last row becomes ids of rows, and the worker inserts the
+    embeddings of these words.
 
     Attributes
     ----------

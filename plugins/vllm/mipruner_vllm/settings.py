@@ -65,9 +65,9 @@ def check_runs(pruner: Method, model_type: str) -> None:
 
 
 def why_not(pruner: Method, provided: frozenset[str]) -> str | None:
-    """Why vLLM cannot run a pruner on tokens, text and the fields ``provided``; None if it can.
+    """Reason why vLLM cannot run a pruner on tokens, text and the fields ``provided``; None if it can.
 
-    The method is tried on a few made-up tokens: what only `select` finds out is said before the model is loaded.
+    The method is tried on a few artificial tokens, so errors of `select` appear before the model is loaded.
     """
     if isinstance(pruner, DecoderPruner):
         return "it drops tokens inside the decoder"
@@ -89,7 +89,7 @@ def why_not(pruner: Method, provided: frozenset[str]) -> str | None:
 
 
 def methods(provided: frozenset[str]) -> str:
-    """Which pruners run, and which do not for what reason."""
+    """Pruners that run, and the others with the reason."""
     reasons: dict[str | None, list[str]] = {}
     for name, cls in PRUNERS.items():
         reasons.setdefault(why_not(cls(), provided), []).append(name)
