@@ -1,11 +1,12 @@
 """Runs one task of the command line. Without ``task=`` it evaluates one cell: model, dataset, pruner and budget.
 
-python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo python run.py
-model=qwen3vl_8b dataset=pope keep=0.25 python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep; a job a
-cell on Slurm: hydra/launcher=slurm torchrun --nproc-per-node 4 run.py model=llava15_7b        # on four GPUs python
-run.py image=photo.jpg question="What is this?"     # one image of your own python run.py task=efficiency
-# another task, one per file of conf/task python run.py task=efficiency --help                       # what a task does,
-and its keys
+python run.py                                              # MI-Pruner at 16 of 576 tokens on the demo
+python run.py model=qwen3vl_8b dataset=pope keep=0.25
+python run.py -m pruner=mi,similarity keep=64,32,16,8      # a sweep; one job per cell on Slurm: hydra/launcher=slurm
+torchrun --nproc-per-node 4 run.py model=llava15_7b        # on four GPUs
+python run.py image=photo.jpg question="What is this?"     # one image of your own
+python run.py task=efficiency                              # another task, one per file of conf/task
+python run.py task=efficiency --help                       # what a task does, and its keys
 """
 
 import errno
