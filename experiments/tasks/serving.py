@@ -155,19 +155,28 @@ UNITS = {"first_token_ms_median": " ms", "first_token_ms_p95": " ms", "peak_memo
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: each number, with its ratio to the first budget in brackets."""
+    machine = record["machine"]
+    where = [machine["device"]]
+    if "cpu" in machine:
+        where += [machine["cpu"], f"load average {machine['load_average']:.1f} at the start"]
     said = (
-        f"`{record['command']}`, {record['requests']} requests a row, {record['machine']['device']}, "
+        f"`{record['command']}`, {record['requests']} requests a row, {', '.join(where)}, "
         f"vLLM {record['versions']['vllm']}. Ratios are to keep={record['rows'][0]['keep']} in the same run."
     )
     lines = []
     for row in sorted(record["rows"], key=lambda row: (row["questions"], row["concurrency"])):
         values = [
-            "-" if row[name] is None else f"{row[name]:.4g}{UNITS.get(name, '')} ({row['ratios'][name]:.2f})"
+            "-" if row[name] is None else f"{short(row[name])}{UNITS.get(name, '')} ({row['ratios'][name]:.2f})"
             for name in MEASURED
         ]
         lines.append([str(row[name]) for name in ("questions", "concurrency", "keep")] + values)
     head = ["questions an image", "concurrency", "keep", *MEASURED.values()]
     return f"{said}\n\n{Table(head, lines, n_text=3).markdown()}\n"
+
+
+def short(value: float) -> str:
+    """Four digits at least, without an exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def installed_vllm() -> str | None:
