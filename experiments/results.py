@@ -2,10 +2,10 @@
 
     results/<model>/<dataset>/<pruner>/keep=<keep>[,<what differs>]-<id>/
         config.yaml     the resolved config
-        samples.jsonl   one line a sample, appended as it is answered
+        samples.jsonl   one line per sample, appended when it is answered
         samples.1.jsonl those of further processes, ..., until they are merged into the first
         record.json     the record below; its presence means that the cell is finished
-        masks.png       what was kept, for a few samples
+        masks.png       kept tokens of a few samples
 
 The id is a hash of everything in the resolved config that can change a number, so two cells never mix.
 
@@ -29,7 +29,7 @@ unusable          {empty, unreadable}: answers without a word, and those in whic
 reported          {tracker: null, or why it was not}, only if a tracker was asked for
 metrics           {name: number}, accuracies in percent, the headline first
 standard_errors   {name: number}, of those metrics that are a mean over samples
-provenance        {}, what else the benchmark says of how its numbers came about (the judge)
+provenance        {}, further facts of the benchmark about its numbers (the judge)
 tokens            {visual, kept, per_layer, layer_mean}: means over samples: visual tokens before pruning, the nominal
                   budget, visual tokens entering each LLM layer, and the mean of that over layers
 latency_ms        {vision, scoring, prefill, decode, total}: mean per sample, as measured in the run's batches

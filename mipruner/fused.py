@@ -30,7 +30,8 @@ HAS_TILES = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supp
 """Whether oneDNN multiplies bfloat16 into float32 faster than float32. Without AMX it ignores the setting."""
 
 ON_ZEN = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() and not HAS_TILES
-"""Whether oneDNN's float32 product is faster than MKL's, which torch takes: on AMD Zen 4 and 5, told by their flags."""
+"""Whether oneDNN's float32 product is faster than MKL's, the default of torch: on AMD Zen 4 and 5, found by CPU flags.
+"""
 
 LEAF = 64
 """Number of tokens up to which all products are computed. More tokens are split into halves, recursively."""

@@ -40,7 +40,7 @@ class Segment:
 
     @property
     def given_positions(self) -> Tensor | None:
-        """Positions as a layer takes them, [B, n] or [P, B, n]."""
+        """Positions in the format of a layer, [B, n] or [P, B, n]."""
         if self.position_ids is None or self.position_ids.ndim == 2:
             return self.position_ids
         return self.position_ids.movedim(2, 0)
@@ -71,7 +71,7 @@ class _Plan:
 class Layers:
     """The decoder layers of one language model, and the method that drops tokens between them.
 
-    ``form`` checks each call if nobody described the layers.
+    ``form`` checks each call if the model has no adapter.
     """
 
     def __init__(self, model: nn.Module, pruner: DecoderPruner, form: Form | None = None):

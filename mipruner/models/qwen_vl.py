@@ -163,9 +163,9 @@ class QwenVLAdapter(Adapter):
         return self.model.model.get_image_features(values, self.join_grids(pixels))
 
     def run_padded(self, one: dict[str, Tensor]) -> ModelOutput:
-        """The encoder on what `pad` made: one segment of attention, in which no patch sees padding.
+        """Run the encoder on the output of `pad`: one segment of attention, in which no patch attends to padding.
 
-        Lengths stand on the host, so that nothing is read back.
+        Lengths are on the host, so nothing is read back from the device.
         """
         whole = torch.tensor([0, len(one["is_real"])], dtype=torch.int32)
         named = {"cu_seqlens": whole, "position_bias": self.bias(one["is_real"])}
