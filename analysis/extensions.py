@@ -225,22 +225,14 @@ BLOCKS = {
     "cover": cover,
     "candidates": candidates,
 }
-"""What writes each block of the page, by its name there."""
+"""Functions that write the blocks of the page, by name of the block."""
 
 
 def main() -> None:
     parser = arguments(__doc__, reads_results=True)
     cells = load.cells(parser.parse_args().results)
     text = PAGE.read_text(encoding="utf-8")
-    parts = {
-        "support": support,
-        "sample": sample,
-        "prior": prior,
-        "auto": automatic,
-        "cover": cover,
-        "candidates": candidates,
-    }
-    for name, table in parts.items():
+    for name, table in BLOCKS.items():
         if part := table(cells):
             text = replace(text, name, part)
         else:

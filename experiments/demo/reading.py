@@ -56,7 +56,7 @@ def _number(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 def _number_check(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     if scene.sign:
-        first, second = scene.sign.digits
+        first, second = list(scene.sign.digits)
         other = str((int(second) + int(rng.integers(1, 10))) % 10)
         yield _yes_or_no(rng, "number_check", f"Is the number {first} {second} ?", f"Is the number {first} {other} ?")
 
