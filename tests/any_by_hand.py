@@ -24,6 +24,8 @@ def rows_of(kind, owner, out):
         rows = out.last_hidden_state
     if isinstance(rows, torch.Tensor) and rows.ndim == 2:
         rows = [rows]
+    if kind == "inkling_mm_model":  # its processor gives one image or several alike
+        rows = [rows[:8, 0], rows[8:, 0]]
     return [image.reshape(-1, image.shape[-1]) for image in rows]
 
 
@@ -45,7 +47,7 @@ def inputs_of(kind, model):
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     known = {*inspect.signature(model.forward).parameters, *inspect.signature(owner.forward).parameters}
     for name in TYPES:
-        if name in known:
+        if name in known and not kind.startswith("inkling"):  # whose generate refuses them
             inputs[name] = torch.tensor([types]) * (not kind.startswith("paligemma"))
     return inputs, px
 

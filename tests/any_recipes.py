@@ -235,6 +235,8 @@ OVERRIDES = {
         "text_config": {
             **MROPE,
             "ple_layer_ids": [1],
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "number_of_conv_states": 3,
             "ple_embed_dim": 32,
             "ngram_vocab_size_base": 64,
             "eos_token_id": 2,
@@ -244,7 +246,57 @@ OVERRIDES = {
             "make_ngram_vocab_size_divisible_by": 4,
             "split_ngram_parts": 2,
             "linear_key_head_dim": 8,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 256,
+            "indexer_compress_ratio": 4,
         }
+    },
+    "diffusion_gemma": {
+        "text_config": {**SLIDING, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        "vision_config": GEMMA4["vision_config"],
+    },
+    **{
+        m: {
+            "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2},
+            "vision_config": {
+                "sam_config": {
+                    "downsample_channels": [32, 64],
+                    "output_channels": 32,
+                    "image_size": 64,
+                    "patch_size": 8,
+                    "window_size": 2,
+                    "global_attn_indexes": [1, 3],
+                }
+            },
+        }
+        for m in ("deepseek_ocr2", "unlimited_ocr")
+    },
+    "dots3_note": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+            "index_topk": 256,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+            "head_dim": 32,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "per_layer_config": {k: {"qk_nope_head_dim": 16} for k in (1, 3)},
+            "shared_experts_intermediate_size": 32,
+        },
+        "vision_config": {
+            "mlp_layer_types": ["dense"] * 4,
+            "per_layer_config": {},
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+        },
+        "audio_config": {
+            "downsample_hidden_size": 16,
+            "adapter_input_size": 64,
+            "adapter_out_dim": 64,
+            "num_key_value_heads": 4,
+        },
     },
     "step3p7:sliding": {
         "vision_config": {"image_size": 224},
@@ -262,6 +314,41 @@ OVERRIDES = {
             "rel_extent": 64,
         },
         "vision_config": {"projection_hidden_dim": 96, "posemb_grid_size": 8},
+    },
+    "gemma4_unified": {
+        "text_config": {
+            **SLIDING,
+            "global_head_dim": 16,
+            "use_bidirectional_attention": "vision",
+            "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
+        },
+        "vision_config": dict(
+            model_type="gemma4_unified_vision",
+            patch_size=14,
+            pooling_kernel_size=1,
+            mm_embed_dim=64,
+            mm_posemb_size=16,
+            output_proj_dims=64,
+        ),
+    },
+    "muse_spark": {
+        "text_config": {"layer_rope_theta": [1e4, 1e4, 1e4, 0], "moe_hidden_size": 32},
+        "vision_config": {"num_hidden_layers": 4},
+        "out_hidden_size": 256,
+        "projector_hidden_size": 64,
+        "audio_config": {"out_hidden_size": 64, "hidden_sizes": [16] * 4, "depths": [1] * 4},
+    },
+    "inkling_mm_model": {
+        "text_config": {
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16,
+            "sliding_window_size": 12,
+            "unpadded_vocab_size": 505,
+            "d_rel": 4,
+            "rel_extent": 64,
+        },
+        "vision_config": {"n_layers": 2},
     },
 }
 
@@ -360,6 +447,15 @@ def molmo(c):
     }
 
 
+def inkling2(c):
+    v = c.vision_config
+    side, draw = v.patch_size * v.spatial_merge_size, torch.Generator().manual_seed(7)
+    return {
+        "pixel_values": torch.randn(14, side, side, 3, generator=draw),
+        "image_grid_thw": torch.tensor([[1, 2, 4], [1, 3, 2]]),
+    }
+
+
 def minicpm(c):
     v = c.vision_config
     x = torch.randn(1, 3, v.patch_size, v.patch_size * 96, generator=torch.Generator().manual_seed(7))
@@ -399,7 +495,11 @@ SPECIAL = {
     "chameleon": lambda c: {"pixel_values": img(side=32)},
     "emu3": lambda c: {"pixel_values": img(side=32), "image_sizes": torch.tensor([[32, 32]] * 2)},
     "muse_glimmer": muse,
-    "inkling2": lambda c: patches(c, spatial=True),
+    "inkling2": inkling2,
+    "inkling_mm_model": lambda c: {
+        "pixel_values": torch.randn(14, 2, 14, 14, 3, generator=torch.Generator().manual_seed(7))
+    },
+    "muse_spark": muse,
     "fuyu": lambda c: {"pixel_values": torch.randn(1, 16, 588, generator=torch.Generator().manual_seed(7))},
     "granite_docling": lambda c: {
         "pixel_values": img()[None],

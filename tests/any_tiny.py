@@ -243,6 +243,9 @@ def _build(mt, overrides, limit):
                 p.normal_(0, 0.08, generator=g)
             elif float(p.abs().sum()) == 0:
                 p.normal_(0, 0.02, generator=g)
-        emb = model.get_input_embeddings()
+        try:
+            emb = model.get_input_embeddings()
+        except NotImplementedError:  # of an encoder-decoder
+            return model
         emb.weight.normal_(0, 1.0 / float(getattr(emb, "embed_scale", 1.0)), generator=g)
     return model

@@ -48,8 +48,10 @@ TESTED = frozenset(
         "cohere_compass",
         "cosmos3_edge",
         "cosmos3_omni",
+        "deepseek_ocr2",
         "deepseek_vl",
         "deepseek_vl_hybrid",
+        "dots3_note",
         "emu3",
         "ernie4_5_vl_moe",
         "exaone4_5",
@@ -58,6 +60,7 @@ TESTED = frozenset(
         "gemma3",
         "gemma3n",
         "gemma4",
+        "gemma4_unified",
         "glm46v",
         "glm4v",
         "glm4v_moe",
@@ -71,6 +74,8 @@ TESTED = frozenset(
         "hyperclovax_vision_v2",
         "idefics2",
         "idefics3",
+        "inkling2",
+        "inkling_mm_model",
         "janus",
         "kimi_k25",
         "lfm2_vl",
@@ -86,6 +91,7 @@ TESTED = frozenset(
         "mistral_large4",
         "molmo2",
         "muse_glimmer",
+        "muse_spark",
         "ovis2",
         "paddleocr_vl",
         "paligemma",
@@ -95,9 +101,11 @@ TESTED = frozenset(
         "qwen2_5_omni_thinker",
         "qwen3_5_moe",
         "qwen3_omni_moe_thinker",
+        "qwen4_exp",
         "shieldgemma2",
         "smolvlm",
         "step3p7",
+        "unlimited_ocr",
         "video_llama_3",
         "vipllava",
     ]
@@ -259,6 +267,8 @@ class GenericAdapter(Adapter):
         If one tensor has the rows of several images, the runs of placeholders separate them.
         """
         rows, (one,) = output.rows, pixels
+        if isinstance(rows, Tensor) and rows.ndim == 3 and rows.shape[1] == 1:  # an entry for each row (Inkling)
+            rows = rows[:, 0]
         if isinstance(rows, Tensor) and rows.ndim == 2:
             ends = torch.tensor(one["runs"]).cumsum(0)
             runs = one["runs"][: int((ends <= len(rows)).sum())]
