@@ -102,19 +102,57 @@ class Masks:
         outer = self.outer() or {}
         return {name: x for name, x in outer.items() if name.endswith("token_type_ids") and x is not None}
 
-    def check(self, kwargs: dict[str, Any], made: Any, own: dict[str, Any]) -> None:
-        """Refuse masks that `make` does not reproduce exactly for the full prompt."""
-        if not _same(self.make(own, self.types(), True), made):
-            raise InputError(
-                f"{self.model.config.model_type}: the model makes its attention masks in a way that is not known, so "
-                "they cannot be shortened; see docs/models.md"
-            )
+    def make(
+        self, made: Any, own: dict[str, Any], short: dict[str, Any], short_types: dict[str, Tensor], is_first: bool
+    ) -> Any:
+        """Build the masks for the arguments ``short`` of the language model.
 
-    def make(self, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
-        """Build the masks for the arguments ``call`` of the language model."""
-        make: Callable[..., Any] = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
-        own = {name: call.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")}
-        return make(config=self.model.config, is_first_iteration=is_first, **own, **types)
+        The way is the first one of `WAYS` that gives exactly the masks ``made`` for the full prompt ``own``. Text that
+        follows has no token types, and a mask from any way that makes the same kinds of masks.
+
+        Raises
+        ------
+        InputError
+            If none does.
+        """
+        for way in WAYS:
+            if is_first and not _same(way(self.model, _arguments(own), self.types(), True), made):
+                continue
+            masks = way(self.model, _arguments(short), short_types, is_first)
+            if is_first or _kinds(masks) == _kinds(made):
+                return masks
+        raise InputError(
+            f"{self.model.config.model_type}: the model makes its attention masks in a way that is not known, so "
+            "they cannot be shortened; see docs/models.md"
+        )
+
+
+def _by_model(model: PreTrainedModel, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
+    """As the model's own method for a static cache does (Gemma 3, PaliGemma)."""
+    make: Callable[..., Any] = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    return make(config=model.config, is_first_iteration=is_first, **call, **types)
+
+
+def _by_blocks(model: PreTrainedModel, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
+    """Tokens of an image see each other in all layers (Gemma 4 without vision encoder)."""
+    blocks = None
+    if (kinds := types.get("mm_token_type_ids")) is not None:
+        inside = kinds != 0
+        starts = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+        blocks = torch.where(inside, starts.cumsum(1) - 1, -1)
+    return create_masks_for_generate(config=model.config.get_text_config(), block_sequence_ids=blocks, **call)
+
+
+WAYS = (_by_model, _by_blocks)
+
+
+def _arguments(call: dict[str, Any]) -> dict[str, Any]:
+    names = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+    return {name: call.get(name) for name in names}
+
+
+def _kinds(masks: Any) -> Any:
+    return masks.keys() if isinstance(masks, dict) else None
 
 
 def _same(a: Any, b: Any) -> bool:

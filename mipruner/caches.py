@@ -93,6 +93,10 @@ class _Short(Mixed):
             n += self.pruning_state.valid.shape[1] - self.pruning_state.layers[layer_idx].shape[1]
         return n + self.pruning_state.removed
 
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        n, offset = super().get_mask_sizes(*args, **kwargs)
+        return (n if self.course.serving or self.is_compileable else n + self.course.removed), offset
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

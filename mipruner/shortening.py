@@ -216,16 +216,16 @@ class Shortening:
     def _masks(self, kwargs: dict[str, Any], own: dict[str, Any], short: dict[str, Any], call: Served) -> Any:
         """Masks of the short prompt, or of text that follows it."""
         assert self.masks is not None
+        made = kwargs["attention_mask"]
         if call.short is None:
-            return self.masks.make(short, {}, False)
+            return self.masks.make(made, own, short, {}, False)
         if call.old is not None:
             raise InputError(
                 f"{self._model_type}: the model makes its own masks, and a further image behind a shortened prompt has "
                 "no such mask: start with an empty cache; see docs/models.md"
             )
-        self.masks.check(kwargs, kwargs["attention_mask"], own)
         types, cut = self.masks.types(), call.cut
-        return self.masks.make(short, {k: cut(k, x) for k, x in types.items()} if cut else types, True)
+        return self.masks.make(made, own, short, {k: cut(k, x) for k, x in types.items()} if cut else types, True)
 
     def _take_in(self, prompts: Prompts, kwargs: dict[str, Any], call: Served) -> dict[str, Any]:
         """Start new prompts: shorten them before the first layer, and prepare the stages between layers."""

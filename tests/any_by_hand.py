@@ -112,8 +112,9 @@ class ByHand:
         if seen.get("visual_pos_masks") is not None:
             direct["visual_pos_masks"] = self.visual[:, self.keep]
             direct["deepstack_visual_embeds"] = [x[kept] for x in seen["deepstack_visual_embeds"]]
-        if seen.get("moe_mm_token_type_ids") is not None:
-            direct["moe_mm_token_type_ids"] = seen["moe_mm_token_type_ids"][:, self.keep]
+        for name in ("moe_mm_token_type_ids", "ple_input_ids"):
+            if seen.get(name) is not None:
+                direct[name] = seen[name][:, self.keep]
         if seen.get("vision_mask") is not None:
             direct["vision_mask"] = seen["vision_mask"][:, self.keep]
             features = seen["deepstack_features"]
@@ -149,6 +150,8 @@ class ByHand:
             if name in self.direct:
                 x = self.direct[name]
                 self.direct[name] = torch.cat([x, x.new_zeros(1, 1, *x.shape[2:])], 1)
+        if "ple_input_ids" in self.direct:
+            self.direct["ple_input_ids"] = torch.cat([self.direct["ple_input_ids"], token[:, None]], 1)
 
     def __call__(self):
         tokens, logits = [], []

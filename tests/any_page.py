@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from any_by_hand import inputs_of, rows_of, seen_by
 from any_decoder import INSIDE
-from any_long import METHODS
+from any_long import METHODS, NEVER
 from mipruner.models.generic import owner_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -84,10 +84,9 @@ def row(kind: str, found: dict, has_grid: bool) -> str:
     works, refused = found["inside"]
     inside = told(works, INSIDE) if works else f"no: {refused['fastv']}"
     rest = (found[name].split(":")[0] for name in ("beams", "padded batch", "second turn"))
-    assert found["keep=auto"] == found["bfloat16"] == "yes"
-    return (
-        f"| `{kind}` | {tokens(kind, has_grid)} | {told(found['methods'], METHODS)} | {inside} | {' | '.join(rest)} |"
-    )
+    assert found["keep=auto"] == "yes" and found["bfloat16"] in ("yes", NEVER)
+    name = f"`{kind}`" + (", float32 only" if found["bfloat16"] == NEVER else "")
+    return f"| {name} | {tokens(kind, has_grid)} | {told(found['methods'], METHODS)} | {inside} | {' | '.join(rest)} |"
 
 
 def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:
@@ -109,7 +108,7 @@ def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:
             "|---|---|",
             *refused,
             "",
-            "| not tested | why |",
+            "| not pruned | why |",
             "|---|---|",
             *unbuilt,
             END,

@@ -30,7 +30,9 @@ VARIANTS = ["gemma4:causal", "mistral3:sliding", "paligemma:2", "lfm2_vl:conv", 
 LARGER = {"mistral_large4": "mistral_large4:wide", "glm5_next": "glm5_next:wide"}
 """Types whose default form drops keys by itself, so that no cacheless reference exists; the variant keeps them all."""
 
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT = {
+    "inkling_mm_model": "refused at the first call: it makes a mask for each kind of layer, which is not reproduced",
+}
 """Types that are not known to work, and why. An entry that has become possible fails the test."""
 
 
