@@ -18,31 +18,53 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- types: made by make models-page -->", "<!-- end of types -->"
 COLUMNS = ["type", "tokens an image", "methods", "inside the language model"]
 COLUMNS += ["beams, two images", "padded batch", "second turn"]
-TOKENS = {
-    "aria": "128 at 490 px, 256 at 980 px",
-    "aya_vision": "169 a tile",
-    "cohere2_vision": "256 a tile",
-    "deepseek_vl": "(side / 16)²",
-    "deepseek_vl_hybrid": "576",
-    "fuyu": "(height / 30)(width / 30)",
-    "gemma3": "256",
-    "gemma3n": "256",
-    "got_ocr2": "256 a tile",
-    "idefics2": "64 a tile",
-    "idefics3": "169 a tile",
-    "janus": "576",
-    "lighton_ocr": "(height / 28)(width / 28)",
-    "llama4": "144 a tile",
-    "mistral3": "(height / 28)(width / 28)",
-    "ovis2": "256 a tile",
-    "paligemma": "(side / 14)²",
-    "pp_chart2table": "256",
-    "qianfan_ocr": "256 a tile",
-    "shieldgemma2": "256",
-    "smolvlm": "(side / patch / scale)² a tile",
-    "vipllava": "576",
+FIXED = {
+    "gemma3": lambda c: c.mm_tokens_per_image,
+    "gemma3n": lambda c: c.vision_soft_tokens_per_image,
+    "idefics2": lambda c: c.perceiver_config.resampler_n_latents,
+    "janus": lambda c: (c.vision_config.image_size // c.vision_config.patch_size) ** 2,
+    "shieldgemma2": lambda c: c.mm_tokens_per_image,
 }
-"""Tokens an image, where no grid of patches tells them: of the published sizes, or of the default config."""
+"""Tokens an image, whatever its size."""
+
+PIXELS = {
+    "aya_vision": lambda c: c.vision_config.patch_size * c.downsample_factor,
+    "cohere2_vision": lambda c: c.vision_config.patch_size * c.downsample_factor,
+    "deepseek_vl": lambda c: c.vision_config.patch_size,
+    "got_ocr2": lambda c: c.vision_config.patch_size * 4,
+    "idefics3": lambda c: c.vision_config.patch_size * c.scale_factor,
+    "lighton_ocr": lambda c: c.vision_config.patch_size * c.spatial_merge_size,
+    "llama4": lambda c: round(c.vision_config.patch_size / c.vision_config.pixel_shuffle_ratio),
+    "mistral3": lambda c: c.vision_config.patch_size * c.spatial_merge_size,
+    "ovis2": lambda c: c.vision_config.patch_size * c.vision_config.hidden_stride,
+    "paligemma": lambda c: c.vision_config.patch_size,
+    "pp_chart2table": lambda c: c.vision_config.patch_size * 4,
+    "qianfan_ocr": lambda c: round(one(c.vision_config.patch_size) / c.downsample_ratio),
+    "smolvlm": lambda c: c.vision_config.patch_size * c.scale_factor,
+    "vipllava": lambda c: c.vision_config.patch_size,
+}
+"""Pixels along a side of a token, where a token is a square of patches."""
+
+ANY_SHAPE = {"lighton_ocr", "mistral3"}
+TILED = {
+    "aya_vision",
+    "cohere2_vision",
+    "got_ocr2",
+    "idefics2",
+    "idefics3",
+    "llama4",
+    "ovis2",
+    "qianfan_ocr",
+    "smolvlm",
+}
+"""Types whose processor may cut an image into tiles; the number is that of a tile."""
+
+NO_DEFAULT = {"idefics3": "(side / patch / scale)²", "smolvlm": "(side / patch / scale)²"}
+"""Types whose default config is of no published model."""
+
+
+def one(size) -> int:
+    return size[0] if isinstance(size, list | tuple) else size
 
 
 def merge_of(vision) -> int | None:
@@ -64,14 +86,37 @@ def is_grid(kind: str, model) -> bool:
 
 
 def tokens(kind: str, has_grid: bool) -> str:
-    """Tokens an image: a formula in pixels where its rows are a grid of patches."""
-    if kind in TOKENS:
-        return TOKENS[kind]
+    """Tokens an image: a number, or a formula in pixels where its rows are a grid of patches."""
+    tile = " a tile" if kind in TILED else ""
+    if kind in FIXED:
+        return f"{FIXED[kind](CONFIG_MAPPING[kind]())}{tile}"
+    if kind in PIXELS:
+        n = PIXELS[kind](CONFIG_MAPPING[kind]())
+        shape = f"(height / {n})(width / {n})" if kind in ANY_SHAPE else f"(side / {n})²"
+        return NO_DEFAULT.get(kind, shape) + tile
+    if kind == "aria":
+        told = CONFIG_MAPPING[kind]().projector_patch_to_query_dict
+        return ", ".join(f"{n} of {patches} patches" for patches, n in told.items())
     vision = CONFIG_MAPPING[kind]().vision_config if has_grid else None
     if vision is None or merge_of(vision) is None:
         return "see its processor"
     side = vision.patch_size * merge_of(vision)
     return f"(height / {side})(width / {side})"
+
+
+def check_tokens(kind: str, model) -> None:
+    """Compare what `tokens` says of a type with the rows that its tiny model gives."""
+    px, owner, config = inputs_of(kind, model)[1], owner_of(model), model.config
+    counts = {len(rows) for rows in rows_of(kind, owner, seen_by(owner, px))}
+    n_images = 2 if kind in ("idefics2", "idefics3", "smolvlm") else 1  # all tiles of a sample come together
+    side = px["pixel_values"].shape[-1]
+    if kind in FIXED:
+        assert counts == {n_images * FIXED[kind](config)}, (kind, counts)
+    if kind in PIXELS:
+        assert counts == {n_images * (side // PIXELS[kind](config)) ** 2}, (kind, counts)
+    if kind == "aria":
+        patches = (side // config.vision_config.patch_size) ** 2
+        assert counts == {config.projector_patch_to_query_dict[patches]}, counts
 
 
 def told(works: list[str], methods: list[str]) -> str:

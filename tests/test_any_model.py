@@ -15,7 +15,7 @@ import mipruner
 from any_by_hand import STEPS, TYPES, ByHand, generate, inputs_of, kept_of, made
 from any_decoder import INSIDE, decoders
 from any_long import found
-from any_page import block, is_grid, row
+from any_page import block, check_tokens, is_grid, row
 from any_recipes import OVERRIDES
 from any_tiny import CLASSES, build
 from mipruner.arguments import Cut
@@ -94,6 +94,7 @@ def found_row(kind):
     """The type's line of the page, measured."""
     larger = LARGER.get(kind, kind)
     model = made(larger)
+    check_tokens(kind, model)
     return row(kind, found(larger, model), is_grid(larger, made(larger)))
 
 
