@@ -95,7 +95,8 @@ class _Short(Mixed):
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         n, offset = super().get_mask_sizes(*args, **kwargs)
-        return (n if self.course.serving or self.is_compileable else n + self.course.removed), offset
+        counts_all = not (self.pruning_state.serving or self.is_compileable)
+        return n + self.pruning_state.removed * counts_all, offset
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -106,7 +106,7 @@ def check_view(kind, model, call, script):
 
 def run(kind, model, inputs, px, name):
     """Prune with method ``name``, and compare with layers called by hand at the first and at the last token."""
-    options, script, states = {"enter": 0.6} if name == "mi_fastv" else {}, {}, []
+    options, script, states = {"keep_before": 0.6} if name == "mi_fastv" else {}, {}, []
     language_model, call = language_model_of(owner_of(model)), inputs | px
     handle = language_model.register_forward_hook(lambda m, a, out: states.append(out.last_hidden_state[0, -1]))
     try:
