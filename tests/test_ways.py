@@ -64,8 +64,16 @@ def vision(model):
     (model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower).compile(backend="eager")
 
 
-@pytest.mark.parametrize("compiled", [whole, forward, language_model, layers, vision])
-@pytest.mark.parametrize(("family", "name"), [("llava", "mi"), ("llava", "vispruner"), ("qwen3_vl", "fastv")])
+@pytest.mark.parametrize(
+    ("compiled", "family", "name"),  # every pair of them in `make ways`
+    [
+        (whole, "llava", "mi"),
+        (forward, "qwen3_vl", "fastv"),
+        (language_model, "llava", "vispruner"),
+        (layers, "qwen3_vl", "fastv"),
+        (vision, "llava", "mi"),
+    ],
+)
 def test_a_compiled_model_called_before(compiled, family, name):
     """The graph made before knows nothing of pruning; it is used again afterwards."""
     adapter, model, inputs, expected = model_and_prompt(family, name)
