@@ -170,6 +170,8 @@ def cover(cells: pd.DataFrame) -> str:
     for model in DEMOS:
         ours = select(cells, model, method="cover")
         named = cells[(cells.model == model) & (cells.dataset == DEMOS[model])]
+        most = max(map(len, ours.values()), default=0)
+        ours = {keep: draws for keep, draws in ours.items() if len(draws) == most}
         for keep, draws in sorted(ours.items(), key=lambda item: -float(item[0])):
             for method in sorted(set(named.method) - {"cover", "none"}):
                 others = {c.settings["seed"]: c for c in select(cells, model, method=method).get(keep, [])}
