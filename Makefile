@@ -47,13 +47,13 @@ demo: setup
 
 # Every table, figure and the report on the demo models, in under 25 minutes on two cores. Finished cells are skipped.
 # The two lists run in parallel: they share only cells that `demo` has made.
-DEMO_METHODS = demo_table1 demo_table10 demo_table11
+DEMO_METHODS = demo_table1 demo_table10 demo_table11 demo_reading
 DEMO_ABLATIONS = demo_fig6b demo_table5 demo_table6 demo_fig6a demo_table2 demo_fig4 demo_table4 demo_table7 demo_table8
 
 reproduce-demo: demo
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 demo-methods demo-ablations
-	for n in 3 9; do OMP_NUM_THREADS=1 $(BIN)/python run.py experiment=demo_table$$n || exit 1; done
-	$(BIN)/python -m analysis.tables --table demo_table3 demo_table9 $(DEMO_METHODS) $(DEMO_ABLATIONS)
+	for n in 3 9 9_qwen3vl; do OMP_NUM_THREADS=1 $(BIN)/python run.py experiment=demo_table$$n || exit 1; done
+	$(BIN)/python -m analysis.tables --table demo_table3 demo_table9 demo_table9_qwen3vl $(DEMO_METHODS) $(DEMO_ABLATIONS)
 	$(BIN)/python -m analysis.figures
 	$(BIN)/python run.py task=heat 'cell=results/demo_llava/demo/mi/keep=16-*' out=docs/results/demo_heat.jpg
 	$(BIN)/python -m analysis.masks $(foreach p,random similarity mi,$(foreach k,64 16 8,results/demo_llava/demo/$(p)/keep=$(k)-*)) --dialogue --out docs/results/demo_dialogue.jpg
