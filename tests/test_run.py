@@ -178,7 +178,7 @@ def test_a_line_may_be_cut_short_anywhere_and_hold_any_character(tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_it_answered(tmp_path, record_property):
-    process = start(tmp_path, "+dataset.benchmark.n=200")
+    process = start(tmp_path, "+dataset.benchmark.n=2000")
     while process.poll() is None and not any(line for f in tmp_path.rglob("samples.jsonl") for line in f.open()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
