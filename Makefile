@@ -104,6 +104,7 @@ $(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
 VLLM ?= .venv-vllm
 
 test-vllm: $(VLLM)/.installed
+	ldconfig -p | grep -q libnuma.so.1 || (apt-get update && apt-get install -y libnuma1)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "$(or $(SLOW),not slow)" tests/test_vllm.py tests/test_vllm_families.py
 
 $(VLLM)/.installed: plugins/vllm/pyproject.toml tests/vllm_sitecustomize.py
