@@ -316,12 +316,7 @@ OVERRIDES = {
         "vision_config": {"projection_hidden_dim": 96, "posemb_grid_size": 8},
     },
     "gemma4_unified": {
-        "text_config": {
-            **SLIDING,
-            "global_head_dim": 16,
-            "use_bidirectional_attention": "vision",
-            "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
-        },
+        "text_config": GEMMA4["text_config"],
         "vision_config": dict(
             model_type="gemma4_unified_vision",
             patch_size=14,

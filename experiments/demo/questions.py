@@ -1,6 +1,6 @@
 """Questions of the demo about a scene, in the wording of five benchmarks, with answers from the list of objects."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,13 +56,32 @@ def make_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     ]
 
 
-def _pick(rng: np.random.Generator, items):
+def pick(rng: np.random.Generator, items):
+    """One of the items, all equally probable."""
     return items[int(rng.integers(len(items)))]
 
 
 def _absent(scene: Scene, among=NOUNS) -> list[str]:
     """Nouns of ``among`` that are not in the scene; of all nouns if ``among`` has none."""
     return [noun for noun in among if noun not in scene.nouns] or _absent(scene)
+
+
+def closest(scene: Scene, edge: str) -> Object | None:
+    """The object closest to an edge; None if it does not lead clearly."""
+    distance = EDGES[edge]
+    nearest, second = sorted(scene.objects, key=lambda o: (distance(o, scene), o.noun))[:2]
+    return nearest if distance(second, scene) - distance(nearest, scene) >= MIN_EDGE_LEAD else None
+
+
+def comparisons(scene: Scene) -> list[tuple[Object, str, Object, float]]:
+    """All (a, relation, b, offset in px) of objects far enough apart. The relation holds if the offset is positive."""
+    return [
+        (a, relation, b, sign * (a.center[axis] - b.center[axis]))
+        for a in scene.objects
+        for b in scene.objects
+        for relation, (axis, sign) in RELATIONS.items()
+        if abs(a.center[axis] - b.center[axis]) >= MIN_OFFSET
+    ]
 
 
 def _presence(noun: str) -> str:
@@ -78,8 +97,8 @@ def _pope(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     commonest, next_commonest, *_ = THEMES.values()
     splits = {"random": NOUNS, "popular": (*commonest, *next_commonest), "adversarial": tuple(THEMES[scene.theme])}
     for split, nouns in splits.items():
-        yield Question("pope", split, _presence(_pick(rng, scene.nouns)), "yes")
-        yield Question("pope", split, _presence(_pick(rng, _absent(scene, nouns))), "no")
+        yield Question("pope", split, _presence(pick(rng, scene.nouns)), "yes")
+        yield Question("pope", split, _presence(pick(rng, _absent(scene, nouns))), "no")
 
 
 def _gqa(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
@@ -93,28 +112,32 @@ def _gqa(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
 
 def _gqa_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A question of one of three forms; about the colour of an object if the drawn form has no clear answer."""
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     form = rng.choice(list(GQA_FORMS), p=list(GQA_FORMS.values()))
     if form == "object" and [o.color for o in scene.objects].count(thing.color) == 1:
         return f"What is the {thing.color} object ?", thing.noun
     if form == "edge":
-        edge = _pick(rng, tuple(EDGES))
-        (nearest, noun), (second, _) = sorted((EDGES[edge](o, scene), o.noun) for o in scene.objects)[:2]
-        if second - nearest >= MIN_EDGE_LEAD:
-            return f"Which object is closest to the {edge} edge ?", noun
+        edge = pick(rng, tuple(EDGES))
+        if nearest := closest(scene, edge):
+            return f"Which object is closest to the {edge} edge ?", nearest.noun
     return f"What color is the {thing.noun} ?", thing.color
 
 
 def _scienceqa(scene: Scene, rng: np.random.Generator) -> Question:
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     if rng.random() < 0.5:
         stem, right, wrong = "Which object is in the image ?", thing.noun, _absent(scene)
     else:
         stem, right, wrong = f"Which color is the {thing.noun} ?", thing.color, [c for c in COLORS if c != thing.color]
+    return choose(rng, "", stem, right, wrong)
+
+
+def choose(rng: np.random.Generator, category: str, stem: str, right: str, wrong: Sequence[str]) -> Question:
+    """The right option and two wrong ones in random order."""
     options = [right, *rng.choice(wrong, 2, replace=False)]
     options = [options[i] for i in rng.permutation(3)]
     text = " ".join([stem, *(f"{letter} . {option}" for letter, option in zip("ABC", options, strict=True))])
-    return Question("scienceqa", "", text, "ABC"[options.index(right)])
+    return Question("scienceqa", category, text, "ABC"[options.index(right)])
 
 
 def _textvqa(scene: Scene) -> Iterator[Question]:
@@ -127,30 +150,23 @@ def _mme(scene: Scene, rng: np.random.Generator, counting: bool) -> Iterator[Que
     yield Question(
         "mme",
         "existence",
-        _presence(_pick(rng, scene.nouns if present else _absent(scene))),
+        _presence(pick(rng, scene.nouns if present else _absent(scene))),
         _yes_or_no(present),
     )
 
     if counting:
         true = len(scene.objects)
         wrong = {max(true - WRONG_COUNT_OFFSET, 1), min(true + WRONG_COUNT_OFFSET, len(COUNTS))} - {true}
-        count = true if rng.random() < 0.5 else _pick(rng, sorted(wrong))
+        count = true if rng.random() < 0.5 else pick(rng, sorted(wrong))
         yield Question(
             "mme", "count", f"Are there {COUNTS[count - 1]} objects in the image ?", _yes_or_no(count == true)
         )
 
-    comparisons = [
-        (a, relation, b, sign * (a.center[axis] - b.center[axis]))
-        for a in scene.objects
-        for b in scene.objects
-        for relation, (axis, sign) in RELATIONS.items()
-        if abs(a.center[axis] - b.center[axis]) >= MIN_OFFSET
-    ]
-    if comparisons:
-        a, relation, b, offset = _pick(rng, comparisons)
+    if compared := comparisons(scene):
+        a, relation, b, offset = pick(rng, compared)
         yield Question("mme", "position", f"Is the {a.noun} {relation} the {b.noun} ?", _yes_or_no(offset > 0))
 
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     right = rng.random() < 0.5
-    color = thing.color if right else _pick(rng, [c for c in COLORS if c != thing.color])
+    color = thing.color if right else pick(rng, [c for c in COLORS if c != thing.color])
     yield Question("mme", "color", f"Is the {thing.noun} {color} ?", _yes_or_no(right))
