@@ -29,15 +29,20 @@ def test_four_calls_take_turns(tmp_path, capsys):
     (row,) = record["rows"]
     assert (row["visual_tokens"], row["kept"], record["dtype"]) == (576, 32, "bfloat16")
     assert row["ms"]["cpu"].keys() == {"stock", "everything", "pruned", "ideal"}
+    assert 0 < row["encoder_ms"]["cpu"]["pruned"]["median"] < row["ms"]["cpu"]["pruned"]["median"]
     assert row["ms"]["cpu"]["ideal"]["median"] < row["ms"]["cpu"]["stock"]["median"]
     with pytest.raises(InputError, match="make batches smaller"):
         overhead.measure(config("batches=[10000]"))
 
 
 def test_the_ratios_are_medians_over_rounds():
-    rounds = {"stock": [10.0, 20.0, 10.0], "everything": [11.0, 20.0, 10.0]}
-    rounds |= {"pruned": [4.0, 8.0, 5.0], "ideal": [4.0, 4.0, 0.0]}
-    row = overhead.row(1, 576, 64, {"cpu": rounds})
+    outside = {"stock": [9.0, 18.0, 9.0], "everything": [10.0, 18.0, 9.0]}
+    outside |= {"pruned": [3.0, 6.0, 4.0], "ideal": [3.0, 2.0, -1.0]}
+    encoder = {"stock": (1.0, 2.0, 1.0), "everything": (2.0, 3.0, 0.5), "pruned": (0.0, 2.0, 0.5), "ideal": (1, 1, 2)}
+    pairs = {name: list(zip(outside[name], encoder[name], strict=True)) for name in outside}
+    row = overhead.row(1, 576, 64, {"cpu": pairs})
+    assert row["ms"]["cpu"]["stock"]["median"] == 10.0  # 9 outside, and a mean of 1 in the encoder
+    assert row["encoder_ms"]["cpu"]["pruned"]["median"] == 0.5
     assert row["everything_over_stock"]["cpu"]["median"] == 1.0
     assert row["share_of_ideal_saving"]["cpu"]["median"] == 0.75
 
