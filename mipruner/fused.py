@@ -201,6 +201,13 @@ def similarities(visual: Tensor, tau: float, norm: Tensor | None = None) -> Tens
     return rho
 
 
+def self_similarity(rows: Tensor) -> Tensor:
+    """`pmi.similarity` [.., n, n] of rows [.., n, d] with themselves. For one sample on a CPU, half is computed."""
+    if rows.device.type != "cpu" or rows.dim() > 2:
+        return pmi.similarity(rows, rows)
+    return similarities(rows, 1.0)
+
+
 def _among_themselves(visual: Tensor, tau: float, norm: Tensor) -> tuple[Tensor, Tensor]:
     """`similarities` and the log-sum-exp of its rows."""
     rho = similarities(visual, tau, norm)

@@ -40,19 +40,20 @@ def test_both_readings_choose_the_same(n_visual, n_keep):
 
 
 def test_ratios_of_every_method_on_one_page(tmp_path, capsys):
-    words = ["sizes=[[48,6],[96,12]]", "width=64", "repetitions=2", "n_words=[300]", f"out={tmp_path / 'peers'}"]
+    words = ["sizes=[[48,6],[48,12],[96,12]]", "width=64", "repetitions=2", "n_words=[300]", f"out={tmp_path / 'peers'}"]
     threads = torch.get_num_threads()
     task.run(config(*words), words)
     assert torch.get_num_threads() == threads
     record = json.loads((tmp_path / "peers.json").read_text())
-    names = [row["method"] for row in record["rows"] if row["n_visual"] == 48]
+    names = [row["method"] for row in record["rows"] if row["n_visual"] == 48 and row["n_keep"] == 6]
     assert names == [*task.TITLES, "vocabulary_300", "vocabulary_300_again"]
     for row in record["rows"]:
-        (product,) = [r for r in record["rows"] if r["method"] == "product" and r["n_visual"] == row["n_visual"]]
+        sized = [r for r in record["rows"] if (r["n_visual"], r["n_keep"]) == (row["n_visual"], row["n_keep"])]
+        (product,) = [r for r in sized if r["method"] == "product"]
         assert row["ratio"] == pytest.approx(row["median_ms"] / product["median_ms"], abs=0.05, rel=0.05)
         assert row["peak_mib"] >= 0
     lines = (tmp_path / "peers.md").read_text().splitlines()
-    assert lines[0].startswith("| choice | 48 to 6 | 96 to 12 | exponent")
+    assert lines[0].startswith("| choice | 48 to 6 | 48 to 12 | 96 to 12 | exponent")
     assert len([line for line in lines if line.startswith("| ")]) == 2 + len(names)
     assert "mi_again" not in [row["method"] for row in record["rows"] if row["n_visual"] == 96]  # wider than 64
     for said in ("avx512f", "thread", torch.__version__, record["git_commit"]):
@@ -64,7 +65,7 @@ def test_a_slow_method_is_left_out_and_named():
     options = config("sizes=[[64,8],[128,16]]", "width=64", "repetitions=1", "n_words=[]", "most_s=0.00001")
     rows, left_out = task.measure(options | {"methods": ["mmtok_scratch", "mi"]})
     assert [row["method"] for row in rows] == ["product", "mi", "mmtok_scratch", "product"]
-    assert [line.split(":")[0] for line in left_out] == ["mi at 128 tokens", "mmtok_scratch at 128 tokens"]
+    assert [line.split(":")[0] for line in left_out] == ["mi at 128 tokens to 16", "mmtok_scratch at 128 tokens to 16"]
     with pytest.raises(InputError, match="unknown method 'steam'"):
         task.measure(options | {"methods": ["steam"]})
 

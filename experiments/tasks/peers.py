@@ -154,7 +154,7 @@ def expected_ms(rows: list[dict[str, Any]], name: str, n_visual: int) -> float:
     own = [row for row in rows if row["method"] == name]
     if not own:
         return 0.0
-    slope = exponent(own) if len(own) > 1 else 2.0
+    slope = exponent(own) if len({row["n_visual"] for row in own}) > 1 else 2.0
     return own[-1]["median_ms"] * (n_visual / own[-1]["n_visual"]) ** max(slope, 2.0)
 
 
@@ -178,9 +178,9 @@ def measure(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
             calls = {name: call for name, call in calls.items() if name in (PRODUCT, *options["methods"])}
         for name in list(calls):
             if (ms := expected_ms(rows, name, n_visual)) > 1000 * options["most_s"] and name != PRODUCT:
-                left_out.append(f"{name} at {n_visual} tokens: it would take about {ms / 1000:.0f} s")
+                left_out.append(f"{name} at {n_visual} tokens to {n_keep}: it would take about {ms / 1000:.0f} s")
                 del calls[name]
-        with tqdm(total=len(calls), desc=f"{n_visual} tokens", file=sys.stderr) as bar:
+        with tqdm(total=len(calls), desc=f"{n_visual} tokens to {n_keep}", file=sys.stderr) as bar:
             found = measured(calls, options["repetitions"], bar)
         product = median(found[PRODUCT]["ms"])
         for name, row in found.items():
@@ -208,13 +208,12 @@ def page(record: dict[str, Any]) -> str:
     names = list(dict.fromkeys(row["method"] for row in rows))
     head = ["choice", *(f"{n:,} to {k:,}" for n, k in sizes), "exponent", "memory, MiB"]
     lines = []
-    products = {row["n_visual"]: row["median_ms"] for row in rows if row["method"] == PRODUCT}
     for name in names:
-        own = {row["n_visual"]: row for row in rows if row["method"] == name}
-        ratios = [f"{own[n]['ratio']:.2f}" if n in own else "" for n, _ in sizes]
+        own = {(row["n_visual"], row["n_keep"]): row for row in rows if row["method"] == name}
+        ratios = [f"{own[size]['ratio']:.2f}" if size in own else "" for size in sizes]
         if name == PRODUCT:
-            ratios = [f"{products[n]:,.1f} ms" for n, _ in sizes]
-        slope = f"{exponent(list(own.values())):.1f}" if len(own) > 1 else ""
+            ratios = [f"{own[size]['median_ms']:,.1f} ms" for size in sizes]
+        slope = f"{exponent(list(own.values())):.1f}" if len({n for n, _ in own}) > 1 else ""
         largest = own[max(own)]
         lines.append([title(name), *ratios, slope, f"{largest['peak_mib']:,.0f} at {largest['n_visual']:,}"])
     table = Table(head, lines).markdown()

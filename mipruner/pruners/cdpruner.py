@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mipruner.errors import InputError
 from mipruner.features import Features
+from mipruner.fused import self_similarity
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows
@@ -55,7 +56,7 @@ class CDPruner(Pruner):
         quality = torch.where(
             high > low, (score - low + EPS) / (high - low).clamp_min(torch.finfo(score.dtype).tiny), 1
         )
-        return dpp_map(similarity(features.visual, features.visual), quality, n_keep)
+        return dpp_map(self_similarity(features.visual), quality, n_keep)
 
     def notes(self, features: Features) -> dict[str, str]:
         return {"relevance": self.source(features)}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mipruner.features import Features
-from mipruner.pmi import similarity
+from mipruner.fused import self_similarity
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Selection, take_rows
 
@@ -28,7 +28,7 @@ class DivPruner(Pruner):
         return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
-        distance = similarity(features.visual, features.visual).neg_().add_(1)
+        distance = self_similarity(features.visual).neg_().add_(1)
         score = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest distance is to the token itself
         nearest = torch.full_like(score, torch.inf)
         taken = torch.zeros_like(score, dtype=torch.bool)

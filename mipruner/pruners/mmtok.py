@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mipruner.errors import InputError
 from mipruner.features import Features
+from mipruner.fused import self_similarity
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
 from mipruner.selection import Auto, Selection, dense_greedy, lazy_greedy, take_rows
@@ -89,7 +90,7 @@ class MMTokPruner(Pruner):
             valid = torch.ones_like(features.visual[..., 0], dtype=torch.bool)
         text, weights = self.covered_text(features)
         of_text = similarity(text, features.visual).div_(self.tau_text).softmax(-1).mul_(weights[..., None])
-        of_image = similarity(features.hidden, features.hidden).div_(self.tau_visual).softmax(-1)
+        of_image = self_similarity(features.hidden).div_(self.tau_visual).softmax(-1)
         of_image.div_(valid.shape[-1]).mul_(self.alpha)
         cover = torch.cat([of_text.mT, of_image.mT], -1)  # a row is the coverage by one token
         return facility_location(cover, valid, n_keep)
