@@ -40,7 +40,7 @@ def test_both_readings_choose_the_same(n_visual, n_keep):
 
 
 def test_ratios_of_every_method_on_one_page(tmp_path, capsys):
-    words = ["sizes=[[48,6],[48,12],[96,12]]", "width=64", "repetitions=2", "n_words=[300]", f"out={tmp_path / 'peers'}"]
+    words = ["sizes=[[48,6],[48,12],[96,12]]", "width=64", "repetitions=2", "n_words=[300]", f"out={tmp_path}/peers"]
     threads = torch.get_num_threads()
     task.run(config(*words), words)
     assert torch.get_num_threads() == threads
