@@ -10,6 +10,7 @@ its top.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from analysis import load, methods, speedup
 from analysis.command import arguments
 from analysis.compare import METHODS
 from experiments.tabular import Span, Table
+from experiments.tasks import overhead
 from mipruner.pruners import OWN, PRUNERS, ImagePruner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ PAGES = {
     "demo": "README.md",
     "methods": "README.md",
     "tree": "docs/tree.md",
+    "overhead": "docs/anywhere.md",
     "peers": "docs/speed.md",
     "speedup": "docs/speed.md",
 }
@@ -136,12 +139,29 @@ def demo_table(cells: pd.DataFrame) -> str:
     )
 
 
+def overhead_tables() -> str:
+    """A table for each record of task=overhead in docs/results, with its command."""
+    found = sorted((ROOT / "docs/results").glob("overhead_*.json"))
+    if not found:
+        raise ValueError(
+            "there is no docs/results/overhead_*.json: python run.py task=overhead out=docs/results/overhead_NAME.json"
+        )
+    lines = []
+    for record in (json.loads(path.read_text(encoding="utf-8")) for path in found):
+        machine, torch = record["machine"], record["versions"]["torch"]
+        said = f"{machine.get('cpu', '')}, {machine['device']}, torch {torch}, commit {record['git_commit'][:9]}"
+        lines += [overhead.show(record), f"{said}, {record['date'][:10]}: `{record['command']}`"]
+    return "\n\n".join(lines)
+
+
 def part(name: str, results: Path) -> str:
     """Text of a generated part. Raises ValueError if a record is missing."""
     if name == "tree":
         return tree(tracked())
     if name == "speedup":
         return speedup.table()
+    if name == "overhead":
+        return overhead_tables()
     if name == "peers":
         found = ROOT / "docs/results/peers_cpu.md"
         if not found.is_file():

@@ -31,8 +31,18 @@ def test_four_calls_take_turns(tmp_path, capsys):
     assert row["ms"]["cpu"].keys() == {"stock", "everything", "pruned", "ideal"}
     assert 0 < row["encoder_ms"]["cpu"]["pruned"]["median"] < row["ms"]["cpu"]["pruned"]["median"]
     assert row["ms"]["cpu"]["ideal"]["median"] < row["ms"]["cpu"]["stock"]["median"]
-    with pytest.raises(InputError, match="make batches smaller"):
-        overhead.measure(config("batches=[10000]"))
+    for words, said in {"batches=[10000]": "make batches smaller", "compile=[eyes]": "choose encoder, decoder"}.items():
+        with pytest.raises(InputError, match=said):
+            overhead.measure(config(words))
+
+
+def test_parts_are_compiled_for_all_four_calls(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    words = ["batches=[1]", "repetitions=1", "warmup=0", "max_new_tokens=1", "compile=[encoder,decoder]"]
+    record = overhead.measure(config(*words))
+    assert compiled == ["CLIPVisionModel", "LlamaModel"]
+    assert "demo_llava, bfloat16, encoder compiled, decoder compiled" in overhead.show(record)
 
 
 def test_the_ratios_are_medians_over_rounds():

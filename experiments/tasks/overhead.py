@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python run.py task=overhead out=docs/results/overhead_demo_llava_cpu.json
     OMP_NUM_THREADS=1 python run.py task=overhead model=demo_qwen3vl +model.max_pixels=451584 'image_size=[672,672]'
+    OMP_NUM_THREADS=1 python run.py task=overhead 'compile=[encoder,decoder]'
 
 Four calls run in random order, all with the same number of new tokens:
 
@@ -22,7 +23,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +169,13 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         image = benchmark.images(sample.image_id)[0]
         prompts.append(Prompt(sample.text, [image.resize(config["image_size"]) if config["image_size"] else image]))
     rows = []
-    stopwatch = Stopwatch(cast(Any, adapter.model).get_encoder(modality="image"), adapter.device)
+    model: Any = adapter.model
+    parts = {"encoder": model.get_encoder(modality="image"), "decoder": model.get_decoder()}
+    if unknown := set(config["compile"]) - parts.keys():
+        raise InputError(f"compile={unknown.pop()}: choose encoder, decoder or both")
+    for name in config["compile"]:
+        parts[name].compile()
+    stopwatch = Stopwatch(parts["encoder"], adapter.device)
     for n in config["batches"]:
         every, n_visual = calls(config, adapter, inputs_of(adapter, prompts[:n]))
         rows.append(row(n, n_visual, budget(config["keep"], n_visual), take_turns(every, config, stopwatch)))
@@ -176,6 +183,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         **provenance(overrides, adapter.device),
         **{group: config[group]["name"] for group in ("model", "pruner")},
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "compiled": config["compile"],
         "new_tokens": config["max_new_tokens"],
         "repetitions": config["repetitions"],
         "rows": rows,
@@ -185,8 +193,17 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 def show(record: dict[str, Any]) -> str:
     """Markdown table of CPU time on a CPU, or wall time on a GPU."""
     clock = "cpu" if "cpu" in record["machine"] else "wall"
-    subject = f"{record['model']}, {record['dtype']}, ms of {clock} time"
-    head = [subject, "encoder", "stock", "keep=1.0", "pruned", "ideal", "keep=1.0 / stock", "share of the ideal saving"]
+    subject = ", ".join([record["model"], record["dtype"], *(f"{part} compiled" for part in record.get("compiled", ()))])
+    head = [
+        f"{subject}, ms of {clock} time",
+        "encoder",
+        "stock",
+        "keep=1.0",
+        "pruned",
+        "ideal",
+        "keep=1.0 / stock",
+        "share of the ideal saving",
+    ]
     lines = []
     for one in record["rows"]:
         ms = [f"{one['encoder_ms'][clock]['stock']['median']:.1f}"]
