@@ -4,6 +4,7 @@
 
 The model is loaded once; each run is a fork of this process. A run ends at a random file that it opens, renames or
 removes under its results, or at a random time. After each series the folder must be that of a run never disturbed.
+The tracker is a module in the place of wandb that writes a line for each of its calls.
 """
 
 import errno
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -31,16 +33,46 @@ from toy import save_toy_model
 TIMED = ("started", "finished", "latency_ms", "peak_memory_gib", "waited_for_images")
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
 FINISHED, FULL, REFUSED = 0, 3, 4
+REPORT = b"\nlog ['masks', 'predictions']\nend 0\n"
 LIMIT_S = 60
 
 
 def config(results: Path, model: Path) -> dict:
-    words = [f"results={results}", f"model.path={model}", "n_masks=2", "batch_size=4", "keep=4", "device=cpu"]
+    words = [
+        f"results={results}",
+        f"model.path={model}",
+        "logger=wandb",
+        "logger.mode=offline",
+        "n_masks=2",
+        "batch_size=4",
+        "keep=4",
+        "device=cpu",
+    ]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         resolved = build.resolve(compose("config", words))
     resolved["dataset"] |= {"name": "toy", "benchmark": {"name": "toy", "n": 12}}
     resolved["decoding"]["max_new_tokens"] = 3
     return resolved
+
+
+def tracker() -> ModuleType:
+    """A module with the calls of wandb that a run makes. Each writes its name into the folder of the run."""
+
+    def init(dir: str, **_) -> SimpleNamespace:
+        def write(name: str) -> None:
+            with open(f"{dir}/wandb.log", "a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+
+        write("init")
+        return SimpleNamespace(
+            summary={},
+            log=lambda sent: write(f"log {sorted(sent)}"),
+            finish=lambda exit_code: write(f"end {exit_code}"),
+        )
+
+    module = ModuleType("wandb")
+    module.init, module.Table, module.Image = init, dict, str
+    return module
 
 
 def child(settings: dict, act=None) -> int:
@@ -88,10 +120,15 @@ def ended(pid: int) -> int:
 
 
 def content(settings: dict) -> dict[str, bytes]:
-    """Every file of the cell, without its times."""
+    """Every file of the cell, without its times; of the tracker's file the calls of the last run."""
     (folder,) = Path(settings["results"]).glob("*/*/*/*")
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     record = json.loads(files["record.json"])
+    files["wandb.log"] = files["wandb.log"].rpartition(b"init")[2]
+    reported = record["reported"]["wandb"]
+    if reported is not None:  # the tracker had no disk: the evaluation ends, and its record says so
+        assert "No space left" in reported
+        record["reported"]["wandb"], files["wandb.log"] = None, REPORT
     files["record.json"] = json.dumps({key: value for key, value in record.items() if key not in TIMED}).encode()
     rows = [json.loads(line) for line in files["samples.jsonl"].splitlines()]
     files["samples.jsonl"] = json.dumps([{**row, "latency_ms": None} for row in rows]).encode()
@@ -123,6 +160,7 @@ def count_events(settings: dict) -> int:
 
 def main(n_kills: int) -> None:
     torch.set_num_threads(1)
+    sys.modules["wandb"] = tracker()
     tqdm.monitor_interval = 0  # no thread whose lock a fork could inherit
     random.seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,7 +171,7 @@ def main(n_kills: int) -> None:
         start = time.perf_counter()
         n_events = count_events(settings)
         took, whole = time.perf_counter() - start, content(settings)
-        assert "masks.png" in whole
+        assert "masks.png" in whole and whole["wandb.log"] == REPORT
 
         def fresh() -> None:
             shutil.rmtree(results)
