@@ -193,7 +193,8 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 def show(record: dict[str, Any]) -> str:
     """Markdown table of CPU time on a CPU, or wall time on a GPU."""
     clock = "cpu" if "cpu" in record["machine"] else "wall"
-    subject = ", ".join([record["model"], record["dtype"], *(f"{part} compiled" for part in record.get("compiled", ()))])
+    compiled = [f"{part} compiled" for part in record.get("compiled", ())]
+    subject = ", ".join([record["model"], record["dtype"], *compiled])
     head = [
         f"{subject}, ms of {clock} time",
         "encoder",
