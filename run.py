@@ -20,9 +20,11 @@ from experiments.usage import usage
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # before torch is imported, which takes seconds
     try:
-        print(usage(sys.argv[1:], __doc__))
+        print(usage(sys.argv[1:], __doc__), flush=True)
     except KeyError as error:
         sys.exit(f"error: {error.args[0]}")
+    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit()
 
 import hydra

@@ -8,6 +8,7 @@ the commands for the records.
 
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -164,37 +165,44 @@ def automatic(cells: pd.DataFrame) -> str:
 
 
 def cover(cells: pd.DataFrame) -> str:
-    """Cover minus each method with the same draws, by type of question and budget."""
-    rows, n_contrasts = [], 0
-    tasks: dict[str, Any] = {}
+    """Cover minus each method with the same draws, by type of question and budget; one table per model.
+
+    The draws of a budget are those that cover and MI-Pruner share. Shown are the budgets with most of them, and the
+    methods that have them all.
+    """
+    if unknown := set(cells.method) - METHODS.keys():
+        print(f"methods that are not installed are left out: {', '.join(sorted(unknown))}", file=sys.stderr)
+    tables, n_contrasts = [], 0
     for model in DEMOS:
-        ours = select(cells, model, method="cover")
-        named = cells[(cells.model == model) & (cells.dataset == DEMOS[model])]
-        most = max(map(len, ours.values()), default=0)
-        ours = {keep: draws for keep, draws in ours.items() if len(draws) == most}
-        for keep, draws in sorted(ours.items(), key=lambda item: -float(item[0])):
-            for method in sorted(set(named.method) - {"cover", "none"}):
-                others = {c.settings["seed"]: c for c in select(cells, model, method=method).get(keep, [])}
-                pairs = [(c, others[c.settings["seed"]]) for c in draws if c.settings["seed"] in others]
-                if len(pairs) < len(draws):
+        found = {
+            method: {keep: {c.settings["seed"]: c for c in draws} for keep, draws in by_budget.items()}
+            for method in sorted(METHODS)
+            if (by_budget := select(cells, model, method=method))
+        }
+        cover, mi = found.pop("cover", {}), found.get("mi", {})
+        shared = {keep: cover[keep].keys() & mi[keep].keys() for keep in cover.keys() & mi.keys() - {"auto"}}
+        most = max(map(len, shared.values()), default=0)
+        rows, counts = [], {}
+        for keep in sorted((keep for keep in shared if len(shared[keep]) == most > 0), key=float, reverse=True):
+            for method, by_seed in ((name, found[name].get(keep, {})) for name in found if name != "none"):
+                if not shared[keep] <= by_seed.keys():
                     continue
+                pairs = [(cover[keep][seed], by_seed[seed]) for seed in sorted(shared[keep])]
                 gains = pd.concat(
                     paired.gains(a.path, b.path).assign(task=task_of(a.path), draw=a.settings["seed"]) for a, b in pairs
                 )
                 gains["image"] = [f"{d}:{i}" for d, i in zip(gains.draw, gains.image, strict=True)]
-                parts = {"all": gains} | {task: part for task, part in gains.groupby("task")}
-                tasks |= {task: len(part) for task, part in parts.items()}
+                parts = {"all": gains} | dict(list(gains.groupby("task")))
+                counts = {task: len(part) for task, part in parts.items()}
                 n_contrasts += len(parts)
                 label = f"{conf.title('model', model)}, {budget_name(keep)}: {METHODS[method]}"
-                shown = {task: "{:+.1f} ± {:.1f}".format(*paired.clustered(part)) for task, part in parts.items()}
-                rows.append((label, number([b for _, b in pairs]), number([a for a, _ in pairs]), shown))
-    if not rows:
-        return ""
-    header = ["", "accuracy", "cover", *(f"{conf.title('dataset', t)} ({n:,})" for t, n in tasks.items())]
-    table = markdown(header, [[*row, *(shown.get(task, "") for task in tasks)] for *row, shown in rows])
-    return (
-        f"{table}\n\n{n_contrasts} contrasts were looked at; by chance one in twenty lies beyond two standard errors."
-    )
+                shown = ["{:+.1f} ± {:.1f}".format(*paired.clustered(part)) for part in parts.values()]
+                rows.append([label, number([b for _, b in pairs]), number([a for a, _ in pairs]), *shown])
+        if rows:
+            heads = [f"{conf.title('dataset', task)} ({n:,})" for task, n in counts.items()]
+            tables.append(markdown(["", "accuracy", "cover", *heads], rows))
+    said = f"{n_contrasts} contrasts were looked at; by chance one in twenty lies beyond two standard errors."
+    return "\n\n".join([*tables, said]) if tables else ""
 
 
 def candidates(cells: pd.DataFrame) -> str:

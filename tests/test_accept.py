@@ -143,7 +143,7 @@ def an_empty_projector(snapshot, blobs):
 
 FAULTS = {
     a_missing_shard: "files",
-    a_renamed_weight: "missing keys",
+    a_renamed_weight: "all weights are loaded",
     a_wrong_template: "prompt ids",
     other_pixels: "visual tokens of images of 640 x 480, 1024 x 683, 300 x 200",
     a_tampered_projector: "SHA-256 of the weight files",

@@ -1,6 +1,7 @@
 """What holds for every command and every file of the code."""
 
 import ast
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -51,6 +52,15 @@ def test_help_needs_no_torch_and_a_wrong_task_is_named():
     ):
         run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == status and said in run.stdout + run.stderr, run
+
+
+def test_help_may_be_cut_off():
+    """As by ``| head``: nobody reads what is printed, and no traceback follows."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert run.returncode == 0 and not run.stderr, run
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))

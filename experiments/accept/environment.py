@@ -4,18 +4,18 @@ import hashlib
 import importlib.util
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from experiments.accept.report import Line, check, not_run
 from experiments.flops import architecture, build
 from experiments.results import versions
 from mipruner.errors import InputError, ModelError
+from mipruner.models import Adapter
 from mipruner.models.hub import locate
 
 TESTED = {"python": ((3, 11), (3, 12)), "torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 23))}
@@ -58,8 +58,8 @@ def check_environment(config: dict[str, Any], device: torch.device, cost: dict[s
     yield check("attention implementation", there, kind, kind if there else "the package flash-attn is not installed")
 
 
-def check_weights(config: dict[str, Any]) -> Iterator[Line]:
-    """Lines of section 2 that need no loaded adapter: files, checksums, and all keys of the checkpoint."""
+def check_weights(config: dict[str, Any], load: Callable[[], Adapter]) -> Iterator[Line]:
+    """Lines of section 2: files, checksums, and all weights. ``load`` loads the model for all sections."""
     model = config["model"]
     try:
         folder = locate(model["path"], model["revision"])
@@ -70,23 +70,21 @@ def check_weights(config: dict[str, Any]) -> Iterator[Line]:
     yield revision(folder, model["revision"])
     yield from checksums(folder)
     transformers_logging.set_verbosity_error()
+    source = "the checkpoint against transformers"
     try:
-        with torch.device("cpu"):
-            checkpoint: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype="auto", use_safetensors=True, output_loading_info=True
-            )
-            loaded, info = checkpoint
-    except Exception as error:
-        yield check("checkpoint loads", False, "no error", str(error).strip().splitlines()[0])
+        loaded = load().model
+    except ModelError as error:
+        yield check("all weights are loaded", False, "none missing, none unexpected", error, source=source)
         return
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info[kind]))
-        found = "none" if not keys else f"{len(keys)}: {', '.join(keys[:3])}" + (" ..." if len(keys) > 3 else "")
-        yield check(kind.replace("_", " "), not keys, "none", found, source="the checkpoint against transformers")
+    yield check("all weights are loaded", True, "none missing, none unexpected", "all", source=source)
     try:
         shape = build(architecture(model["name"]), torch.bfloat16)
     except InputError as error:
-        yield not_run("shapes of all tensors", str(error))
+        shape, reason = None, str(error)
+    if model.get("quantization"):
+        shape, reason = None, "quantized weights have other shapes"
+    if shape is None:
+        yield not_run("shapes of all tensors", reason)
     else:
         wanted = {name: tuple(p.shape) for name, p in shape.named_parameters()}
         have = {name: tuple(p.shape) for name, p in loaded.named_parameters()}

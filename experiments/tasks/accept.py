@@ -26,13 +26,13 @@ from experiments.accept.environment import HEADROOM, check_environment, check_we
 from experiments.accept.exactness import check_full, check_pruned
 from experiments.accept.method import check_method
 from experiments.accept.prompts import check_prompts
-from experiments.accept.report import FAIL, PASS, Line, Report, check, not_run
+from experiments.accept.report import FAIL, PASS, Line, Report, not_run
 from experiments.accept.scores import check_paper, check_scores
 from experiments.accept.speed import check_speed
 from experiments.cell import run_cell
 from experiments.results import ROOT
 from experiments.tasks.efficiency import measure
-from mipruner.errors import InputError, ModelError
+from mipruner.errors import InputError
 from mipruner.models.hub import locate
 
 LEVELS = ("quick", "scores", "paper")
@@ -73,16 +73,11 @@ def all_lines(
 ) -> Iterator[Line]:
     """Run the sections in order. If the model does not load, the sections that need it are skipped."""
     yield from report.run("1 Environment", lambda: check_environment(config, device, cost))
-    yield from report.run("2 Weights", lambda: check_weights(config))
+    yield from report.run("2 Weights", lambda: check_weights(config, partial(build.model, config)))
     name, n_images = config["model"]["name"], config["n_images"]
     if report.sections["2 Weights"][-1].status == FAIL:
         return
-    try:
-        adapter = build.model(config)
-    except ModelError as error:
-        line = check("the model loads", False, "no error", error)
-        yield from report.run("2 Weights, loaded", lambda: [line])
-        return
+    adapter = build.model(config)  # that of section 2, or read again if that section was stored
     folder = locate(config["model"]["path"], config["model"]["revision"])
     yield from report.run("3 Prompt", lambda: check_prompts(adapter, name, folder))
     yield from report.run("4 Exactness, everything kept", lambda: check_full(adapter, n_images))

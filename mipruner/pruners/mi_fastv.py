@@ -19,7 +19,7 @@ class MIFastVPruner(Composed):
 
     title = "MI, then FastV"
     reads = "question, decoder attention"
-    cost = "N² d + E N for E that enter, 2 of L layers at E tokens"
+    cost = "that of MI-Pruner for N / 4 tokens, 2 of L layers at N / 4 tokens"
 
     before: MIPruner = field(default_factory=MIPruner)  # type: ignore[misc]
     inside: FastVPruner = field(default_factory=FastVPruner)
