@@ -1,8 +1,4 @@
-"""Builds the table of methods in README.md: where each acts, its inputs, its cost, its accuracy on the demo.
-
-N visual tokens, T kept tokens, width d, m text tokens, L decoder layers. `python -m analysis.pages methods` writes it
-from stored records.
-"""
+"""Builds the table of methods in docs/methods.md: where each acts, its inputs, its cost, its accuracy on the demo."""
 
 import pandas as pd
 

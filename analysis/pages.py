@@ -1,4 +1,4 @@
-"""Writes the generated parts of pages: tables of README.md from records, and docs/tree.md from the files.
+"""Writes the generated parts of README.md and docs: tables from records, and docs/tree.md from the files.
 
     python -m analysis.pages                   every part
     python -m analysis.pages tree methods      these parts
@@ -30,7 +30,7 @@ from mipruner.pruners import OWN, PRUNERS, ImagePruner
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "demo": "README.md",
-    "methods": "README.md",
+    "methods": "docs/methods.md",
     "tree": "docs/tree.md",
     "overhead": "docs/anywhere.md",
     "peers": "docs/speed.md",
