@@ -116,8 +116,8 @@ class ImagePruner(Method):
     """
 
 
-class Pruner(Method, ABC):
-    """Selects visual tokens before the language model runs. A method overrides `select`."""
+class Pruner(Method):
+    """Selects visual tokens before the language model runs. A method overrides `order` or `select`."""
 
     at_most: ClassVar[bool] = False
     """Whether the method may keep fewer rows than the budget."""
@@ -130,12 +130,14 @@ class Pruner(Method, ABC):
             return Selection(every.expand(*features.visual.shape[:-2], n_keep))
         return self.select(features, n_keep)
 
-    @abstractmethod
     def select(self, features: Features, n_keep: int) -> Selection:
-        """Select ``n_keep`` of the visual tokens, 1 <= n_keep < n_visual."""
+        """Select ``n_keep`` of the visual tokens, 1 <= n_keep < n_visual; by default the picks of `order`."""
+        picks = self.order(features, n_keep)
+        assert picks is not None
+        return Selection(picks.sort(-1).values)
 
 
-class ScorePruner(Pruner):
+class ScorePruner(Pruner, ABC):
     """A pruner that keeps the tokens with the highest score."""
 
     @abstractmethod
@@ -144,9 +146,6 @@ class ScorePruner(Pruner):
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         return top_k(self.score(features), n_keep)
-
-    def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(self.order(features, n_keep).sort(-1).values)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mipruner.features import Features
 from mipruner.fused import self_similarity
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Selection, take_rows
+from mipruner.selection import take_rows
 
 EPS = 1e-6
 
@@ -46,9 +46,6 @@ class CDPruner(Pruner):
     def __post_init__(self) -> None:
         if self.relevance not in ("auto", "clip", "projection"):
             raise InputError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
-
-    def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         score = self.score(features)

@@ -12,7 +12,7 @@ from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import log_partition_of
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Selection, dense_greedy, lazy_greedy, take_rows
+from mipruner.selection import dense_greedy, lazy_greedy, take_rows
 
 CERTAIN = 1 - 2**-20
 """Upper limit of p(t | v). Without it, after a token with p = 1 no other token would have a gain for this word."""
@@ -52,9 +52,6 @@ class CoverPruner(Pruner):
             raise InputError(f"tau={self.tau} is not positive and finite")
         if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
             raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
-
-    def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         visual = features.visual

@@ -6,7 +6,7 @@ from torch import Tensor
 from mipruner.features import Features
 from mipruner.fused import self_similarity
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Selection, take_rows
+from mipruner.selection import take_rows
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,6 @@ class DivPruner(Pruner):
     reads = "nothing"
     reads_text = False
     cost = "N² d + T N"
-
-    def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         distance = self_similarity(features.visual).neg_().add_(1)

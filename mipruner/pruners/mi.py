@@ -11,7 +11,7 @@ from mipruner.features import Features
 from mipruner.fused import log_partition_of, mi_picks
 from mipruner.prior import Prior, visual_prior
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Selection, greedy
+from mipruner.selection import greedy
 
 Support = Literal["prompt", "vocabulary"]
 
@@ -78,9 +78,6 @@ class MIPruner(Pruner):
 
     def order(self, features: Features, n_keep: int) -> Tensor | None:
         return self.picks(features, n_keep)
-
-    def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(self.picks(features, n_keep).sort(-1).values)
 
     def picks(self, features: Features, n_keep: int, given: Tensor | None = None) -> Tensor:
         """Indices [.., n_keep] in the order of the greedy search, after the tokens ``given``."""

@@ -11,7 +11,7 @@ from mipruner.features import Features
 from mipruner.fused import self_similarity
 from mipruner.pmi import similarity
 from mipruner.pruners.base import Pruner
-from mipruner.selection import Auto, Selection, dense_greedy, lazy_greedy, take_rows
+from mipruner.selection import Auto, dense_greedy, lazy_greedy, take_rows
 
 STOP_WORDS = frozenset(
     re.findall(
@@ -79,9 +79,6 @@ class MMTokPruner(Pruner):
     def budget(self, keep: int | float | Auto, n_visual: int) -> int:
         n_keep = super().budget(keep, n_visual)
         return max(1, int(keep * n_visual)) if self.rounding == "down" and isinstance(keep, float) else n_keep
-
-    def select(self, features: Features, n_keep: int) -> Selection:
-        return Selection(self.order(features, n_keep).sort(-1).values)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         assert features.hidden is not None
