@@ -35,7 +35,9 @@ def write_gif(path: Path, n: int) -> None:
 
 
 def benchmark(name, path, judge=None, **options):
-    config = OmegaConf.create({"dataset": OmegaConf.load(ROOT / f"conf/dataset/{name}.yaml"), "judge": judge or {}})
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", [f"dataset={name}"])
+    config = OmegaConf.create({"dataset": config.dataset, "judge": judge or {}})
     config.dataset.path = str(path) if path else None
     config.dataset.benchmark.update(options)
     return make_benchmark(**OmegaConf.to_container(config.dataset.benchmark, resolve=True))
