@@ -248,8 +248,8 @@ def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
 
 def _multiply(rows: Tensor, columns: Tensor, out: Tensor) -> None:
     """Float32 product [n, m] of rows [n, d] and columns [m, d], written to ``out``."""
-    if ON_ZEN:
-        out.copy_(torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], ""))
+    if ON_ZEN:  # oneDNN takes 100 times as long for columns that are a slice of longer ones
+        out.copy_(torch.ops.mkldnn._linear_pointwise(rows, columns.contiguous(), None, "none", [], ""))
     else:
         torch.mm(rows, columns.T, out=out)
 
