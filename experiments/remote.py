@@ -56,6 +56,7 @@ class Server:
             timeout=engine["timeout_s"],
         )
         self.pruning = setting_of(config, config["keep"]) if config["pruner"]["name"] != "none" else {}
+        self.draws = "seed" in config["pruner"]
 
     def describe(self) -> dict[str, Any]:
         """Name and version of the served model. Raises `BenchmarkError` if the server cannot be reached."""
@@ -96,13 +97,16 @@ class Server:
             )
         self.pruning = pruning or ({"keep": 1.0} if prunes else {})
 
-    def ask(self, model: str, text: str, urls: Sequence[str]) -> tuple[str, int | None]:
-        """Send a request. Returns the answer and the number of prompt tokens."""
+    def ask(self, model: str, text: str, urls: Sequence[str], sample: str = "") -> tuple[str, int | None]:
+        """Send a request. Returns the answer and the number of prompt tokens.
+
+        A random pruner draws by the name of the sample, as in the pipeline.
+        """
         content: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         content.append({"type": "text", "text": text})
         body = {"top_k": self.decoding["top_k"]} if self.decoding["top_k"] else {}
         if self.pruning:
-            body["mm_processor_kwargs"] = self.pruning
+            body["mm_processor_kwargs"] = self.pruning | ({"sample": sample} if self.draws else {})
         completion = self.client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": content}],
@@ -202,7 +206,7 @@ def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, sa
         except SampleError as error:
             return row | {"error": str(error)}
         started = time.perf_counter()
-        prediction, n_prompt = server.ask(model, sample.text, images)
+        prediction, n_prompt = server.ask(model, sample.text, images, sample.id)
         spent = {"request_ms": round(1000 * (time.perf_counter() - started), 3)}
         return (
             row | {"prediction": prediction} | dict.fromkeys(UNKNOWN) | {"prompt_tokens": n_prompt, "notes": {}} | spent

@@ -112,14 +112,23 @@ def vllm_version(client: OpenAI) -> str | None:
 
 @contextmanager
 def serve(
-    model: str, setting: dict[str, Any] | None, log: Path, *options: str, environment: Mapping[str, str] = NONE
+    model: str,
+    setting: dict[str, Any] | None,
+    log: Path,
+    *options: str,
+    environment: Mapping[str, str] = NONE,
+    port: int | None = None,
 ) -> Iterator[Served]:
-    """Start vLLM's server on a free port, and stop it at the end. Raises `InputError` if it does not start.
+    """Start vLLM's server, and stop it at the end. Raises `InputError` if it does not start.
 
-    ``environment`` holds defaults for variables that are not set.
+    ``environment`` holds defaults for variables that are not set. ``port`` None takes a free port.
     """
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # just left by another server
+        try:
+            free.bind(("127.0.0.1", port or 0))
+        except OSError as error:
+            raise InputError(f"port {port} is taken: {error}") from error
         port = free.getsockname()[1]
     words = ["--model", model, "--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--trust-request-mm-kwargs", *options]

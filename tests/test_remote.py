@@ -141,6 +141,18 @@ def test_a_server_that_prunes_nothing_is_not_taken_for_one_that_does(tmp_path):
     assert asked[-1]["mm_processor_kwargs"] == {"keep": 1.0}
 
 
+def test_a_random_pruner_is_told_the_sample_and_no_other_is(tmp_path):
+    """By which the pipeline draws."""
+    told = {}
+    for name in ("random", "mi"):
+        with server(good) as (url, asked):
+            config = config_of(tmp_path, url, f"pruner={name}")
+            run_cell(config)
+        told[name] = [request["mm_processor_kwargs"].get("sample") for request in asked if not is_probe(request)]
+    assert sorted(told["random"]) == sorted({row["id"] for row in Cell(config).rows()})
+    assert set(told["mi"]) == {None}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
-from experiments import served, soak
-from experiments.results import ROOT
-from experiments.tasks import serving
+from experiments import build, served, soak
+from experiments.results import ROOT, Cell
+from experiments.tasks import agreement, serving
 from mipruner.errors import InputError
 
 
@@ -116,6 +116,16 @@ def test_a_soak_sees_an_answer_about_another_image_and_a_bad_request_that_is_ans
 def test_what_does_not_go_together_is_said(started, tmp_path, words, message):
     with pytest.raises(InputError, match=message):
         serving.run(config_of(tmp_path, *words))
+
+
+def test_the_cells_of_an_agreement_are_those_of_run_py(tmp_path):
+    """Or stored answers would be computed again."""
+    words = [f"results={tmp_path}", "pruner=similarity", "seed=1"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        config = OmegaConf.to_container(compose("config", [*words, "task=agreement", "keeps=[32,8]"]))
+        alone = [build.resolve(compose("config", [*words, f"keep={keep}"])) for keep in (32, 8)]
+    found = [build.resolve(one) for one in agreement.cells(config, "similarity")]
+    assert [Cell(one).path for one in found] == [Cell(one).path for one in alone]
 
 
 def test_where_vllm_is_not_installed_the_message_says_so(monkeypatch, tmp_path):

@@ -3,8 +3,8 @@
     python run.py task=agreement                                   the demo's table
     python run.py task=agreement model=demo_qwen3vl dataset=demo_canvases keeps=[0.25,0.11]
 
-Both evaluations are ordinary cells, so stored answers are not computed again. The server refuses methods that vLLM
-cannot run, see docs/serving.md. `random` is not comparable: it draws by sample name, which a server does not get.
+Both evaluations are ordinary cells, so stored answers are not computed again; overwrite=true does. The server refuses
+methods that vLLM cannot run, see docs/serving.md.
 """
 
 import shlex
@@ -22,10 +22,14 @@ from experiments.served import serve
 from experiments.tabular import Table
 from experiments.tasks.serving import require_vllm
 
+OWN = ("pruners", "keeps", "server", "port", "out")
+"""Keys of conf/task/agreement.yaml, which are no part of a cell."""
+
 
 def cells(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Configs of a pruner's cells, one per budget."""
-    whole = build.resolved(config | {"pruner": conf.read("pruner", name)})
+    """Configs of a pruner's cells, one per budget: those of ``run.py``, without the keys of this task."""
+    evaluated = {key: value for key, value in config.items() if key not in OWN}
+    whole = build.resolved(evaluated | {"pruner": conf.read("pruner", name)})
     return [whole | {"keep": keep} for keep in (config["keeps"] if name != "none" else [1.0])]
 
 
@@ -35,7 +39,7 @@ def compared(config: dict[str, Any], name: str, log: Path) -> Iterator[dict[str,
     setting = None if name == "none" else setting_of(asked[0], 1.0)
     options = ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
     engine = conf.read("engine", "server")
-    with serve(build.weights(config["model"]["path"]), setting, log, *options) as served:
+    with serve(build.weights(config["model"]["path"]), setting, log, *options, port=config["port"]) as served:
         remote = [build.resolve(one | {"engine": engine | {"base_url": served.url}}) for one in asked]
         records = [run_cell(one) for one in remote]
     for one, there, record in zip(asked, remote, records, strict=True):

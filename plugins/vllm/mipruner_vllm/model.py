@@ -69,7 +69,7 @@ class Pruned:
         encode = super().embed_multimodal
         keys = [bytes(key.tolist()) for key in own["media_hash"]]
         rows = self.vision_rows.get(keys, lambda places: encode(**self.part(kwargs, len(keys), places)))
-        names = [key.hex() for key in keys]
+        names = [bytes(name.tolist()).decode() for name in own["sample"]]
         columns = (own["question_ids"], own["n_keep"], own["layout"], self.shapes(kwargs, len(keys)), names)
         return tuple(self.shorten(*one) for one in zip(rows, *columns, strict=True))
 
@@ -111,7 +111,7 @@ class Pruned:
     ) -> Tensor:
         """Rows [n_kept, d] for the language model, including words between them.
 
-        A random draw depends on the seed and on ``name``, the name of the image, for all questions.
+        A random draw depends on the seed and on ``name``: the sample's if the request gives one, else the image's.
         """
         is_candidate = self.is_candidate(rows)
         kept = torch.ones_like(is_candidate)
@@ -121,7 +121,7 @@ class Pruned:
             text = self.embed_words(question_ids.view(-1))
             kept = ~is_candidate
             for k, (part, share) in enumerate(zip(places.chunk(len(shares)), shares, strict=True)):
-                visual = rows[part][:, : text.shape[1]]  # without Qwen3-VL's columns of deepstack rows
+                visual = rows[part, : text.shape[1]]  # without Qwen3-VL's columns of deepstack rows
                 sample = name if len(shares) == 1 else f"{name}/{k}"
                 grid = self.grid(len(part), shape)
                 features = Features(visual=visual, text=text, grid=grid, sample=sample, **self.signals)

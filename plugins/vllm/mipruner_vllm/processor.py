@@ -19,7 +19,7 @@ from mipruner.question import Reader
 from mipruner.selection import split_budget
 from mipruner_vllm import settings
 
-OWN = ("question_ids", "n_keep", "layout", "media_hash")
+OWN = ("question_ids", "n_keep", "layout", "media_hash", "sample")
 """Fields that are sent with each image or video to the worker."""
 
 PROFILE = MappingProxyType({"keep": 1.0})
@@ -32,6 +32,8 @@ class Request:
 
     question: list[int]
     keep: int | float
+    sample: str = ""
+    """Name for random draws, see `mipruner.features.Features.sample`; empty: each image is named after its hash."""
     hashes: dict[str, list[str]] = field(default_factory=dict)
     """Hashes of the images and videos themselves."""
 
@@ -88,9 +90,11 @@ class Questions:
         settings.check_keep(keep)
         if "pruner" in kwargs:  # a request may say what it relies on
             settings.check_pruner(self.settings.pruner, kwargs.pop("pruner"), kwargs.pop("options", {}))
+        if not isinstance(sample := kwargs.pop("sample", ""), str):
+            raise InputError(f"sample={sample!r} is not the name of a sample: give a text")
         if inputs.hf_processor_mm_kwargs is not PROFILE:
             self.check_kinds({kind for kind, n in inputs.mm_data_items.get_all_counts().items() if n})
-        token = _request.set(Request(self.question(inputs.prompt), keep))
+        token = _request.set(Request(self.question(inputs.prompt), keep, sample))
         try:
             return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
         finally:
@@ -124,7 +128,7 @@ class Questions:
         if request.keep == 1.0 and isinstance(request.keep, float):  # the same rows for every question
             return hashes
         every = [one for of_kind in request.hashes.values() for one in of_kind]
-        told = repr((request.question, request.keep, every if len(every) > 1 else None))
+        told = repr((request.question, request.keep, every if len(every) > 1 else None, request.sample))
         named = {
             kind: [hashlib.sha256(f"{one}{told}{k}".encode()).hexdigest() for k, one in enumerate(of_kind)]
             for kind, of_kind in request.hashes.items()
@@ -161,20 +165,28 @@ class Questions:
             shorter = [span.shorten(sum(share)) for span, share in zip(of_kind, own, strict=True)]
             updates[kind] = [[u.with_content(d) for u in one] for one, d in zip(stock[kind], shorter, strict=True)]
             rest = zip(mm_res.kwargs[kind], request.hashes[kind], own, of_kind, strict=True)
-            for item, media_hash, share, span in rest:
+            for k, (item, media_hash, share, span) in enumerate(rest):
                 if item is not None:  # else the engine has it under this very hash
-                    item.update(fields(request.question, share, span, media_hash))
+                    sample = f"{request.sample}/{k}" if request.sample and len(of_kind) > 1 else request.sample
+                    item.update(fields(request.question, share, span, media_hash, sample))
         return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_updates=updates))
 
 
-def fields(question: list[int], share: list[int], span: "Span", media_hash: str) -> dict[str, MultiModalFieldElem]:
-    """The fields `OWN` of one image or video."""
-    digest = torch.tensor(list(hashlib.sha256(media_hash.encode()).digest()), dtype=torch.uint8)
-    values = (torch.tensor(question or [0]), torch.tensor(share), span.layout, digest)
+def fields(
+    question: list[int], share: list[int], span: "Span", media_hash: str, sample: str
+) -> dict[str, MultiModalFieldElem]:
+    """The fields `OWN` of one image or video. The draw is named after the hash if ``sample`` is empty."""
+    digest = hashlib.sha256(media_hash.encode())
+    texts = digest.digest(), (sample or digest.hexdigest()).encode()
+    values = (torch.tensor(question or [0]), torch.tensor(share), span.layout, *map(bytes_of, texts))
     return {
         name: MultiModalFieldElem(value, MultiModalBatchedField(keep_on_cpu=name != "question_ids"))
         for name, value in zip(OWN, values, strict=True)
     }
+
+
+def bytes_of(text: bytes) -> Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
