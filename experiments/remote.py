@@ -191,7 +191,7 @@ def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, sa
         If the benchmark has videos.
     """
     if benchmark.is_video:
-        raise InputError("videos need engine=pipeline: the plug-in of vLLM prunes images only")
+        raise InputError("videos need engine=pipeline: engine=server sends images only")
     digests = {sample.id: sample_digest(benchmark, sample) for sample in samples}
     cell.keep_answers(digests)
     done = {row["id"] for row in cell.rows()}

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments import build
 from experiments.benchmarks.base import BenchmarkError
+from experiments.benchmarks.demo import Demo
 from experiments.cell import run_cell, show
 from experiments.results import ROOT, Cell
 from loopback import server
@@ -164,6 +165,13 @@ def test_a_random_pruner_is_told_the_sample_and_no_other_is(tmp_path):
 def test_what_a_request_cannot_say_is_refused(tmp_path, override, message):
     with pytest.raises(InputError, match=message):
         run_cell(config_of(tmp_path, "http://127.0.0.1:9/v1", override))
+
+
+def test_a_benchmark_of_videos_is_refused_before_a_question_is_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(Demo, "is_video", True)
+    with server(good) as (url, asked), pytest.raises(InputError, match="videos need engine=pipeline"):
+        run_cell(config_of(tmp_path, url))
+    assert all(map(is_probe, asked))
 
 
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, monkeypatch):

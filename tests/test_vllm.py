@@ -9,8 +9,9 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,8 +52,47 @@ CANVASES = [(336, 336), (280, 280), (336, 252), (252, 336)]
 BUDGETS = {LLAVA: (576, 64, 16, 8), QWEN: (1.0, 1 / 4, 1 / 9, 1 / 18)}
 
 
+SHARED = {
+    LLAVA: {"max_num_batched_tokens": 160, "limit_mm_per_prompt": {"image": 2}},  # pieces end inside images
+    QWEN: {},
+}
+"""Options of the engine of each demo model that several tests use."""
+shared = {}
+"""The engine that is open now, by its folder, and what closes it: vLLM has one engine per process."""
+
+
+def close_shared():
+    for _, opened in [*shared.values()]:
+        opened.close()
+    shared.clear()
+
+
+def engine_of(folder):
+    if folder not in shared:
+        opened = ExitStack()
+        shared[folder] = opened.enter_context(engine(folder, **SHARED[folder])), opened
+    return shared[folder][0]
+
+
+@pytest.fixture
+def llava():
+    return engine_of(LLAVA)
+
+
+@pytest.fixture
+def qwen():
+    return engine_of(QWEN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_at_the_end():
+    yield
+    close_shared()
+
+
 @contextmanager
 def engine(folder, setting=MI, **options):
+    close_shared()
     options = {"max_model_len": 1024, "max_num_seqs": 8, "dtype": "float32", "enforce_eager": True} | options
     overrides = {} if setting is None else {"mipruner": setting}
     llm = LLM(folder, hf_overrides=overrides, disable_log_stats=False, **options)
@@ -106,35 +146,36 @@ def questions(folder):
 
 
 @cache
-def adapter(folder):
-    return load(folder, dtype="float32")
+def pipeline_of(folder):
+    """One for all budgets, so it encodes an image once."""
+    return Pipeline(load(folder, dtype="float32"), PRUNERS["mi"](), 1.0)
 
 
 def expected(folder, asked, keep, pruner="mi", names=None, n=4, **options):
-    pipeline = Pipeline(adapter(folder), PRUNERS[pruner](**options), keep, Decoding(max_new_tokens=n))
+    pipeline = pipeline_of(folder)
+    pipeline.pruner, pipeline.keep, pipeline.decoding = PRUNERS[pruner](**options), keep, Decoding(max_new_tokens=n)
     names = names or [""] * len(asked)
     prompts = [Prompt(text, list(images), sample=name) for (text, *images), name in zip(asked, names, strict=True)]
     return [a.tokens for k in range(0, len(prompts), 16) for a in pipeline(prompts[k : k + 16])]
 
 
+SHARES = pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["an eighth", "all"])
+
+
+def agrees_on_the_demo(llm, folder, share):
+    """Slow: all of the questions, 618 and 309 at four budgets each."""
+    asked, rows = questions(folder)[::share], model_of(llm).vision_rows
+    before = rows.n_encoded
+    for keep in BUDGETS[folder]:
+        outputs = ask(llm, [message(*one) for one in asked], keep)
+        assert tokens(outputs) == expected(folder, asked, keep, lam=0.5), keep
+    assert rows.n_encoded - before <= len({id(image) for _, image in asked})  # once each
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["an eighth", "all"])
-@pytest.mark.parametrize("folder", [LLAVA, QWEN])
-def test_the_questions_of_the_demo_are_answered_as_by_pipeline(folder, share):
-    """Slow: all of them, 618 and 309 at four budgets each."""
-    asked = questions(folder)[::share]
-    with engine(folder) as llm:
-        for keep in BUDGETS[folder]:
-            outputs = ask(llm, [message(*one) for one in asked], keep)
-            assert tokens(outputs) == expected(folder, asked, keep, lam=0.5), keep
-        n_images = len({id(image) for _, image in asked})
-        assert model_of(llm).vision_rows.n_encoded <= n_images + 2  # once each, and the two of the profile
-
-
-@pytest.fixture(scope="module")
-def llava():
-    with engine(LLAVA, max_num_batched_tokens=160, limit_mm_per_prompt={"image": 2}) as llm:  # pieces end inside images
-        yield llm
+@SHARES
+def test_the_questions_of_the_llava_demo_are_answered_as_by_pipeline(llava, share):
+    agrees_on_the_demo(llava, LLAVA, share)
 
 
 def picked(folder, n):
@@ -292,6 +333,12 @@ def test_a_wrong_setting_ends_before_the_model_is_loaded(setting, message):
         pass
 
 
+@pytest.mark.timeout(900)
+@SHARES
+def test_the_questions_of_the_qwen_demo_are_answered_as_by_pipeline(qwen, share):
+    agrees_on_the_demo(qwen, QWEN, share)
+
+
 METHODS = [
     ("similarity", {}),
     ("random", {"seed": 1}),
@@ -305,15 +352,52 @@ METHODS = [
 ]
 
 
+@contextmanager
+def pruned_by(llm, setting):
+    """The engine as if started with another setting: in both places that read it, without anything kept before."""
+    found, model = settings.read(SimpleNamespace(mipruner=setting)), model_of(llm)
+    settings.check_runs(found.pruner, model.config.model_type)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "mipruner", found)
+        patch.setitem(vars(llm.llm_engine.renderer.mm_processor), "settings", found)
+        vars(model).pop("signals", None)
+        empty_caches(llm)
+        yield
+    vars(model).pop("signals", None)
+    empty_caches(llm)
+
+
+def empty_caches(llm):
+    """They go by question and budget, and a server has one pruner."""
+    llm.reset_mm_cache()
+    assert llm.reset_prefix_cache()
+    llm.llm_engine.reset_encoder_cache()
+
+
 @pytest.mark.parametrize(("pruner", "options"), METHODS)
-def test_other_methods_answer_as_in_pipeline(pruner, options):
+def test_other_methods_answer_as_in_pipeline(qwen, pruner, options):
     asked = picked(QWEN, 24)
-    with engine(QWEN, {"pruner": pruner, "options": options, "keep": 1 / 9}) as llm:
+    with pruned_by(qwen, {"pruner": pruner, "options": options, "keep": 1 / 9}):
         outputs, names = [], []
         for one in asked:
-            outputs += ask(llm, [message(*one)])
-            names.append(next(reversed(model_of(llm).vision_rows._held)).hex())  # of the image, for random draws
+            outputs += ask(qwen, [message(*one)])
+            names.append(next(reversed(model_of(qwen).vision_rows._held)).hex())  # of the image, for random draws
     assert tokens(outputs) == expected(QWEN, asked, 1 / 9, pruner, names, **options)
+
+
+def test_a_request_may_name_its_sample_by_which_random_draws(qwen):
+    """As in `Pipeline`, where the images of a prompt have the sample's name and a number."""
+    asked = [*picked(QWEN, 24), (questions(QWEN)[0][0], questions(QWEN)[0][1], questions(QWEN)[-1][1])]
+    names, found = [f"demo/{k}" for k in range(len(asked))], []
+    with pruned_by(qwen, {"pruner": "random", "options": {"seed": 1}, "keep": 1 / 9}):
+        for one, name in [*zip(asked, names, strict=True), (asked[0], names[1])]:
+            named = {"mm_processor_kwargs": {"sample": name}, "use_tqdm": False}
+            found += tokens(qwen.chat([message(*one)], SamplingParams(max_tokens=4, temperature=0), **named))
+        with pytest.raises(ValueError, match="sample=3 is not the name of a sample"):
+            qwen.chat([message(*asked[0])], mm_processor_kwargs={"sample": 3}, use_tqdm=False)
+    right = expected(QWEN, [*asked, asked[0]], 1 / 9, "random", [*names, names[1]], seed=1)
+    assert found == right
+    assert right[:-1] != expected(QWEN, asked, 1 / 9, "random", [""] * len(asked), seed=1)
 
 
 def test_every_method_is_tested_above_or_refused_before_the_model_is_loaded():
@@ -329,26 +413,24 @@ def test_every_method_is_tested_above_or_refused_before_the_model_is_loaded():
         )
 
 
-def test_a_video_is_refused_and_the_engine_lives_on():
+def test_a_video_is_refused_and_the_engine_lives_on(qwen):
     """Qwen3-VL reads videos; not one of them goes through unpruned or wrongly pruned."""
     one = questions(QWEN)[0]
     frames = np.zeros((4, 56, 56, 3), dtype=np.uint8)
     clip = (frames, {"fps": 2.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4, "duration": 2.0})
     text = "<|vision_start|><|video_pad|><|vision_end|>What happens ?"
-    with engine(QWEN) as llm:
-        with pytest.raises(ValueError, match="prunes no videos of a qwen3_vl: send the frames as images"):
-            llm.generate({"prompt": text, "multi_modal_data": {"video": clip}}, use_tqdm=False)
-        assert tokens(ask(llm, [message(*one)], 1 / 4)) == expected(QWEN, [one], 1 / 4, lam=0.5)
+    with pytest.raises(ValueError, match="prunes no videos of a qwen3_vl: send the frames as images"):
+        qwen.generate({"prompt": text, "multi_modal_data": {"video": clip}}, use_tqdm=False)
+    assert tokens(ask(qwen, [message(*one)], 1 / 4)) == expected(QWEN, [one], 1 / 4, lam=0.5)
 
 
-def test_answers_stay_under_preemption():
+def test_answers_stay_under_preemption(qwen):
     asked = picked(QWEN, 48)
+    calm = ask(qwen, [message(*one) for one in asked], 1 / 4, n=24, ignore_eos=True)
     with engine(QWEN, num_gpu_blocks_override=12, block_size=32, max_model_len=256) as llm:
         outputs = ask(llm, [message(*one) for one in asked], 1 / 4, n=24, ignore_eos=True)
         metrics = {metric.name: metric for metric in llm.get_metrics()}
         assert metrics["vllm:num_preemptions"].value > 0
-    with engine(QWEN) as llm:
-        calm = ask(llm, [message(*one) for one in asked], 1 / 4, n=24, ignore_eos=True)
     assert tokens(outputs) == tokens(calm)
 
 

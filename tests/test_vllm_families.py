@@ -1,17 +1,24 @@
 """Each family inside vLLM on a tiny random checkpoint, token for token as `Pipeline` or `mipruner.prune` in
 transformers: `make test-vllm`."""
 
+import base64
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
+import openai
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("mipruner_vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+
+import cv2
 
 import mipruner
 import tiny
 import vllm_checkpoints
+from experiments.served import serve
 from families import qwen_vl
 from mipruner.decoding import Decoding
 from mipruner.models import FAMILIES, Prompt
@@ -66,6 +73,42 @@ def test_a_video_is_pruned_as_in_pipeline(family, tmp_path):
         with pytest.raises(ValueError, match="images or videos in a prompt, not both"):
             watch(llm, long, image=tiny.make_image(0, 84, 56))
     assert len(answers) > 6
+
+
+def test_a_video_through_the_server_is_pruned_as_in_pipeline(tmp_path):
+    """As the data: URL of a file; a bad budget is HTTP 400."""
+    expected, clip = pipeline_of("qwen2_vl", tmp_path, **qwen_vl.OPTIONS), tiny.video(1, 6, 140, 56)
+    path = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), clip.fps, clip.frames[0].size)
+    for frame in clip.frames:
+        writer.write(np.asarray(frame)[..., ::-1])
+    writer.release()
+    coded, file = [], cv2.VideoCapture(str(path))
+    while (read := file.read())[0]:
+        coded.append(Image.fromarray(read[1][..., ::-1]))
+    assert len(coded) == len(clip.frames)
+    clip, url = replace(clip, frames=coded), f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What is it ?"}]
+    options = ("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+        with serve(str(tmp_path), {"pruner": "mi", "options": {"lam": 0.5}}, tmp_path / "log", *options) as server:
+            for keep in (1.0, 0.5, 0.25):
+                reply = server.client.chat.completions.create(
+                    model="served",
+                    messages=[{"role": "user", "content": content}],
+                    max_tokens=8,
+                    temperature=0,
+                    extra_body={"mm_processor_kwargs": {"keep": keep}, "return_token_ids": True},
+                )
+                found = [token for token in reply.choices[0].token_ids if token != 2]
+                assert found == expected(keep, "What is it ?", clip), keep
+            with pytest.raises(openai.BadRequestError, match="keep=0"):
+                server.client.chat.completions.create(
+                    model="served",
+                    messages=[{"role": "user", "content": content}],
+                    extra_body={"mm_processor_kwargs": {"keep": 0}},
+                )
 
 
 def watch(llm, asked, image=None, **kwargs):
