@@ -138,6 +138,21 @@ def prompts_of(
     return prompts, errors
 
 
+def answer_prompts(
+    pipeline: Pipeline | ProcessorPipeline, prompts: dict[str, Prompt]
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """Answers and error messages by sample id. If a batch is refused for one prompt, each prompt is answered alone."""
+    if not prompts:
+        return {}, {}
+    try:
+        return dict(zip(prompts, pipeline(list(prompts.values())), strict=True)), {}
+    except PromptError as error:
+        if len(prompts) == 1:
+            return {}, dict.fromkeys(prompts, str(error))
+    alone = [answer_prompts(pipeline, {name: prompt}) for name, prompt in prompts.items()]
+    return {k: v for answers, _ in alone for k, v in answers.items()}, {k: v for _, e in alone for k, v in e.items()}
+
+
 def answer_batch(
     pipeline: Pipeline | ProcessorPipeline,
     samples: Sequence[Sample],
@@ -148,10 +163,8 @@ def answer_batch(
     """Rows of samples.jsonl for one batch, without ``correct``."""
     prompts, text_errors = prompts_of(pipeline, samples, images, text_scope)
     before = dict(pipeline.watch.ms)
-    answers: dict[str, Answer] = {}
-    if prompts:
-        answers = dict(zip(prompts, pipeline(list(prompts.values())), strict=True))
-    latency_ms = {k: round((ms - before.get(k, 0)) / max(1, len(prompts)), 3) for k, ms in pipeline.watch.ms.items()}
+    answers, refused = answer_prompts(pipeline, prompts)
+    latency_ms = {k: round((ms - before.get(k, 0)) / max(1, len(answers)), 3) for k, ms in pipeline.watch.ms.items()}
     rows = []
     for sample in samples:
         row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
@@ -170,7 +183,7 @@ def answer_batch(
                 "notes": answer.notes,
             }
         else:
-            row["error"] = text_errors.get(sample.id) or errors[sample.image_id]
+            row["error"] = (text_errors | refused).get(sample.id) or errors[sample.image_id]
         shown = [image for image in images.get(sample.image_id, ()) if isinstance(image, Image.Image)]
         if notes := [image.info["note"] for image in shown if image.info.get("note")]:
             row["image_notes"] = notes

@@ -77,9 +77,7 @@ class ProcessorPipeline:
         self.watch = Stopwatch(adapter.device)
 
     def prepare(self, images: Sequence[Media]) -> None:
-        """Run the image processor on images before their call. May run in another thread."""
-        if images:
-            self.adapter.image_processor(images=list(images), return_tensors="pt")
+        """Nothing: the processor takes the images and the text of a call together, and runs once."""
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answer ``prompts``; adds the time of each stage to ``watch``.
@@ -87,19 +85,21 @@ class ProcessorPipeline:
         Raises
         ------
         InputError
-            See `Pipeline` and `GenericAdapter.inputs`.
+            See `Pipeline`.
+        PromptError
+            See `GenericAdapter.inputs`; raised before a prompt of the batch is answered.
         """
         groups = [[k for k, prompt in enumerate(prompts) if bool(prompt.images) is shown] for shown in (True, False)]
         if self.adapter.model.config.model_type in ALONE:
             groups = [[k] for k in range(len(prompts))]
+        batches = [([prompts[k] for k in members], members) for members in groups if members]
+        made = [self.adapter.inputs(batch) for batch, _ in batches]
         answers: dict[int, Answer] = {}
-        for members in filter(None, groups):
-            told = self._answer([prompts[k] for k in members])
-            answers |= dict(zip(members, told, strict=True))
+        for (batch, members), inputs in zip(batches, made, strict=True):
+            answers |= dict(zip(members, self._answer(batch, inputs), strict=True))
         return [answers[k] for k in range(len(prompts))]
 
-    def _answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        inputs = self.adapter.inputs(prompts)
+    def _answer(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> list[Answer]:
         if not prompts[0].images:
             none = [0] * self.adapter.n_layers
             return [

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from any_recipes import OVERRIDES
 from any_saved import save
 from any_tiny import build, config_of
 from command_line import run_main
+from experiments.benchmarks.base import Sample
+from experiments.evaluate import ImageLoader, answer_batch
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError, ModelError
 from mipruner.models import Prompt, load
@@ -168,6 +172,33 @@ def test_the_command_line_makes_a_record(kind, folders, tmp_path, monkeypatch, c
     assert record["tokens"]["kept"] == pytest.approx(record["tokens"]["visual"] / 4, abs=1)
     assert not record["failed"] and record["metrics"] and record["latency_ms"]["decode"] > 0
     assert (path.parent / "masks.png").exists() is (kind != "idefics3")  # whose tiles lie on no single grid
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_the_processor_runs_once_per_batch_and_what_it_refuses_fails_alone(adapter, monkeypatch, is_refused):
+    images, runs = [make_image(k, 120, 80) for k in range(4)], []
+    pixels = type(adapter.image_processor).preprocess
+
+    def counted(self, given, *args, **kwargs):
+        shown = [image for own in given for image in (own if isinstance(own, list) else [own])]
+        runs.append(len(shown))
+        if is_refused and images[1] in shown:
+            raise ZeroDivisionError("image of width 0")
+        return pixels(self, given, *args, **kwargs)
+
+    monkeypatch.setattr(type(adapter.image_processor), "preprocess", counted)
+    names = [str(k) for k in range(4)]
+    samples = [Sample(id=k, text="Why?", question="Why?", answer="", image_id=k, task="t") for k in names]
+    bench = SimpleNamespace(is_video=False, images=lambda name: [images[int(name)]])
+    pipeline = pipeline_of(adapter, make("mi"), 0.25, Decoding(max_new_tokens=2))
+    with ThreadPoolExecutor(1) as pool:
+        shown, errors = ImageLoader(bench, pipeline, pool).load(samples)
+        rows = answer_batch(pipeline, samples, shown, errors, "prompt")
+    assert runs == ([4, 1, 1, 1, 1] if is_refused else [4])
+    failed, kind = {row["id"]: row["error"] for row in rows if "error" in row}, adapter.model.config.model_type
+    said = f"the processor of {kind} refuses the text with images of 120 x 80: image of width 0"
+    assert failed == ({"1": said} if is_refused else {})
+    assert sum(row["prediction"] is not None for row in rows) == 4 - is_refused
 
 
 def test_the_command_line_says_what_is_missing(folders, monkeypatch, capfd):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from mipruner.errors import InputError
+from mipruner.errors import InputError, PromptError
 from mipruner.intercept import Call
 from mipruner.models.adapter import Adapter, VisionOutput
 from mipruner.prompt import Media, Prompt, Video, Visual
@@ -222,7 +222,9 @@ class GenericAdapter(Adapter):
         Raises
         ------
         InputError
-            If the chat template does not show the system message, or the processor refuses the prompts.
+            If the chat template does not show the system message.
+        PromptError
+            If the processor refuses the prompts.
         """
         texts, chat = [], self.chat
         for prompt in prompts:
@@ -239,9 +241,10 @@ class GenericAdapter(Adapter):
             batch = self.processor(
                 text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **options
             )
-        except (ValueError, TypeError, IndexError, KeyError) as error:
-            names = ", ".join(repr(prompt.sample) for prompt in prompts)
-            raise InputError(f"the processor of {self.model.config.model_type} refuses {names}: {error}") from error
+        except Exception as error:
+            sizes = ", ".join(f"{width} x {height}" for own in images for width, height in (one.size for one in own))
+            what = f"the text with images of {sizes}" if sizes else "the text"
+            raise PromptError(f"the processor of {self.model.config.model_type} refuses {what}: {error}") from error
         return dict(batch.to(self.device, self.model.dtype))
 
     def capture(self, is_video: bool, signals: Set[str]) -> AbstractContextManager[list[Call]]:
