@@ -80,7 +80,9 @@ reproduce: setup
 OLDEST ?= .venv-oldest
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py tests/test_attach.py tests/test_ways.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_decoder.py tests/test_attach.py \
+		tests/test_ways.py tests/test_any_model.py tests/test_processed.py
+	MODELS=all OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_any_model.py -k prunes_or_refuses
 
 $(OLDEST)/.installed: requirements.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -20,6 +20,7 @@ from mipruner.question import Reader, between_special
 
 RECENT = 8
 """Number of images whose sums over the vocabulary are stored while a context is open."""
+FOREIGN = "the images of this prompt were not encoded by this call inside this context"
 
 
 @dataclass
@@ -124,6 +125,8 @@ class Inputs:
             own = []
             while any(len(places) for places in free.values()):
                 first = min((k for k in free if len(free[k])), key=lambda k: int(free[k][0]))
+                if not queues[first]:
+                    raise self._refusal(FOREIGN)
                 visual = queues[first].pop(0)
                 own.append((visual, free[first][: len(visual.rows)]))
                 free[first] = free[first][len(visual.rows) :]
@@ -154,7 +157,7 @@ class Inputs:
         places = [torch.searchsorted(rows, place) for _, place in images]
         for (visual, _), place in zip(images, places, strict=True):
             if len(place) != len(visual.rows) or not self.adapter.is_placed(ids[place], embeds[place], visual.rows):
-                raise self._refusal("the images of this prompt were not encoded by this call inside this context")
+                raise self._refusal(FOREIGN)
         is_text = self._question(text, ids) if images else torch.zeros_like(ids, dtype=torch.bool)
         words = self.reader.words(ids, is_text) if self.reader and "words" in self.signals else []
         is_question = torch.ones(int(is_text.sum()), dtype=torch.bool)

@@ -9,6 +9,7 @@ one is not met, the call is refused.
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -170,9 +171,11 @@ class Form:
 
     def check_rotary(self, hidden: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Check that ``rotary_emb`` computes the position embeddings, for a method that renumbers tokens."""
-        takes_more = len(inspect.signature(self.model.rotary_emb.forward).parameters) != 2
-        made = () if takes_more else self.model.rotary_emb(hidden, position_ids)
-        if takes_more or not all(torch.equal(x.expand_as(y), y) for x, y in zip(made, (cos, sin), strict=True)):
+        made: tuple[Tensor, ...] = ()
+        if len(inspect.signature(self.model.rotary_emb.forward).parameters) == 2:
+            with suppress(IndexError):  # Qwen3.5's in transformers 5.17 takes [3, batch, length] only
+                made = self.model.rotary_emb(hidden, position_ids)
+        if not made or not all(torch.equal(x.expand_as(y), y) for x, y in zip(made, (cos, sin), strict=True)):
             self.refuse("its position embeddings are not those of rotary_emb")
 
     def check_projections(self, k: int, outputs: list[Tensor], n: int) -> None:

@@ -24,6 +24,8 @@ def rows_of(kind, owner, out):
         rows = out.last_hidden_state
     if isinstance(rows, torch.Tensor) and rows.ndim == 2:
         rows = [rows]
+    if kind == "hunyuan_vl" and len(rows) == 1:  # transformers 5.17
+        rows = rows[0].split([12, 11])
     if kind == "inkling_mm_model":  # its processor gives one image or several alike
         rows = [rows[:8, 0], rows[8:, 0]]
     return [image.reshape(-1, image.shape[-1]) for image in rows]
@@ -31,7 +33,10 @@ def rows_of(kind, owner, out):
 
 def seen_by(owner, px):
     names = inspect.signature(owner.get_image_features).parameters
-    return owner.get_image_features(**{k: v for k, v in px.items() if k in names}, return_dict=True)
+    given = {k: v for k, v in px.items() if k in names}
+    if "vision_feature_select_strategy" in names:  # Llama 4 needs it in transformers 5.17
+        given["vision_feature_select_strategy"] = getattr(owner.config, "vision_feature_select_strategy", None)
+    return owner.get_image_features(**given, return_dict=True)
 
 
 def inputs_of(kind, model):
@@ -93,9 +98,10 @@ class ByHand:
             position_ids = torch.arange(len(keep))[None]
         self.short, self.position_ids = self.embeds(inputs, px)[:, keep], position_ids[..., keep]
         self.types = {k: inputs[k][:, keep] for k in TYPES if k in inputs and self.kind in BIDIRECTIONAL}
-        if seen.get("per_layer_inputs") is not None:
-            self.types["per_layer_inputs"] = seen["per_layer_inputs"][:, keep]
         self.direct = self.arguments(seen)
+        if seen.get("per_layer_inputs") is not None:  # only the language model takes them in transformers 5.17
+            takes = "per_layer_inputs" in inspect.signature(model.forward).parameters
+            (self.types if takes else self.direct)["per_layer_inputs"] = seen["per_layer_inputs"][:, keep]
 
     def embeds(self, inputs, px):
         rows = torch.cat(rows_of(self.kind, self.owner, seen_by(self.owner, px)))
@@ -131,21 +137,24 @@ class ByHand:
         if not self.direct:
             return self.model(**inputs, **self.types).logits[:, -1]
         out = self.language_model(**inputs, **self.direct)
-        scale = getattr(self.model.config.get_text_config(), "logits_scaling", 1)
-        return self.model.get_output_embeddings()(out.last_hidden_state)[:, -1] / scale
+        config = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(out.last_hidden_state)[:, -1] / getattr(config, "logits_scaling", 1)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def append(self, token):
         new = self.embed(token)[:, None]
         self.short = torch.cat([self.short, new], 1)
         self.position_ids = torch.cat([self.position_ids, self.position_ids[..., -1:] + 1], -1)
-        for name, x in self.types.items():
-            if name == "per_layer_inputs":
+        for given in (self.types, self.direct):
+            if "per_layer_inputs" in given:
                 make = self.language_model.get_per_layer_inputs
                 both = "inputs_embeds" in inspect.signature(make).parameters
                 last = make(token[:, None], *([new] if both else []))
-            else:
-                last = torch.full((1, 1), int(self.kind == "paligemma"))
-            self.types[name] = torch.cat([x, last], 1)
+                given["per_layer_inputs"] = torch.cat([given["per_layer_inputs"], last], 1)
+        for name in {*self.types} & {*TYPES}:
+            last = torch.full((1, 1), int(self.kind == "paligemma"))
+            self.types[name] = torch.cat([self.types[name], last], 1)
         for name in ("visual_pos_masks", "moe_mm_token_type_ids", "vision_mask"):
             if name in self.direct:
                 x = self.direct[name]

@@ -127,7 +127,10 @@ OVERRIDES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]},
         }
     },
+    "minimax_m3_vl": {"merged_hidden_size": 4 * D},
     "granite4_vision": {
+        "text_config": {"model_type": "granite4_vision_text"},
+        "vision_config": {"model_type": "clip_vision_model"},
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-2, 0], [-1, 1]],
         "spatial_target_layers": [0, 1, 2, 3],

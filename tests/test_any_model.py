@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import mipruner
 from any_by_hand import STEPS, TYPES, ByHand, generate, inputs_of, kept_of, made
@@ -35,6 +36,21 @@ NOT_BUILT = {
 }
 """Types that are not known to work, and why. An entry that has become possible fails the test."""
 
+IS_OLDEST = transformers.__version__.startswith("5.17.")
+OLDEST = {
+    "test_prunes_or_refuses": {
+        "fuyu": "its pixels have another name",
+        **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), "refused: no owner with a language model"),
+        "step3p7:sliding": "no rotary embedding for each kind of layer",
+        "vision-encoder-decoder": "no default config",
+    },
+    "test_bfloat16_and_beams": {
+        "exaone4_5": "its beams fail with two images",
+        **dict.fromkeys(("granite4_vision", "lfm2_vl:conv"), "beams of two images get the wrong one"),
+    },
+}
+"""What transformers 5.17 itself cannot do, by test and type."""
+
 
 def params():
     for kind in [*(kind for kind in CLASSES if kind not in FAMILIES), *VARIANTS]:
@@ -42,6 +58,16 @@ def params():
         if kind in NOT_BUILT:
             marks.append(pytest.mark.xfail(strict=True, reason=NOT_BUILT[kind]))
         yield pytest.param(kind, marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def known(request):
+    """Skip a type that the installed transformers does not have, or cannot do itself."""
+    kind = request.node.callspec.params.get("kind") if hasattr(request.node, "callspec") else None
+    if kind and kind.split(":")[0] not in CLASSES:
+        pytest.skip(f"not in transformers {transformers.__version__}")
+    if IS_OLDEST and (reason := OLDEST.get(request.node.originalname, {}).get(kind)):
+        pytest.skip(f"transformers 5.17: {reason}")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +154,11 @@ def test_methods_that_read_the_encoder_are_refused():
 def test_methods_inside_the_language_model(kind):
     """Plain layers, rotation by pairs, deepstack rows, linear attention."""
     model = made(kind)
-    assert decoders(kind, model, *inputs_of(kind, model)) == (INSIDE, {})
+    refused = {}
+    if IS_OLDEST and kind == "minicpmv4_6":  # whose rotary embedding takes three positions a token only
+        refused = {"sparsevlm": "its position embeddings are not those of rotary_emb"}
+    works = [name for name in INSIDE if name not in refused]
+    assert decoders(kind, model, *inputs_of(kind, model)) == (works, refused)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +327,9 @@ def test_bfloat16_and_beams(kind):
 
 
 def test_beams_that_mix_up_images_are_refused():
-    """transformers itself gives the beams of two images to the wrong prompts in GLM-4V."""
-    model = made("glm4v")
-    inputs, px = inputs_of("glm4v", model)
+    """transformers itself gives the beams of two images to the wrong prompts in GLM-4V (in 5.17 in most types)."""
+    kind = "lfm2_vl:conv" if IS_OLDEST else "glm4v"
+    model = made(kind)
+    inputs, px = inputs_of(kind, model)
     with mipruner.prune(model, "mi", 0.5), pytest.raises(InputError, match="were not encoded by this call"):
         model.generate(**inputs, **px, max_new_tokens=2, num_beams=2, do_sample=False, pad_token_id=0)
