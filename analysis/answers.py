@@ -9,28 +9,24 @@ network. Questions without a right answer are shown too.
 """
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import compare, load, masks
+from analysis import compare, gallery, load, masks
 from analysis.command import arguments
-from analysis.gallery import SCRIPT, STYLE
 from experiments import build, conf
 from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
 from experiments.explorer import panels
 
-WIDTH = 448
-"""Largest width of images in the page, in pixels; larger images are resized."""
 LARGE = """
 @media (min-width: 601px) { .panels .cells { grid-template-columns: 240px minmax(0, 1fr) } }
 .panels .others { grid-template-columns: minmax(0, 1fr) }
 .panels .line { max-width: calc(var(--budgets) * 250px) }
 """
-"""Number of questions with masks in the page."""
 MOST = 200
 """Number of questions in a table of the report."""
 
@@ -183,62 +179,29 @@ def summary(columns: Sequence[Column]) -> str:
 # ------------------------------------------------------------------------------------------------------- with masks
 
 
-def views(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Data for `panels.js` of each sample, with its first image as ``image``."""
+def page(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str], what: str) -> str:
+    """HTML of the page. Samples without an image on this machine are left out."""
+    views, images = [], {}
     for sample in samples:
-        first = columns[0].rows[sample]
-        answered = [column for column in columns if "error" not in column.rows[sample]]
+        name = columns[0].rows[sample]["image_id"]
         try:
-            image = benchmark.images(first["image_id"])[0].convert("RGB")
+            images[name] = benchmark.images(name)[0].convert("RGB")
         except SampleError:
             continue
-        runs = [show_run(column, sample) for column in columns]
-        expected = None if first["answer"] is None else masks.answer_text(first["answer"])
-        question = {"question": first["question"], "expected": expected, "words": [], "pmi": None, "runs": runs}
-        grid, box = (answered[0].rows[sample][key][0] for key in ("grids", "boxes")) if answered else (None, None)
-        where = {"src": first["image_id"], "image": image, "size": image.size, "grid": grid, "box": box}
-        yield where | {"vocabulary": None, "questions": [question]}
-
-
-def show_run(column: Column, sample: str) -> dict[str, Any]:
-    row = column.rows[sample]
-    label = compare.METHODS.get(column.method, column.method)
-    run = {"pruner": column.method, "label": label, "keep": column.keep, "order": None}
-    if "error" in row:
-        return run | {"error": row["error"]}
-    right = None if row["correct"] is None else masks.is_right(row)
-    said = {"answer": row["prediction"], "right": right, "kept": row["kept"][0], "n_visual": row["n_visual"]}
-    return run | said
-
-
-def page(columns: Sequence[Column], benchmark: Benchmark, samples: Sequence[str], what: str) -> str:
-    """HTML of the page."""
-    shown, images, articles = [], {}, []
-    for view in views(columns, benchmark, samples):
-        image = view.pop("image")
-        if view["src"] not in images:
-            images[view["src"]] = panels.data_url(image, WIDTH)
-        shown.append(view)
-        articles.append(f"<article class=case><p class=small>{html.escape(view['src'])}</p><div class=panels></div>")
-    title = html.escape(" ".join(columns[0].record["cell"][key] for key in ("model", "dataset")))
-    return f"""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta http-equiv=Content-Security-Policy content="{panels.POLICY}">
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>Answers of {title}</title>
-<style>{panels.style()}{STYLE}{LARGE}</style>
-<header><h1>Answers of {title}</h1>
+        runs = [(column.method, column.keep, column.rows[sample]) for column in columns]
+        views.append(gallery.show(name, images[name], runs))
+    articles = [
+        f"<article class=case><p class=small>{html.escape(view['src'])}</p><div class=panels></div></article>"
+        for view in views
+    ]
+    title = html.escape("Answers of " + " ".join(columns[0].record["cell"][key] for key in ("model", "dataset")))
+    head = f"""<header><h1>{title}</h1>
 {summary(columns)}
-<p>{html.escape(what)} Faded patches were dropped. ≠ marks an answer that is not that of all tokens.</p></header>
-<main>
-{"</article>".join([*articles, ""])}
-<details><summary>All answers side by side</summary>{side_by_side(columns, shared_samples(columns)[:MOST])}</details>
-</main>
-<script type=application/json id=cases>{panels.embedded({"images": images, "views": shown})}</script>
-<script>{panels.script()}{SCRIPT}</script>
-</html>
-"""
+<p>{html.escape(what)} Faded patches were dropped. ≠ marks an answer that is not that of all tokens.</p></header>"""
+    every = (
+        f"<details><summary>All answers side by side</summary>{side_by_side(columns, shared_samples(columns)[:MOST])}"
+    )
+    return gallery.page(title, head, "".join(articles) + f"{every}</details>", gallery.data(images, views), LARGE)
 
 
 def main() -> None:

@@ -1,20 +1,9 @@
 """Command line parser of all scripts of analysis."""
 
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
-
-
-class Moved(Action):
-    """A former option: the program ends and prints the new command ``const``."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"help": SUPPRESS})
-
-    def __call__(self, parser: ArgumentParser, *_: object) -> None:
-        parser.exit(2, f"{'/'.join(self.option_strings)} is a task of run.py now: {self.const}\n")
 
 
 def arguments(doc: str | None, out: str | None = None, reads_results: bool = False) -> ArgumentParser:

@@ -6,7 +6,6 @@ Accuracy is the mean over draws of the scenes (the dataset's seed); ± is the st
 the commands for the records.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -111,13 +110,6 @@ def prior(cells: pd.DataFrame) -> str:
     return grid(cells, columns, {})
 
 
-def answers(cell) -> pd.DataFrame:
-    """Per sample: id, image_id, correct, kept (number of tokens)."""
-    lines = (json.loads(line) for line in (cell.path / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-    rows = [(row["id"], row["image_id"], row["correct"], sum(map(len, row["kept"] or []))) for row in lines]
-    return pd.DataFrame(rows, columns=["id", "image_id", "correct", "kept"]).set_index("id")
-
-
 def beside_fixed(auto: pd.DataFrame, fixed: dict[int, pd.DataFrame]) -> pd.DataFrame:
     """``auto``, and the fixed budget with the same mean, for each sample.
 
@@ -145,14 +137,16 @@ def automatic(cells: pd.DataFrame) -> str:
                 tables = []
                 for cell in draws:
                     seed = cell.settings["seed"]
-                    fixed = {keep: answers(by_seed[seed]) for keep, by_seed in whole.items() if seed in by_seed}
+                    fixed = {
+                        keep: paired.answers(by_seed[seed].path) for keep, by_seed in whole.items() if seed in by_seed
+                    }
                     if fixed:
-                        tables.append(beside_fixed(answers(cell), fixed).assign(seed=seed))
+                        tables.append(beside_fixed(paired.answers(cell.path), fixed).assign(seed=seed))
                 if not tables:
                     continue
                 both = pd.concat(tables)
                 gain = 100 * (both.correct - both.fixed)
-                by_image = gain.groupby([both.seed, both.image_id]).mean()
+                by_image = gain.groupby([both.seed, both.image]).mean()
                 error = by_image.std() / math.sqrt(len(by_image))
                 name = f"{conf.title('model', model)}, {word}, quality {quality:g}"
                 kept = (
@@ -188,10 +182,8 @@ def cover(cells: pd.DataFrame) -> str:
                 if not shared[keep] <= by_seed.keys():
                     continue
                 pairs = [(cover[keep][seed], by_seed[seed]) for seed in sorted(shared[keep])]
-                gains = pd.concat(
-                    paired.gains(a.path, b.path).assign(task=task_of(a.path), draw=a.settings["seed"]) for a, b in pairs
-                )
-                gains["image"] = [f"{d}:{i}" for d, i in zip(gains.draw, gains.image, strict=True)]
+                gains = pd.concat(paired.gains(a.path, b.path).assign(draw=a.settings["seed"]) for a, b in pairs)
+                gains["image"] = gains.draw.astype(str) + ":" + gains.image.astype(str)
                 parts = {"all": gains} | dict(list(gains.groupby("task")))
                 counts = {task: len(part) for task, part in parts.items()}
                 n_contrasts += len(parts)
@@ -219,12 +211,6 @@ def candidates(cells: pd.DataFrame) -> str:
         for form in FORMS
     ]
     return markdown(header, rows)
-
-
-def task_of(folder: Path) -> pd.Series:
-    """The type of each question of a cell, by id."""
-    rows = map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-    return pd.Series({row["id"]: row["task"] for row in rows})
 
 
 BLOCKS = {

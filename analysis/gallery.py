@@ -1,4 +1,15 @@
-"""Style and script of pages with panels. A panel is drawn when it becomes visible; lists can be filtered."""
+"""HTML pages with panels of `panels.js`. A panel is drawn when it becomes visible; lists can be filtered."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from analysis import compare, masks
+from experiments.explorer import panels
+
+IMAGE_WIDTH = 448
+"""Largest width of images in a page, in pixels; larger images are resized."""
 
 STYLE = """
 :root { --ink: #1c1e21; --paper: #fff; --soft: #f3f4f6; --line: #d9dce1; --dim: #666c75 }
@@ -58,4 +69,48 @@ for (const select of filters) {
     for (const item of cases) item.hidden = filters.some(f => f.value && f.value !== item.dataset[f.name]);
   };
 }
+"""
+
+
+def show_run(method: str, keep: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A panel: the line of samples.jsonl of one method and budget."""
+    run = {"pruner": method, "label": compare.METHODS.get(method, method), "keep": keep, "order": None}
+    if "error" in row:
+        return run | {"error": row["error"]}
+    right = None if row["correct"] is None else masks.is_right(row)
+    return run | {"answer": row["prediction"], "right": right, "kept": row["kept"][0], "n_visual": row["n_visual"]}
+
+
+def show(src: str, image: Image.Image, runs: Sequence[tuple[str, str, dict[str, Any]]]) -> dict[str, Any]:
+    """Data of `panels.js` for one sample and its runs (method, budget, line of samples.jsonl)."""
+    *_, first = runs[0]
+    answered = next((row for *_, row in runs if "error" not in row), None)
+    grid, box = (answered[key][0] for key in ("grids", "boxes")) if answered else (None, None)
+    expected = None if first["answer"] is None else masks.answer_text(first["answer"])
+    question = {"question": first["question"], "expected": expected, "words": [], "pmi": None}
+    questions = [question | {"runs": [show_run(*run) for run in runs]}]
+    return {"src": src, "size": image.size, "grid": grid, "box": box, "vocabulary": None, "questions": questions}
+
+
+def data(images: Mapping[str, Image.Image], views: Sequence[dict[str, Any]]) -> str:
+    """Images by their ``src`` and views as JSON."""
+    return panels.embedded({"images": {k: panels.data_url(x, IMAGE_WIDTH) for k, x in images.items()}, "views": views})
+
+
+def page(title: str, head: str, main: str, cases: str, style: str = "") -> str:
+    """HTML of a page. ``head`` and ``main`` are HTML, ``cases`` is the result of `data`, one view per ``.case``."""
+    return f"""<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta http-equiv=Content-Security-Policy content="{panels.POLICY}">
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{panels.style()}{STYLE}{style}</style>
+{head}
+<main>
+{main}
+</main>
+<script type=application/json id=cases>{cases}</script>
+<script>{panels.script()}{SCRIPT}</script>
+</html>
 """

@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from analysis import load
 from analysis.command import arguments
 from experiments.metrics import mean_percent, standard_error
 
@@ -25,18 +26,11 @@ MARK = ".hard"
 
 def read(results: Path) -> list[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
     """Folder, record and answered samples of every finished cell with per-sample answers."""
-    found = []
-    for path in sorted(results.glob("*/*/*/*/record.json")):
-        rows = path.with_name("samples.jsonl")
-        if rows.exists():
-            found.append(
-                (
-                    path.parent,
-                    json.loads(path.read_text(encoding="utf-8")),
-                    list(map(json.loads, rows.open(encoding="utf-8"))),
-                )
-            )
-    return found
+    return [
+        (path.parent, json.loads(path.read_text(encoding="utf-8")), load.samples(path.parent))
+        for path in sorted(results.glob("*/*/*/*/record.json"))
+        if path.with_name("samples.jsonl").exists()
+    ]
 
 
 def questions_of(record: dict[str, Any]) -> Key:

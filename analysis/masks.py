@@ -23,7 +23,8 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from analysis.command import Moved, arguments
+from analysis import load
+from analysis.command import arguments
 from experiments import build
 from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
 from experiments.explorer.panels import NOTHING
@@ -70,7 +71,7 @@ def read_cell(path: Path) -> ReadCell:
     """The record of a finished cell and its rows by sample id. Raises ValueError with the folder if there is none."""
     try:
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = load.samples(path)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no folder of a finished cell: {error}") from error
     if "server" in record:
@@ -322,7 +323,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="how many samples (default: 4)")
     parser.add_argument("--ids", nargs="*", help="these samples instead, by their ids")
     parser.add_argument("--dialogue", action="store_true", help="one sample: a column a pruner, a row a budget")
-    parser.add_argument("--heat", nargs="*", action=Moved, const="python run.py task=heat cell=CELL")
     args = parser.parse_args()
     try:
         read, benchmark, samples = choose_samples(args.cells, args.ids, args.samples)

@@ -1,27 +1,32 @@
 """Computes paired differences of two cells over questions, with standard errors clustered by image."""
 
-import json
 import math
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
+from analysis import load
+
 
 @cache
 def answers(folder: Path) -> pd.DataFrame:
-    """Image and correctness of each question of a cell, by id. Empty without ``samples.jsonl``."""
-    path = folder / "samples.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [(row["id"], row["image_id"], row["correct"]) for row in map(json.loads, lines)]
-    return pd.DataFrame(rows, columns=["id", "image", "correct"]).set_index("id").dropna()
+    """Image, task, correctness and number of kept tokens of each scored question of a cell, by id.
+
+    Empty without ``samples.jsonl``.
+    """
+    rows = [
+        (row["id"], row["image_id"], row.get("task"), row["correct"], sum(map(len, row.get("kept") or ())))
+        for row in (load.samples(folder) if (folder / "samples.jsonl").exists() else ())
+    ]
+    frame = pd.DataFrame(rows, columns=["id", "image", "task", "correct", "kept"])
+    return frame.set_index("id").dropna(subset="correct").astype({"correct": float})
 
 
 def gains(cell: Path, other: Path) -> pd.DataFrame:
-    """``gain`` of ``cell`` over ``other`` in points, and ``image``, for every question that both answered."""
+    """``gain`` of ``cell`` over ``other`` in points, image and task, for every question that both answered."""
     both = answers(cell).join(answers(other), how="inner", rsuffix="_other")
-    gain = 100 * (both.correct.astype(float) - both.correct_other.astype(float))
-    return pd.DataFrame({"image": both.image, "gain": gain})
+    return both[["image", "task"]].assign(gain=100 * (both.correct - both.correct_other))
 
 
 def clustered(gains: pd.DataFrame) -> tuple[float, float]:

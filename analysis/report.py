@@ -19,15 +19,12 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from analysis import answers, compare, figures, load, masks, tables
+from analysis import answers, compare, figures, gallery, load, masks, tables
 from analysis.command import arguments
-from analysis.gallery import SCRIPT, STYLE
 from experiments import build, conf
 from experiments.benchmarks.base import BenchmarkError, SampleError
-from experiments.explorer import panels
 
-IMAGE_WIDTH = 448
-"""Largest width of images in the page, in pixels; larger images are resized."""
+TITLE = "MI-Pruner: what was measured"
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -142,24 +139,6 @@ def image_key(image: Image.Image) -> str:
     return f"p{hashlib.sha256(image.tobytes()).hexdigest()[:12]}"
 
 
-def show_case(case: Case) -> dict[str, Any]:
-    """Data of a case for `panels.js`, with the name of its image as ``src``."""
-    first = next(iter(case.rows.values()))
-    runs = []
-    for method, row in case.rows.items():
-        run = {"pruner": method, "label": compare.METHODS.get(method, method), "keep": case.keep, "order": None}
-        if row["prediction"] is None:
-            runs.append(run | {"error": "failed"})
-            continue
-        right = None if row["correct"] is None else row["correct"] >= 0.5
-        said = {"answer": row["prediction"], "right": right, "kept": row["kept"][0], "n_visual": row["n_visual"]}
-        runs.append(run | said)
-    question = {"question": first["question"], "expected": masks.answer_text(first["answer"]), "words": [], "pmi": None}
-    grid, box = next((row["grids"][0], row["boxes"][0]) for row in case.rows.values() if "error" not in row)
-    where = {"src": image_key(case.image), "size": case.image.size, "grid": grid, "box": box}
-    return where | {"vocabulary": None, "questions": [question | {"runs": runs}]}
-
-
 def case_html(case: Case) -> str:
     """Heading and placeholder of a case. The script draws its panels there when it becomes visible."""
     first = next(iter(case.rows.values()))
@@ -174,8 +153,12 @@ def case_html(case: Case) -> str:
 
 def gallery_data(found: Sequence[Case]) -> str:
     """The cases as JSON, with each image once."""
-    images = {image_key(case.image): panels.data_url(case.image, IMAGE_WIDTH) for case in found}
-    return panels.embedded({"images": images, "views": [show_case(case) for case in found]})
+    images = {image_key(case.image): case.image for case in found}
+    views = [
+        gallery.show(image_key(case.image), case.image, [(name, case.keep, row) for name, row in case.rows.items()])
+        for case in found
+    ]
+    return gallery.data(images, views)
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -184,27 +167,20 @@ def gallery_data(found: Sequence[Case]) -> str:
 def page(cells: pd.DataFrame, n_samples: int) -> str:
     """HTML of the page."""
     found = list(cases(cells, n_samples))
-    gallery = "\n".join(map(case_html, found))
+    articles = "\n".join(map(case_html, found))
     unscored = answers.unscored_html(cells)
     sources = "Nothing has been measured yet."
     if len(cells):
         devices = "; ".join(sorted(set(cells.device)))
         commits = ", ".join(sorted({(commit or "no repository")[:9] for commit in cells.git_commit}))
         sources = f"{len(cells)} result records, {devices}; code {commits}."
-    return f"""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>MI-Pruner: what was measured</title>
-<style>{panels.style()}{STYLE}</style>
-<header><h1>MI-Pruner: what was measured</h1>
+    head = f"""<header><h1>{TITLE}</h1>
 <p>{html.escape(sources)} Numbers of the demo models come from small models on rendered scenes; they are no evidence
 about photographs.</p></header>
 <nav><div><a href=#tables>Tables</a> <a href=#figures>Figures</a> <a href=#gallery>Gallery</a>{
         unscored and " <a href=#answers>Answers</a>"
-    }</div></nav>
-<main>
-<h2 id=tables>Tables</h2>
+    }</div></nav>"""
+    main = f"""<h2 id=tables>Tables</h2>
 {tables_html(cells)}
 <h2 id=figures>Figures</h2>
 <div class=plots>{figures_html(cells)}</div>
@@ -214,13 +190,9 @@ where a method prunes there: what is seen is what reached its last layer. This i
 hard cases, not a sample: the tables have the rates.</p>
 <div class=filters><label>Cells <select name=group><option value="">all</option></select></label>
 <label>Task <select name=task><option value="">all</option></select></label></div>
-{gallery or "<p>No two methods have been run on the same questions.</p>"}
-{unscored and f"<h2 id=answers>Answers to questions without a right one</h2>{unscored}"}
-</main>
-<script type=application/json id=cases>{gallery_data(found)}</script>
-<script>{panels.script()}{SCRIPT}</script>
-</html>
-"""
+{articles or "<p>No two methods have been run on the same questions.</p>"}
+{unscored and f"<h2 id=answers>Answers to questions without a right one</h2>{unscored}"}"""
+    return gallery.page(TITLE, head, main, gallery_data(found))
 
 
 def main() -> None:

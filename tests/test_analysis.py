@@ -569,7 +569,7 @@ def test_gallery_escapes_what_models_and_data_say():
     assert (question["question"], question["expected"], view["grid"]) == (evil, evil, [2, 3])
     whole, pruned, failed = question["runs"]
     assert (whole["right"], pruned["right"], pruned["answer"], pruned["kept"]) == (True, False, evil, [0, 5])
-    assert failed["error"] == "failed" and set(json.loads(data)["images"]) == {view["src"]}
+    assert failed["error"] == evil and set(json.loads(data)["images"]) == {view["src"]}
 
 
 class Page(HTMLParser):

@@ -83,11 +83,6 @@ def run(monkeypatch, capsys, *words):
     return 0, capsys.readouterr().out
 
 
-def test_the_old_option_names_the_task(monkeypatch, capsys):
-    status, said = run(monkeypatch, capsys, "results/demo", "--heat")
-    assert status == 2 and said == "--heat is a task of run.py now: python run.py task=heat cell=CELL\n"
-
-
 def test_cells_of_other_samples_are_drawn_where_they_meet(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(masks.build, "benchmark", lambda config: Images(Image.new("RGB", (60, 40))))
     failed = {key: ROW[key] for key in ("image_id", "task", "question", "answer")} | {"id": "a", "error": "broken"}
