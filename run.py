@@ -13,8 +13,10 @@ import errno
 import os
 import re
 import sys
+from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
+from typing import Any
 
 from experiments.usage import usage
 
@@ -32,7 +34,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.masks import draw_cell, draw_heat
 from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import check_swept
 from experiments.results import ROOT
@@ -42,8 +43,8 @@ from mipruner.errors import InputError, ModelError
 EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
 PLAIN = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-DRAW = {EVALUATE: draw_cell, "experiments.tasks.heat": draw_heat}
-"""Drawing functions for tasks, because experiments must not import analysis."""
+DRAW = {EVALUATE: "draw_cell", "experiments.tasks.heat": "draw_heat"}
+"""Drawing functions of analysis.masks for tasks, because experiments must not import analysis."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -56,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         check_swept(HydraConfig.get().sweeper.params, overrides)
         asked = cfg.image is not None or cfg.question is not None
         name = ANSWER if cfg.task == EVALUATE and asked else cfg.task
-        options = {"draw": DRAW[name]} if name in DRAW else {}
+        options = {"draw": partial(draw, DRAW[name])} if name in DRAW else {}
         import_module(name).run(OmegaConf.to_container(cfg, resolve=True), overrides, **options)
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
@@ -68,6 +69,11 @@ def main(cfg: DictConfig) -> None:
             f"error: cannot write {error.filename or cfg.results}: {error.strerror}. "
             f"What was answered so far is kept; {advice} and run the same command again."
         ) from error
+
+
+def draw(name: str, *args: Any, **options: Any) -> None:
+    """Call a function of analysis.masks, which imports matplotlib."""
+    getattr(import_module("analysis.masks"), name)(*args, **options)
 
 
 def quoted(argument: str, is_sweep: bool = False) -> str:

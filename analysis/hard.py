@@ -15,9 +15,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from analysis import load
 from analysis.command import arguments
 from experiments.metrics import mean_percent, standard_error
+from experiments.results import read_answers
 
 Key = tuple[str, str, str]
 MARK = ".hard"
@@ -27,7 +27,7 @@ MARK = ".hard"
 def read(results: Path) -> list[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
     """Folder, record and answered samples of every finished cell with per-sample answers."""
     return [
-        (path.parent, json.loads(path.read_text(encoding="utf-8")), load.samples(path.parent))
+        (path.parent, json.loads(path.read_text(encoding="utf-8")), read_answers(path.parent))
         for path in sorted(results.glob("*/*/*/*/record.json"))
         if path.with_name("samples.jsonl").exists()
     ]

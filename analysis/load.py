@@ -108,11 +108,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return row
 
 
-def samples(folder: Path) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl of a cell, see experiments/results.py."""
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def read_costs(path: Path) -> list[dict[str, Any]]:
     """Results of task=efficiency for the pipeline engine, as rows like those of cells.
 

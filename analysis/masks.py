@@ -23,11 +23,11 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from analysis import load
 from analysis.command import arguments
 from experiments import build
 from experiments.benchmarks.base import Benchmark, BenchmarkError, SampleError
 from experiments.explorer.panels import NOTHING
+from experiments.results import read_answers
 from mipruner.errors import InputError
 
 DIM = 0.82
@@ -71,7 +71,7 @@ def read_cell(path: Path) -> ReadCell:
     """The record of a finished cell and its rows by sample id. Raises ValueError with the folder if there is none."""
     try:
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-        rows = load.samples(path)
+        rows = read_answers(path)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no folder of a finished cell: {error}") from error
     if "server" in record:

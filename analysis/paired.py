@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import load
+from experiments.results import read_answers
 
 
 @cache
@@ -17,7 +17,7 @@ def answers(folder: Path) -> pd.DataFrame:
     """
     rows = [
         (row["id"], row["image_id"], row.get("task"), row["correct"], sum(map(len, row.get("kept") or ())))
-        for row in (load.samples(folder) if (folder / "samples.jsonl").exists() else ())
+        for row in (read_answers(folder) if (folder / "samples.jsonl").exists() else ())
     ]
     frame = pd.DataFrame(rows, columns=["id", "image", "task", "correct", "kept"])
     return frame.set_index("id").dropna(subset="correct").astype({"correct": float})

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from analysis import load
 from analysis.command import arguments
 from experiments.conf import CONF
+from experiments.results import read_answers
 
 SIZE = 8
 """Number of rows and columns of the estimate."""
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="the prior is written to conf/prior/NAME.yaml")
     args = parser.parse_args()
     record = json.loads((args.cell / "record.json").read_text(encoding="utf-8"))
-    rows = load.samples(args.cell)
+    rows = read_answers(args.cell)
     table = "\n".join(f"  - [{', '.join(f'{weight:.2f}' for weight in row)}]" for row in estimate(rows).tolist())
     path = CONF / "prior" / f"{args.name}.yaml"
     path.parent.mkdir(exist_ok=True)

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import benchmarks, conf, settings
 from experiments.benchmarks.base import Benchmark, BenchmarkError
-from experiments.judge import Judge
 from experiments.results import ROOT, parse_method
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
@@ -148,6 +147,8 @@ def make_benchmark(name: str, **options: Any) -> Benchmark:
     """
     cls = benchmark_class(name)
     if options.get("judge"):
+        from experiments.judge import Judge  # imports openai, which takes half a second
+
         options["judge"] = _construct(Judge, options["judge"], BenchmarkError)
     return _construct(cls, options, BenchmarkError)
 

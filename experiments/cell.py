@@ -11,9 +11,8 @@ from PIL import Image
 from experiments import build
 from experiments.accept.published import published
 from experiments.benchmarks.base import Benchmark, digest, read_samples
-from experiments.evaluate import evaluate, evaluate_server, subset
+from experiments.evaluate import evaluate, subset
 from experiments.ranks import ALONE, Ranks
-from experiments.remote import Server
 from experiments.results import NOT_IDENTITY, WARN_ABOVE, Cell, command
 from experiments.tracking import track
 from mipruner.errors import InputError
@@ -76,10 +75,12 @@ def run_cell(
     if "engine" in config:
         if ranks.n > 1:
             raise InputError("engine=server needs one process: set engine.concurrency instead")
-        server = Server(config)
+        from experiments import remote  # imports openai, which takes half a second
+
+        server = remote.Server(config)
         with cell.alone(), track(config["logger"], cell) as tracker:
             cell.open(config["overwrite"])
-            record = evaluate_server(cell, server, benchmark, samples, command(overrides))
+            record = remote.evaluate(cell, server, benchmark, samples, command(overrides))
             record |= tracker.report(record)
             cell.finish(record)
         return record

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from experiments import remote, results
+from experiments import results
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError, sample_digest
 from experiments.ranks import Ranks
 from experiments.results import Cell
@@ -248,26 +248,6 @@ def evaluate(
     costs = {"device": device, "batch_size": cell.config["batch_size"], "peak_memory_gib": round(peak_memory_gib, 3)}
     costs["waited_for_images"] = waited
     return finish(cell, benchmark, samples, {"command": command, "started": started, **costs})
-
-
-def evaluate_server(
-    cell: Cell, server: remote.Server, benchmark: Benchmark, samples: Sequence[Sample], command: str
-) -> dict[str, Any]:
-    """Like `evaluate`, with the answers of a server. Kept tokens and stage times are then unknown.
-
-    Raises
-    ------
-    BenchmarkError
-        If the server cannot be reached or refuses. The answers so far are kept.
-    """
-    samples = by_length(samples)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    description = server.describe()
-    server.probe(description["model"])
-    remote.answer_rest(cell, server, description["model"], benchmark, samples)
-    costs = {"device": "server", "batch_size": None, "peak_memory_gib": None, "waited_for_images": None}
-    run = {"command": command, "started": started, **costs, "server": remote.told(description, cell.rows())}
-    return finish(cell, benchmark, samples, run)
 
 
 def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from scipy import stats
 
 SCORINGS = ("llava", "lmms_eval")
 
@@ -314,6 +313,8 @@ def bootstrap(
     """
     if len(scores) < 2:
         raise ValueError("a bootstrap needs two scores or more")
+    from scipy import stats  # takes 0.3 seconds to import
+
     n_items = len(scores) if n_items is None else min(n_items, len(scores))
 
     def mean(items: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
 from statistics import fmean
@@ -23,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Sample, SampleError, sample_digest
+from experiments.evaluate import by_length, finish
 from experiments.results import Cell
 from experiments.served import vllm_version
 from mipruner.errors import InputError
@@ -178,6 +180,26 @@ def encode(image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def evaluate(
+    cell: Cell, server: Server, benchmark: Benchmark, samples: Sequence[Sample], command: str
+) -> dict[str, Any]:
+    """Like `experiments.evaluate.evaluate`, with the answers of a server. Kept tokens and stage times are then unknown.
+
+    Raises
+    ------
+    BenchmarkError
+        If the server cannot be reached or refuses. The answers so far are kept.
+    """
+    samples = by_length(samples)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    description = server.describe()
+    server.probe(description["model"])
+    answer_rest(cell, server, description["model"], benchmark, samples)
+    costs = {"device": "server", "batch_size": None, "peak_memory_gib": None, "waited_for_images": None}
+    run = {"command": command, "started": started, **costs, "server": told(description, cell.rows())}
+    return finish(cell, benchmark, samples, run)
 
 
 def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, samples: Sequence[Sample]) -> None:

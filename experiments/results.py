@@ -245,6 +245,11 @@ class Cell:
         write_atomic(self.path / "record.json", json.dumps(record, indent=1) + "\n")
 
 
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl of a cell."""
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def _line(row: dict[str, Any]) -> str:
     """One JSON line in ASCII, so that an interrupted write cannot split a character."""
     return json.dumps(row) + "\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+import mipruner
 from experiments.results import ROOT
 from experiments.usage import CONF, keys, tasks, usage
 
@@ -52,6 +53,16 @@ def test_help_needs_no_torch_and_a_wrong_task_is_named():
     ):
         run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == status and said in run.stdout + run.stderr, run
+
+
+def test_tables_and_the_package_itself_need_no_transformers():
+    """Its import takes seconds, and so do those of a client of servers and of what draws."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('transformers', 'openai', 'matplotlib'))); "
+    code += (
+        "import mipruner; from analysis import pages, tables; print(mipruner.budget(0.25, 576), len(mipruner.PRUNERS))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == f"144 {len(mipruner.PRUNERS)}\n", run.stderr
 
 
 def test_help_may_be_cut_off():
