@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from command_line import Fork
 from experiments import build
 from experiments.explorer.panels import NOTHING
 from experiments.images import open_image
@@ -101,12 +100,11 @@ def test_what_cannot_be_answered_is_one_clear_message(tmp_path, photo, image, qu
 
 
 def test_the_command_line_takes_any_question(tmp_path, photo):
-    command = [sys.executable, "run.py", f"image={photo}", "question=What's this, a cup or a king ?", "keep=0.5"]
-    done = subprocess.run([*command, f"results={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "tokens kept 288 of 576" in done.stdout and not list(tmp_path.rglob("record.json"))
-    failed = subprocess.run([*command[:2], "question=Why ?"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and "needs an image" in failed.stderr and "Traceback" not in failed.stderr
+    asked = (f"image={photo}", "question=What's this, a cup or a king ?", "keep=0.5", f"results={tmp_path}")
+    status, out, err = Fork(*asked).end()
+    assert status == 0 and "tokens kept 288 of 576" in out and not list(tmp_path.rglob("record.json")), err
+    status, _, err = Fork("question=Why ?").end()
+    assert status == 1 and "needs an image" in err and "Traceback" not in err
 
 
 def test_every_question_image_and_setting_has_a_page_of_its_own(tmp_path, photo):

@@ -1,11 +1,8 @@
 """Evaluation through a server, against one on this machine that answers, fails and lies as servers do."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -13,6 +10,7 @@ from collections import Counter
 import pytest
 from hydra import compose, initialize_config_dir
 
+from command_line import Fork
 from experiments import build
 from experiments.benchmarks.base import BenchmarkError
 from experiments.benchmarks.demo import Demo
@@ -195,15 +193,14 @@ def test_a_run_killed_at_any_request_asks_nothing_twice_that_was_answered(tmp_pa
 
     with server(stops) as (url, asked):
         words = ["engine=server", f"engine.base_url={url}", f"results={tmp_path}", "dataset.benchmark.n_scenes=2"]
-        command = [sys.executable, "run.py", *words, "engine.concurrency=1"]
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE)
+        process = Fork(*words, "engine.concurrency=1")
         deadline = time.monotonic() + 100
-        while len(asked) < 9 and process.poll() is None and time.monotonic() < deadline:
+        while len(asked) < 9 and process.is_running and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        errors = process.communicate()[1].decode()
+        process.send(signal.SIGKILL)
+        status, _, errors = process.end()
         release.set()
-        assert process.returncode == -signal.SIGKILL and re.search("demo_llava demo mi", errors), errors
+        assert status == -signal.SIGKILL and re.search("demo_llava demo mi", errors), errors
         (file,) = tmp_path.rglob("samples.jsonl")
         answered = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(answered) == 7

@@ -3,12 +3,9 @@
 import copy
 import itertools
 import math
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
+from command_line import Fork
 from experiments.demo.examples import IGNORE, Examples, cell_words, choose_questions
 from experiments.demo.families import Llava, Qwen3VL, Visual, patchify
 from experiments.demo.scenes import COLORS, NOUNS, glyph_mask, make_scene, render, scene_generators
@@ -291,16 +289,14 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_a_killed_run_ends_in_the_same_weights(tmp_path):
     whole = train(recipe("smoke", output=str(tmp_path / "whole"), device="cpu"))
-    command = [sys.executable, "run.py", "task=train_demo", "recipe=smoke", f"output={tmp_path / 'cut'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = Fork("task=train_demo", "recipe=smoke", f"output={tmp_path / 'cut'}", "device=cpu")
     checkpoint = tmp_path / "cut/checkpoint.safetensors"
     deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and process.is_running and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert checkpoint.exists() and process.returncode == -signal.SIGKILL, errors
+    process.send(signal.SIGKILL)
+    status, _, errors = process.end()
+    assert checkpoint.exists() and status == -signal.SIGKILL, errors
     assert not (tmp_path / "cut/model").exists()
     assert re.search(r"answers=\d", errors) or "step" in errors  # progress is on screen
 
