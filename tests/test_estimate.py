@@ -119,9 +119,9 @@ print(gib("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_estimated_memory_is_what_a_run_takes(tmp_path):
-    """Weights and KV cache of a LLaVA-1.5-7B of four layers against the peak resident memory of its prefill."""
+    """Weights and KV cache of a LLaVA-1.5-7B with two layers against the peak resident memory of its prefill."""
     config = architecture("llava15_7b")
-    config.text_config.num_hidden_layers = 4
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 2
     config.save_pretrained(tmp_path)
     cost = estimate(str(tmp_path), 1.0)
     told = cost["weights_gib"] + cost["kv_cache_mib"]["full"] / 1024

@@ -21,11 +21,15 @@ class NormPruner(ScorePruner):
     def score(self, features):
         return features.visual.float().norm(dim=-1) ** self.power
 '''
+FIRST = """
+import runpy, sys
+import norm_plugin, mipruner
+assert "largest_norm" in mipruner.PRUNERS
+"""
+RUN = "runpy.run_path('run.py', run_name='__main__')"
 SHOWN = """
-from pathlib import Path
-import sys
 from analysis import compare, figures, load, methods, report, tables
-cells = load.cells(sys.argv[1])
+cells = load.cells(results)
 assert sorted(cells.method) == ["largest_norm", "random"], cells
 assert compare.METHODS["largest_norm"] == "Largest norm"
 assert figures.STYLES["largest_norm"][:2] not in [s[:2] for n, s in figures.STYLES.items() if n != "largest_norm"]
@@ -59,23 +63,20 @@ def python(plugin, *arguments):
     return done
 
 
-def test_it_runs_and_is_shown(plugin, tmp_path):
-    run = python(
-        plugin, "run.py", "-m", "--config-dir", str(plugin / "conf"), "pruner=largest_norm,random", "keep=8", "limit=2",
+def test_it_is_imported_first_runs_and_is_shown(plugin, tmp_path):
+    words = [
+        "-m", "--config-dir", str(plugin / "conf"), "pruner=largest_norm,random", "keep=8", "limit=2",
         f"results={tmp_path}", "device=cpu",
-    )  # fmt: skip
+    ]  # fmt: skip
+    run = python(plugin, "-c", f"{FIRST}\nsys.argv[1:] = {words}\n{RUN}\nresults = {str(tmp_path)!r}\n{SHOWN}")
     assert "demo_llava  demo  largest_norm  keep=8" in run.stdout
     assert "broken (norm_plugin:Missing) is left out" in run.stderr
     assert "mi (norm_plugin:NormPruner) is left out: a pruner of this repository has that name" in run.stderr
-    python(plugin, "-c", SHOWN, str(tmp_path))
 
 
 def test_the_tests_of_all_methods_are_its_tests(plugin):
-    for file, word in (("test_pruners.py", "NormPruner"), ("test_models.py", "largest_norm and llava and not next")):
-        python(plugin, "-m", "pytest", f"tests/{file}", "-k", word, "-p", "no:cacheprovider")
-    files = ("tests/test_analysis.py", "tests/test_methods.py")
-    python(plugin, "-m", "pytest", *files, "-k", "every_method", "-p", "no:cacheprovider")
-
-
-def test_it_can_be_imported_first(plugin):
-    python(plugin, "-W", "ignore", "-c", "import norm_plugin, mipruner; assert 'largest_norm' in mipruner.PRUNERS")
+    files = [f"tests/test_{name}.py" for name in ("pruners", "models", "analysis", "methods")]
+    words = "NormPruner or (largest_norm and llava and not next) or every_method"
+    done = python(plugin, "-m", "pytest", "-vv", *files, "-k", words, "-p", "no:cacheprovider")
+    for file in files:
+        assert f"{file}::" in done.stdout
