@@ -43,15 +43,22 @@ class Fork:
         logging.getLogger().handlers.clear()
         os.environ.update(env)
         os.chdir(ROOT)
+        self._main(argv)
+
+    def _main(self, argv):
         sys.argv = ["run.py", *argv]
         runpy.run_path("run.py", run_name="__main__")
+
+    @property
+    def pid(self):
+        return self._process.pid
 
     @property
     def is_running(self):
         return self._process.is_alive()
 
     def send(self, signal):
-        os.kill(self._process.pid, signal)
+        os.kill(self.pid, signal)
 
     def end(self):
         """Wait. Exit status, negative for a signal, and what was printed to out and err."""

@@ -1,15 +1,17 @@
 """Several processes on one cell: the record of a single one, whatever is killed on the way."""
 
+import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
+import torch.distributed.run as distributed
 from hydra import compose, initialize_config_dir
+from torch.distributed.launcher.api import elastic_launch
 
+from command_line import Fork
 from experiments import build
 from experiments.cell import run_cell
 from experiments.ranks import ALONE, Ranks
@@ -34,33 +36,42 @@ def test_one_process_waits_for_nobody():
     assert Ranks.join() == ALONE
 
 
+class Torchrun(Fork):
+    """``torchrun *argv`` whose processes are forks too."""
+
+    def _main(self, argv):
+        def launch(config, entrypoint):
+            return elastic_launch(dataclasses.replace(config, start_method="fork"), self._rank)
+
+        distributed.elastic_launch = launch
+        distributed.main(argv)
+
+    def _rank(self, *argv):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+            print("started again")
+        super()._main(argv[argv.index("run.py") + 1 :])
+
+
 def wait_for_rows(folder, launched):
-    """Return when some process has answered something."""
-    while launched.poll() is None:
+    """Return when both processes have answered something."""
+    while launched.is_running:
         parts = [file for file in folder.rglob("samples*.jsonl") if file.stat().st_size]
         if len(parts) == 2:
             return
-        time.sleep(0.02)
-    pytest.fail(launched.stderr.read())
+        time.sleep(0.002)
+    pytest.fail(launched.end()[2])
 
 
 def test_a_killed_rank_resumes_and_the_record_is_that_of_one_process(tmp_path, record_property):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
-    launched = subprocess.Popen(
-        [*command, "run.py", f"results={tmp_path / 'two'}", *OVERRIDES],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = ["--nproc-per-node=2", "--max-restarts=1", "--standalone", "run.py"]
+    launched = Torchrun(*words, f"results={tmp_path / 'two'}", *OVERRIDES)
     wait_for_rows(tmp_path, launched)
     psutil.Process(launched.pid).children()[1].send_signal(signal.SIGKILL)
     (folder,) = (tmp_path / "two").glob("*/*/*/*")
     assert not (folder / "record.json").exists(), "the kill came too late to show anything"
-    out, err = launched.communicate()
-    assert launched.returncode == 0, err
-    assert "exitcode: -9" in err, err
+    status, out, err = launched.end()
+    assert status == 0, err
+    assert out.count("started again") == 2, err
     assert out.count("record.json") == 1, "one of the two speaks"
 
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
