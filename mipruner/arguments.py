@@ -1,13 +1,13 @@
 """Shortens further arguments of a language model that have the length of the prompt, such as token types and masks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 
 from mipruner.errors import InputError
 
@@ -108,18 +108,19 @@ class Masks:
         """Build the masks for the arguments ``short`` of the language model.
 
         The way is the first one of `WAYS` that gives exactly the masks ``made`` for the full prompt ``own``. Text that
-        follows has no token types, and a mask from any way that makes the same kinds of masks.
+        follows has no images, so its masks are those of the first way that makes the same kinds of masks.
 
         Raises
         ------
         InputError
             If none does.
         """
+        kinds = _kinds(made)
         for way in WAYS:
-            if is_first and not _same(way(self.model, _arguments(own), self.types(), True), made):
+            if is_first and not _same(way(self.model, kinds, _arguments(own), self.types(), True), made):
                 continue
-            masks = way(self.model, _arguments(short), short_types, is_first)
-            if is_first or _kinds(masks) == _kinds(made):
+            masks = way(self.model, kinds, _arguments(short), short_types, is_first)
+            if is_first or _kinds(masks) == kinds:
                 return masks
         raise InputError(
             f"{self.model.config.model_type}: the model makes its attention masks in a way that is not known, so "
@@ -127,23 +128,38 @@ class Masks:
         )
 
 
-def _by_model(model: PreTrainedModel, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
+def _by_kind(
+    model: PreTrainedModel, kinds: Set[str], call: dict[str, Any], types: dict[str, Tensor], is_first: bool
+) -> Any:
+    """A mask for each kind of layer, all tokens alike (Inkling)."""
+    config = model.config.get_text_config()
+    functions: dict[str, Any] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    if not kinds or not all(callable(functions.get(kind)) for kind in kinds):
+        return None
+    return {kind: functions[kind](config=config, **call) for kind in kinds}
+
+
+def _by_model(
+    model: PreTrainedModel, kinds: Set[str], call: dict[str, Any], types: dict[str, Tensor], is_first: bool
+) -> Any:
     """As the model's own method for a static cache does (Gemma 3, PaliGemma)."""
     make: Callable[..., Any] = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     return make(config=model.config, is_first_iteration=is_first, **call, **types)
 
 
-def _by_blocks(model: PreTrainedModel, call: dict[str, Any], types: dict[str, Tensor], is_first: bool) -> Any:
+def _by_blocks(
+    model: PreTrainedModel, kinds: Set[str], call: dict[str, Any], types: dict[str, Tensor], is_first: bool
+) -> Any:
     """Tokens of an image see each other in all layers (Gemma 4 without vision encoder)."""
     blocks = None
-    if (kinds := types.get("mm_token_type_ids")) is not None:
-        inside = kinds != 0
+    if (images := types.get("mm_token_type_ids")) is not None:
+        inside = images != 0
         starts = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
         blocks = torch.where(inside, starts.cumsum(1) - 1, -1)
     return create_masks_for_generate(config=model.config.get_text_config(), block_sequence_ids=blocks, **call)
 
 
-WAYS = (_by_model, _by_blocks)
+WAYS = (_by_kind, _by_model, _by_blocks)
 
 
 def _arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -151,8 +167,8 @@ def _arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {name: call.get(name) for name in names}
 
 
-def _kinds(masks: Any) -> Any:
-    return masks.keys() if isinstance(masks, dict) else None
+def _kinds(masks: Any) -> Set[str]:
+    return masks.keys() if isinstance(masks, dict) else frozenset()
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -8,6 +8,7 @@ one is not met, the call is refused.
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ ENTERS = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", 
 """Arguments of the language model that may have the length of the prompt."""
 N_CHECKED = 24
 """Number of tokens whose attention is compared."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,10 +56,11 @@ def _turned(x: Tensor, crossed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, keys: Tensor, at: Tensor, scaling: float) -> Tensor:
     """Causal attention [n_heads, r, n] of queries q [r, n_heads, d] at rows ``at`` [r] to keys [n, n_kv, d].
 
-    Queries and keys are rotated.
+    Queries and keys are rotated. Computed in float32, or in float64 if they are.
     """
-    shared = keys.float().repeat_interleave(q.shape[1] // keys.shape[1], 1)
-    logits = torch.einsum("rhd,nhd->hrn", q.float(), shared)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    shared = keys.to(dtype).repeat_interleave(q.shape[1] // keys.shape[1], 1)
+    logits = torch.einsum("rhd,nhd->hrn", q.to(dtype), shared)
     later = torch.arange(len(keys), device=keys.device) > at[:, None]
     return (logits * scaling).masked_fill(later, -torch.inf).softmax(-1)
 
@@ -184,10 +187,10 @@ class Form:
         ):
             self.refuse(f"queries and keys of layer {k} have another shape")
 
-    def rotation(
-        self, k: int, given: dict[str, Any], own: tuple[int, Tensor], q: Tensor, keys: Tensor, cos: Tensor, sin: Tensor
-    ) -> Rotate:
+    def rotation(self, k: int, given: dict[str, Any], own: tuple[int, Tensor], cos: Tensor, sin: Tensor) -> Rotate:
         """Rotary embedding for which `attention` equals the attention of layer ``k`` on a few tokens.
+
+        Compared in float64, whatever the dtype of the model, unless its weights are quantized.
 
         Parameters
         ----------
@@ -196,32 +199,39 @@ class Form:
             Arguments of the attention module.
         own : (int, Tensor [S])
             Index of a prompt in the batch, and mask of its n tokens that are not padding.
-        q, keys : Tensor [n, n_heads, d_head], [n, n_kv, d_head]
-            Queries and keys before the rotary embedding.
         cos, sin : Tensor [n, 1, d_rotary]
         """
         if k not in self.rotations:
             if "hidden_states" not in given:
                 self.refuse(f"the attention of layer {k} gets its input without a name")
-            hidden = given["hidden_states"][own]
-            n = len(hidden)
-            some = torch.linspace(0, n - 1, min(n, N_CHECKED), device=hidden.device).round().long()
-            theirs = self._own_attention(k, given, hidden[some], cos[some, 0], sin[some, 0])
-            at, scaling = torch.arange(len(some), device=hidden.device), self.model.layers[k].self_attn.scaling
-            error = {}
+            hidden, attn = given["hidden_states"][own], self.model.layers[k].self_attn
+            some = torch.linspace(0, len(hidden) - 1, min(len(hidden), N_CHECKED), device=hidden.device).round().long()
+            hidden, cos, sin = hidden[some], cos[some], sin[some]
+            weights = [*attn.parameters(), *attn.buffers()]
+            if any(x.is_meta for x in weights):
+                self.refuse(f"the weights of layer {k} are offloaded")
+            if exact := all(x.dtype in FLOATS for x in weights):
+                hidden, cos, sin = hidden.double(), cos.double(), sin.double()
+            theirs, q, keys = self._own_attention(k, _eager(attn, exact), given, hidden, cos[:, 0], sin[:, 0])
+            at, error = torch.arange(len(some), device=hidden.device), {}
             for rotate in (halves, pairs):
-                turned, shared = (rotate(x[some], cos[some], sin[some]) for x in (q, keys))
-                ours = attention(turned, shared, at, scaling)
+                ours = attention(rotate(q, cos, sin), rotate(keys, cos, sin), at, attn.scaling)
                 error[rotate] = float((ours - theirs).abs().sum(-1).mean()) if ours.shape == theirs.shape else 2.0
             best = min(error, key=lambda rotate: error[rotate])
-            if not error[best] < (1e-4 if hidden.dtype == torch.float32 else 0.02):
+            if not error[best] < (1e-4 if exact else 0.02):
                 self.refuse(f"the attention of layer {k} does not follow from its queries and keys")
             self.rotations[k] = best
         return self.rotations[k]
 
-    def _own_attention(self, k: int, given: dict[str, Any], hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attention weights [n_heads, m, m] of the module of layer ``k`` for hidden [m, d]."""
-        attn, m = _eager(self.model.layers[k].self_attn), len(hidden)
+    def _own_attention(
+        self, k: int, attn: Any, given: dict[str, Any], hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention weights [n_heads, m, m], queries and keys [m, n_heads, d_head] of ``attn`` for hidden [m, d]."""
+        m, projected = len(hidden), {}
+        for name in projections(attn):
+            getattr(attn, name).register_forward_hook(
+                lambda module, args, out, name=name: projected.update({name: out})
+            )
         mask = torch.full((m, m), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device).triu(1)
         others = {name: x for name, x in given.items() if name not in CUT | {"hidden_states"}}
         with torch.no_grad():
@@ -234,15 +244,35 @@ class Form:
             )
         if not isinstance(weights, Tensor):
             self.refuse(f"the attention of layer {k} tells no weights")
-        return weights[0].float()
+        outputs = [projected[name] for name in projections(attn)]
+        self.check_projections(k, outputs, m)
+        q, keys = (x.view(m, -1, attn.head_dim) for x in outputs)
+        return weights[0], q, keys
 
 
-def _eager(attn: Any) -> Any:
-    """A copy of an attention module with shared weights that returns attention weights."""
-    twin, config = copy.copy(attn), copy.deepcopy(attn.config)
+def projections(attn: nn.Module) -> tuple[str, str]:
+    """Names of the submodules that return queries and keys before the rotary embedding."""
+    return ("q_norm", "k_norm") if hasattr(attn, "q_norm") else ("q_proj", "k_proj")
+
+
+def _eager(attn: Any, exact: bool) -> Any:
+    """A copy of an attention module that returns attention weights; in float64 if ``exact``, else sharing weights."""
+    twin, config = _copied(attn, exact), copy.deepcopy(attn.config)
     config._attn_implementation = "eager"
-    vars(twin)["_modules"] = {name: copy.copy(module) for name, module in attn._modules.items()}
     twin.config = config
+    return twin.eval()
+
+
+def _copied(module: nn.Module, exact: bool) -> nn.Module:
+    """A copy without hooks of its own or of accelerate, which would run the original."""
+    twin = copy.copy(module)
+    state = vars(twin)
+    if "_hf_hook" in state:
+        del state["_hf_hook"], state["forward"]
+    state |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    for name in ("_parameters", "_buffers") if exact else ():
+        state[name] = {key: x if x is None else x.detach().double() for key, x in state[name].items()}
+    state["_modules"] = {name: _copied(child, exact) for name, child in module._modules.items() if child is not None}
     return twin
 
 

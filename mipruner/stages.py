@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mipruner.caches import CacheState, is_dynamic, length
 from mipruner.errors import InputError
 from mipruner.intercept import Call, captured
-from mipruner.layer_form import Form, Rotate, Seen, attention, halves
+from mipruner.layer_form import Form, Rotate, Seen, attention, halves, projections
 from mipruner.pruners.base import DecoderPruner, DecoderView, Reduction
 from mipruner.short_prompt import Prompts, ShortInputs, left
 
@@ -193,9 +193,9 @@ class Prefill:
         """Capture the queries and keys of the layers before the stages."""
         for stage in self.stages:
             attn = self.layers.layers[stage - 1].self_attn
-            names = ("q_norm", "k_norm") if hasattr(attn, "q_norm") else ("q_proj", "k_proj")
             whole = () if self.layers.form is None else (attn,)
-            self.calls[stage] = stack.enter_context(captured(*(getattr(attn, name) for name in names), *whole))
+            modules = [getattr(attn, name) for name in projections(attn)]
+            self.calls[stage] = stack.enter_context(captured(*modules, *whole))
 
     def take_deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Add deepstack rows here instead of in the model, if a stage comes before the last deepstack layer."""
@@ -306,7 +306,7 @@ class Prefill:
         q, keys = (call.output[b, rows].view(len(cos), -1, attn.head_dim) for call in projected)
         rotate: Rotate = halves
         if form is not None:
-            rotate = form.rotation(k - 1, self.calls[k][2].kwargs, (b, rows), q, keys, cos, sin)
+            rotate = form.rotation(k - 1, self.calls[k][2].kwargs, (b, rows), cos, sin)
         keys = rotate(keys, cos, sin)
 
         return DecoderView(

@@ -152,10 +152,7 @@ def write(rows: list[str], refused: list[str], unbuilt: list[str]) -> str:
             "| refused | why |",
             "|---|---|",
             *refused,
-            "",
-            "| not pruned | why |",
-            "|---|---|",
-            *unbuilt,
+            *(["", "| not pruned | why |", "|---|---|", *unbuilt] if unbuilt else []),
             END,
         ]
     )

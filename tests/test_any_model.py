@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 
 import mipruner
 from any_by_hand import STEPS, TYPES, ByHand, generate, inputs_of, kept_of, made
@@ -32,9 +33,7 @@ VARIANTS = ["gemma4:causal", "mistral3:sliding", "paligemma:2", "lfm2_vl:conv", 
 LARGER = {"mistral_large4": "mistral_large4:wide", "glm5_next": "glm5_next:wide"}
 """Types whose default form drops keys by itself, so that no cacheless reference exists; the variant keeps them all."""
 
-NOT_BUILT = {
-    "inkling_mm_model": "refused at the first call: it makes a mask for each kind of layer, which is not reproduced",
-}
+NOT_BUILT: dict[str, str] = {}
 """Types that are not known to work, and why. An entry that has become possible fails the test."""
 
 IS_OLDEST = transformers.__version__.startswith("5.17.")
@@ -195,10 +194,32 @@ def test_layers_of_another_form_are_refused(kind, method, message):
     generate(model, {**inputs, **px})
 
 
-def test_a_rotary_embedding_of_another_form_is_refused_in_bfloat16(monkeypatch):
-    model = made("glm4v").to(torch.bfloat16)
+class Int8(torch.nn.Linear):
+    """A quantized layer, whose weights cannot be read as numbers."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 100, self.bias)
+
+
+def changed(model, how):
+    """The same model in bfloat16, with large logits of attention, dispatched by accelerate, or quantized."""
+    for layer in language_model_of(owner_of(model)).layers:
+        for x in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            if how == "large logits":
+                x.weight *= 8
+            if how == "quantized":
+                x.__class__, x.weight = Int8, torch.nn.Parameter((x.weight * 100).to(torch.int8), requires_grad=False)
+    if how == "dispatched":
+        return dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    return model if how == "quantized" else model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "large logits", "dispatched", "quantized"])
+def test_a_rotary_embedding_of_another_form_is_refused(how, monkeypatch):
+    model = made("glm4v")
     inputs, px = inputs_of("glm4v", model)
-    call = inputs | {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in px.items()}
+    model = changed(model, how)
+    call = inputs | {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in px.items()}
     with mipruner.prune(model, "fastv", 0.5) as pruning:
         generate(model, call)
     assert pruning.per_layer == [[14, 14, 7, 7]]

@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.benchmarks.demo import Demo
 from experiments.results import ROOT
-from mipruner import PRUNERS
+from mipruner import PRUNERS, prune
 from mipruner.decoding import Decoding
-from mipruner.models import Prompt, load
+from mipruner.models import FAMILIES, Prompt, load
 from mipruner.pipeline import Pipeline, VisionCache
 from mipruner.pruners import NoPruner
 
@@ -77,3 +78,21 @@ def test_the_demo_qwen3vl_answers_and_needs_each_deepstack_row_at_its_token(monk
         plain.cache = VisionCache()
         monkeypatch.setattr(adapter, "encode", rolled)
         assert full - accuracy(plain, colours) >= 15
+
+
+@pytest.mark.filterwarnings("ignore:'llava' is not among")
+def test_the_demo_llava_without_its_adapter_drops_the_same_tokens_between_layers(monkeypatch):
+    """Trained weights in bfloat16: what `Form` checks holds for them, and the selection is that of the family."""
+    processor = AutoProcessor.from_pretrained(DEMO / "llava")
+    model = AutoModelForImageTextToText.from_pretrained(DEMO / "llava", dtype=torch.bfloat16).eval()
+    (image,) = Demo(n_scenes=1).images(Demo(n_scenes=1).samples()[0].image_id)
+    inputs = processor(images=image, text="<image>\nWhat color is the circle?", return_tensors="pt").to(torch.bfloat16)
+    kept = []
+    for _ in range(2):
+        for method in ("fastv", "sparsevlm", "dart"):
+            with prune(model, method, 0.25, tokenizer=processor, positions="keep") as pruning, torch.no_grad():
+                model(**inputs)
+            kept.append((pruning.per_layer, [s.indices.tolist() for s in pruning.selections[0]]))
+        monkeypatch.delitem(FAMILIES, "llava", raising=False)
+    assert kept[:3] == kept[3:]
+    assert all(per_layer[0][-1] < per_layer[0][0] == 576 for per_layer, _ in kept)

@@ -75,6 +75,7 @@ TESTED = frozenset(
         "idefics2",
         "idefics3",
         "inkling2",
+        "inkling_mm_model",
         "janus",
         "kimi_k25",
         "lfm2_vl",
