@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 from hydra import compose, initialize_config_dir
 
+from command_line import Fork
 from experiments import build
 from experiments.cell import run_cell
 from experiments.results import ROOT
@@ -15,13 +14,12 @@ SWEEP = ("-m", "dataset=demo_pope", "limit=6", "n_masks=0", "device=cpu", "prune
 
 
 def launch(tmp_path, *overrides, **env):
-    command = [sys.executable, "run.py", *SWEEP, f"results={tmp_path}", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    return Fork(*SWEEP, f"results={tmp_path}", *overrides, **env).end()
 
 
 def test_jobs_of_submitit_leave_the_records_of_a_plain_run(tmp_path):
-    done = launch(tmp_path / "jobs", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
-    assert done.returncode == 0, done.stderr
+    status, _, err = launch(tmp_path / "jobs", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
+    assert status == 0, err
     assert len(list((tmp_path / "jobs/.sweep/.submitit").glob("*/*_result.pkl"))) == 2
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "jobs").rglob("record.json"))]
     for record, pruner in zip(records, ("mi", "random"), strict=True):
@@ -42,8 +40,8 @@ def test_what_slurm_is_asked_for(tmp_path):
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
     overrides = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=2")
-    failed = launch(tmp_path / "results", *overrides, PATH=path)
-    assert failed.returncode != 0
+    status, *_ = launch(tmp_path / "results", *overrides, PATH=path)
+    assert status == 1
     asked = (tmp_path / "asked.sh").read_text()
     for line in ("partition=gpu", "gpus-per-node=2", "cpus-per-task=8", "mem=64GB", "time=240", "array=0-1%2"):
         assert f"#SBATCH --{line}\n" in asked, asked
