@@ -71,7 +71,7 @@ def run(tmp_path, model, snapshot, *overrides):
     """Exit status and lines by name of an acceptance."""
     words = [f"model={model}", f"model.path={snapshot}", f"results={tmp_path}/results", "device=cpu", *overrides]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = OmegaConf.to_container(compose("config", [*words, "task=accept", "n_images=2"]), resolve=True)
+        config = OmegaConf.to_container(compose("config", ["task=accept", "n_images=2", *words]), resolve=True)
     status = accept.accept(config, words)
     report = json.loads((tmp_path / "results/accept" / model / "report.json").read_text())
     return status, {line["name"]: line for lines in report["sections"].values() for line in lines}
@@ -152,10 +152,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_planted_fault_has_its_own_failing_line(tmp_path, fault):
+def test_a_planted_fault_has_its_own_failing_line(tmp_path, fault, monkeypatch):
+    limits = {"copy_gb_per_s": 1.0, "product_tflop_per_s": 1.0}
+    monkeypatch.setattr("experiments.accept.cost.measure_limits", lambda *_: limits)  # takes a second
     snapshot = publish(tmp_path / "hub", "demo_qwen3vl")
     fault(snapshot, tmp_path / "hub" / "blobs")
-    status, lines = run(tmp_path, "demo_qwen3vl", snapshot)
+    status, lines = run(tmp_path, "demo_qwen3vl", snapshot, "n_images=1")
     assert status == 1
     assert lines[FAULTS[fault]]["status"] == FAIL
     assert lines[FAULTS[fault]]["expected"] and lines[FAULTS[fault]]["found"]

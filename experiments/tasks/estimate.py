@@ -5,6 +5,7 @@ python run.py task=estimate model=qwen3vl_8b keep=0.25 n_visual=1024
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from mipruner.selection import budget
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     options = {key: config[key] for key in ("keep", "n_visual", "n_text", "dtype")}
     print(json.dumps(estimate(config["model"]["name"] or config["model"]["path"] or "any", **options), indent=1))
+
+
+@cache
+def n_parameters(model: str) -> int:
+    return sum(p.numel() for p in build(architecture(model), torch.bfloat16).parameters())
 
 
 def estimate(
@@ -34,9 +40,8 @@ def estimate(
         raise InputError(f"{model} takes images of any size: say how many visual tokens, for example n_visual=1024")
     if n_visual is None:
         n_visual = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    meta = build(config, getattr(torch, dtype))
     decoder = Decoder.of(config.get_text_config())
-    parameters = sum(p.numel() for p in meta.parameters())
+    parameters = n_parameters(model)
     size = getattr(torch, dtype).itemsize
     n_keep = budget(keep, n_visual)
     lengths = {"full": n_text + n_visual, "pruned": n_text + n_keep}
