@@ -128,8 +128,8 @@ class Inputs:
                 if not queues[first]:
                     raise self._refusal(FOREIGN)
                 visual = queues[first].pop(0)
-                own.append((visual, free[first][: len(visual.rows)]))
-                free[first] = free[first][len(visual.rows) :]
+                places, free[first] = free[first].tensor_split([len(visual.rows)])
+                own.append((self.adapter.placed(visual, places), places))
             found += [own] * copies
         return found
 

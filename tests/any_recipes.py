@@ -460,7 +460,17 @@ def minicpm(c):
     return {"pixel_values": x, "target_sizes": torch.tensor([[4, 8], [8, 8]], dtype=torch.int32)}
 
 
+def locals_of(side):
+    """Two images as a whole, one of them also in two tiles."""
+    return {
+        "pixel_values": img(side=side),
+        "pixel_values_local": img(side=side),
+        "num_local_patches": torch.tensor([0, 2]),
+    }
+
+
 SPECIAL = {
+    "deepseek_ocr2": lambda c: locals_of(56),
     "idefics2": lambda c: {"pixel_values": img()[None]},
     "idefics3": lambda c: {"pixel_values": img()[None]},
     "smolvlm": lambda c: {"pixel_values": img()[None]},
@@ -487,7 +497,7 @@ SPECIAL = {
     "minicpmv4_6": minicpm,
     "minicpmv4_7": minicpm,
     "minicpm_ocr": minicpm,
-    "step3p7": lambda c: {"pixel_values": img(side=c.vision_config.image_size)},
+    "step3p7": lambda c: locals_of(c.vision_config.image_size),
     "fast_vlm": lambda c: {"pixel_values": img()},
     "gemma3n": lambda c: {"pixel_values": img()},
     "chameleon": lambda c: {"pixel_values": img(side=32)},

@@ -205,6 +205,10 @@ class Adapter(ABC):
         """Whether ``embeds`` at the placeholders ``ids`` equal the image ``rows`` as the model inserts them."""
         return torch.equal(embeds, rows.to(embeds))
 
+    def placed(self, visual: Visual, places: Tensor) -> Visual:
+        """``visual`` with what its indices ``places`` [n_rows] in the prompt tell about it."""
+        return visual
+
     @abstractmethod
     def make_visuals(
         self, output: VisionOutput, calls: list[Call], pixels: Sequence[dict[str, Any]], signals: Set[str]

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -267,7 +268,8 @@ class GenericAdapter(Adapter):
     ) -> list[Visual]:
         """One `Visual` for each entry of ``pooler_output``.
 
-        If one tensor has the rows of several images, the runs of placeholders separate them.
+        If one tensor has the rows of several images, the runs of placeholders separate them. A grid that the call does
+        not name is taken to be a square.
         """
         rows, (one,) = output.rows, pixels
         if isinstance(rows, Tensor) and rows.ndim == 3 and rows.shape[1] == 1:  # an entry for each row (Inkling)
@@ -278,7 +280,17 @@ class GenericAdapter(Adapter):
             rows = rows.split(runs) if sum(runs) == len(rows) else [rows]
         rows = [image.flatten(0, -2) for image in rows]
         grids = one["grids"] if one["grids"] is not None and len(one["grids"]) == len(rows) else [None] * len(rows)
-        return [Visual(rows=image, grid=grid_of(len(image), thw)) for image, thw in zip(rows, grids, strict=True)]
+        has_newlines = hasattr(self.owner, "image_newline")  # among the rows
+        return [
+            Visual(rows=image, grid=None if has_newlines and thw is None else grid_of(len(image), thw))
+            for image, thw in zip(rows, grids, strict=True)
+        ]
+
+    def placed(self, visual: Visual, places: Tensor) -> Visual:
+        """Without its grid if the prompt divides the rows into tiles, not into lines."""
+        ends = (places.diff() > 1).nonzero()[:, 0] + 1
+        is_grid = visual.grid is None or bool((ends.diff(prepend=ends.new_zeros(1)) == visual.grid[-1]).all())
+        return visual if is_grid else replace(visual, grid=None)
 
     def is_placed(self, ids: Tensor, embeds: Tensor, rows: Tensor) -> bool:
         test = PLACED.get(self.model.config.model_type)
