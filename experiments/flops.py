@@ -77,13 +77,19 @@ class Decoder:
     ffn: int
     """FFN multiply-adds per token and layer: 3 d I; for a mixture of experts, k times that plus the router."""
     vocabulary: int
+    windows: int = 0
+    """Layers with a sliding window, whose cache holds ``window`` tokens."""
+    window: int = 0
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Decoder":
-        """Read a ``text_config``. Raises `InputError` if some layers do not have full attention."""
-        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-            raise InputError(f"the closed form is for full attention; {config.model_type!r} mixes in other layers")
-        width = config.hidden_size
+        """Read a ``text_config``. Raises `InputError` if some layers have neither full nor sliding attention."""
+        kinds = list(getattr(config, "layer_types", None) or ())
+        if set(kinds) - {"full_attention", "sliding_attention"}:
+            raise InputError(
+                f"the closed form is for full and sliding attention; {config.model_type!r} mixes in other layers"
+            )
+        windows, width = kinds.count("sliding_attention"), config.hidden_size
         if hasattr(config, "num_experts"):
             experts = config.num_experts_per_tok * 3 * width * config.moe_intermediate_size
             ffn = experts + width * config.num_experts
@@ -97,6 +103,8 @@ class Decoder:
             head_dim=getattr(config, "head_dim", None) or width // config.num_attention_heads,
             ffn=ffn,
             vocabulary=config.vocab_size,
+            windows=windows,
+            window=config.sliding_window - 1 if windows else 0,
         )
 
     def prefill_flops(self, n: int) -> int:
@@ -107,7 +115,8 @@ class Decoder:
 
     def kv_cache_bytes(self, n: int, element_size: int) -> int:
         """Bytes of the keys and values of n tokens."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * n * element_size
+        tokens = (self.layers - self.windows) * n + self.windows * min(n, self.window)
+        return 2 * tokens * self.kv_heads * self.head_dim * element_size
 
 
 def vision_flops(config: PreTrainedConfig, n_visual: int) -> int | None:

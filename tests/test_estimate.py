@@ -17,6 +17,8 @@ from mipruner.errors import InputError
 PUBLISHED = {
     "llava15_7b": 7.06, "llava15_13b": 13.35, "qwen2vl_2b": 2.21, "qwen2vl_7b": 8.29, "qwen25vl_3b": 3.75,
     "qwen25vl_7b": 8.29, "qwen3vl_2b": 2.13, "qwen3vl_4b": 4.44, "qwen3vl_8b": 8.77, "qwen3vl_30b": 31.07,
+    "internvl35_8b": 8.53, "mistral_small32": 24.01, "gemma3_4b": 4.30, "gemma3_12b": 12.19, "glm41v_9b": 10.29,
+    "smolvlm2_2b": 2.25,
 }  # fmt: skip
 """Parameters in billions, as the hub shows them."""
 
@@ -27,15 +29,20 @@ def test_stored_shapes_have_the_published_number_of_parameters(name, billions):
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
 
 
-@pytest.mark.parametrize("name", ["llava15_7b", "qwen2vl_2b", "qwen25vl_3b", "qwen3vl_8b", "qwen3vl_30b"])
-@pytest.mark.parametrize("n", [128, 640])
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [(name, n) for name in ("llava15_7b", "qwen2vl_2b", "qwen25vl_3b", "qwen3vl_8b", "qwen3vl_30b") for n in (128, 640)]
+    + [("gemma3_4b", 640), ("gemma3_4b", 1300), ("glm41v_9b", 640)],
+)
 def test_prefill_is_what_torch_counts(name, n):
     config = architecture(name)
     text = config.get_text_config()
     options = {"experts_implementation": "batched_mm"} if hasattr(text, "num_experts") else {}
     model = build(config, torch.bfloat16, **options)
     embeds = torch.empty(1, n, text.hidden_size, dtype=torch.bfloat16, device="meta")
-    positions = torch.arange(n, device="meta").expand(3 if "qwen" in name else 1, n)[:, None].squeeze(0)
+    positions = (
+        torch.arange(n, device="meta").expand(3 if name.startswith(("qwen", "glm")) else 1, n)[:, None].squeeze(0)
+    )
     cache = DynamicCache(config=text)
     with FlopCounterMode(display=False) as counter:
         out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache)

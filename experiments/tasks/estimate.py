@@ -36,6 +36,7 @@ def estimate(
         If the model's images have no fixed number of tokens and ``n_visual`` is not given. See also `architecture`.
     """
     config = architecture(model)
+    n_visual = n_visual or getattr(config, "mm_tokens_per_image", None)
     if n_visual is None and config.model_type != "llava":
         raise InputError(f"{model} takes images of any size: say how many visual tokens, for example n_visual=1024")
     if n_visual is None:
