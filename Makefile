@@ -101,13 +101,15 @@ $(LMMS_EVAL)/.installed: plugins/lmms_eval/pyproject.toml
 	$(LMMS_EVAL)/bin/pip install -q -e . -e plugins/lmms_eval pytest pytest-timeout matplotlib
 	touch $@
 
-# The plug-in of vLLM, inside vLLM, on a CPU. Where torch is the CPU build and PyPI's torchvision wants CUDA libraries, the
-# environment defines what torchvision looks for. `make test-vllm SLOW=slow` asks every question of the demo.
+# The plug-in of vLLM, inside vLLM, on a CPU; and the processors that need torchvision, which is there. Where torch is the
+# CPU build and PyPI's torchvision wants CUDA libraries, the environment defines what torchvision looks for.
+# `make test-vllm SLOW=slow` asks every question of the demo.
 VLLM ?= .venv-vllm
 
 test-vllm: $(VLLM)/.installed
 	ldconfig -p | grep -q libnuma.so.1 || (apt-get update && apt-get install -y libnuma1)
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "$(or $(SLOW),not slow)" tests/test_vllm.py tests/test_vllm_families.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "$(or $(SLOW),not slow)" tests/test_vllm.py tests/test_vllm_families.py \
+		tests/test_processed.py
 
 $(VLLM)/.installed: plugins/vllm/pyproject.toml tests/vllm_sitecustomize.py
 	$(PYTHON) -m venv $(VLLM)
