@@ -361,7 +361,7 @@ class Pruning:
         if not self.adapter.reads_inside and getattr(cache, "is_compileable", False):
             raise InputError(
                 f"{self.model.config.model_type}: a static cache is only served for {', '.join(sorted(FAMILIES))}: "
-                "leave cache_implementation at dynamic"
+                f"leave cache_implementation at dynamic; {PAGE}"
             )
         if getattr(mask, "ndim", 2) != 2 and not getattr(cache, "is_compileable", False):
             raise InputError("pruning takes an attention mask [batch, length] that tells the padding")
