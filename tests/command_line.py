@@ -1,4 +1,7 @@
-"""Runs run.py in this process or in a fork of it. A process of its own would import transformers again, for seconds."""
+"""Runs run.py in this process or in a fork of it.
+
+A process of its own would import transformers again, for seconds.
+"""
 
 import logging
 import multiprocessing

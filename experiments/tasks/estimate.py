@@ -22,6 +22,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
 
 @cache
 def n_parameters(model: str) -> int:
+    """Number of weights of a model."""
     return sum(p.numel() for p in build(architecture(model), torch.bfloat16).parameters())
 
 

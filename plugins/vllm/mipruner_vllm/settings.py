@@ -112,7 +112,7 @@ def check_keep(keep: Any) -> None:
             "keep='auto' cannot run in vLLM: it needs the length of the prompt before the image is encoded. Give a "
             "fraction in (0, 1] or a whole number of tokens"
         )
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep > 0:
         raise InputError(f"keep={keep!r} is not a budget: give a fraction in (0, 1] or a whole number of tokens")
     budget(keep, max(1, int(keep)) if isinstance(keep, int) else 1)
 
