@@ -40,11 +40,9 @@ from experiments.results import ROOT
 from experiments.settings import check_keys
 from mipruner.errors import InputError, ModelError
 
-EVALUATE, ANSWER = "experiments.tasks.evaluate", "experiments.tasks.answer"
+EVALUATE, ANSWER, HEAT = (f"experiments.tasks.{name}" for name in ("evaluate", "answer", "heat"))
 PLAIN = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-DRAW = {EVALUATE: "draw_cell", "experiments.tasks.heat": "draw_heat"}
-"""Drawing functions of analysis.masks for tasks, because experiments must not import analysis."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -57,7 +55,7 @@ def main(cfg: DictConfig) -> None:
         check_swept(HydraConfig.get().sweeper.params, overrides)
         asked = cfg.image is not None or cfg.question is not None
         name = ANSWER if cfg.task == EVALUATE and asked else cfg.task
-        options = {"draw": partial(draw, DRAW[name])} if name in DRAW else {}
+        options = {"draw": partial(draw, name)} if name in (EVALUATE, HEAT) else {}
         import_module(name).run(OmegaConf.to_container(cfg, resolve=True), overrides, **options)
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
@@ -71,9 +69,12 @@ def main(cfg: DictConfig) -> None:
         ) from error
 
 
-def draw(name: str, *args: Any, **options: Any) -> None:
-    """Call a function of analysis.masks, which imports matplotlib."""
-    getattr(import_module("analysis.masks"), name)(*args, **options)
+def draw(task: str, *args: Any, **options: Any) -> None:
+    """Draw what a task asks for. Experiments must not import analysis, and matplotlib is imported only here."""
+    from analysis.masks import draw_cell, draw_heat
+
+    function: Any = draw_heat if task == HEAT else draw_cell
+    function(*args, **options)
 
 
 def quoted(argument: str, is_sweep: bool = False) -> str:
