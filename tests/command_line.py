@@ -9,9 +9,11 @@ import os
 import runpy
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import run
 from experiments.results import ROOT
@@ -40,6 +42,7 @@ class Fork:
 
     def _run(self, argv, env):
         torch.set_num_threads(1)  # the threads of the parent are not in its fork
+        tqdm.set_lock(threading.RLock())  # the lock of the parent is shared: a killed fork would hold it for ever
         for number in (1, 2):
             os.dup2(os.open(f"{self._said.name}/{number}", os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))

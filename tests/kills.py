@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -162,6 +163,7 @@ def main(n_kills: int) -> None:
     torch.set_num_threads(1)
     sys.modules["wandb"] = tracker()
     tqdm.monitor_interval = 0  # no thread whose lock a fork could inherit
+    tqdm.set_lock(threading.RLock())  # tqdm shares its own with all forks: a killed one would hold it
     random.seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         model, results = Path(scratch) / "model", Path(scratch) / "results"
