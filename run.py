@@ -36,14 +36,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import check_swept
-from experiments.results import ROOT
+from experiments.results import FULL, ROOT
 from experiments.settings import check_keys
 from mipruner.errors import InputError, ModelError
 
 EVALUATE, ANSWER, HEAT = (f"experiments.tasks.{name}" for name in ("evaluate", "answer", "heat"))
 PLAIN = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 

@@ -13,7 +13,7 @@ from experiments.accept.published import published
 from experiments.benchmarks.base import Benchmark, digest, read_samples
 from experiments.evaluate import evaluate, subset
 from experiments.ranks import ALONE, Ranks
-from experiments.results import NOT_IDENTITY, WARN_ABOVE, Cell, command
+from experiments.results import FULL, NOT_IDENTITY, WARN_ABOVE, Cell, begin
 from experiments.tracking import track
 from mipruner.errors import InputError
 from mipruner.models import Video
@@ -80,7 +80,7 @@ def run_cell(
         server = remote.Server(config)
         with cell.alone(), track(config["logger"], cell) as tracker:
             cell.open(config["overwrite"])
-            record = remote.evaluate(cell, server, benchmark, samples, command(overrides))
+            record = remote.evaluate(cell, server, benchmark, samples, begin(overrides))
             record |= tracker.report(record)
             cell.finish(record)
         return record
@@ -88,10 +88,10 @@ def run_cell(
     if benchmark.is_video:
         pipeline.adapter.chat.check_kinds(pipeline.adapter.kinds([Video([Image.new("RGB", (1, 1))])]))
     if ranks.rank > 0:
-        return evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
+        return evaluate(cell, pipeline, benchmark, samples, begin(overrides), ranks)
     with cell.alone(), track(config["logger"], cell) as tracker:
         cell.open(config["overwrite"])
-        record = evaluate(cell, pipeline, benchmark, samples, command(overrides), ranks)
+        record = evaluate(cell, pipeline, benchmark, samples, begin(overrides), ranks)
         if draw is not None and config["n_masks"]:
             draw_masks(draw, record, cell, benchmark)
         record |= tracker.report(record)
@@ -100,10 +100,12 @@ def run_cell(
 
 
 def draw_masks(draw: Draw, record: dict[str, Any], cell: Cell, benchmark: Benchmark) -> None:
-    """Draw the kept tokens of some samples. An error while drawing does not lose answers."""
+    """Draw the kept tokens of some samples. An error while drawing ends nothing, except that the disk is full."""
     try:
         draw(record, cell.rows(), benchmark, cell.path / "masks.png")
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         print(f"warning: masks.png was not drawn: {error!r}", file=sys.stderr)
 
 

@@ -11,7 +11,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
@@ -226,7 +225,7 @@ def evaluate(
     pipeline: Pipeline | ProcessorPipeline,
     benchmark: Benchmark,
     samples: Sequence[Sample],
-    command: str,
+    begun: dict[str, Any],
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Answer the open samples, score all and return the record; {} on other ranks than the first.
@@ -239,7 +238,6 @@ def evaluate(
         If every sample failed.
     """
     samples = by_length(samples)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
     waited = answer_rest(cell, pipeline, benchmark, samples, ranks)
     peak_memory_gib = ranks.largest(results.peak_memory_gib(pipeline.adapter.device))
     if ranks.rank > 0:
@@ -247,7 +245,7 @@ def evaluate(
     device = (f"{ranks.n} x " if ranks.n > 1 else "") + results.device_name(pipeline.adapter.device)
     costs = {"device": device, "batch_size": cell.config["batch_size"], "peak_memory_gib": round(peak_memory_gib, 3)}
     costs["waited_for_images"] = waited
-    return finish(cell, benchmark, samples, {"command": command, "started": started, **costs})
+    return finish(cell, benchmark, samples, begun | costs)
 
 
 def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:
@@ -266,9 +264,8 @@ def finish(cell: Cell, benchmark: Benchmark, samples: Sequence[Sample], run: dic
         "id": cell.id,
         "cell": cell.cell,
         "config": cell.config,
-        "git_commit": results.git_commit(),
         "versions": results.versions(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": results.now(),
         "n_samples": len(samples),
         "failed": [{"id": row["id"], "error": row["error"]} for row in rows if "error" in row],
         "skipped": list(benchmark.skipped),

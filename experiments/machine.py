@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -83,7 +82,7 @@ def provenance(overrides: Sequence[str], device: torch.device) -> dict[str, Any]
     return {
         "command": results.command(overrides),
         "git_commit": results.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": results.now(),
         "versions": results.versions(),
         "machine": machine(device),
     }

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
 from statistics import fmean
@@ -183,7 +182,7 @@ def encode(image) -> str:
 
 
 def evaluate(
-    cell: Cell, server: Server, benchmark: Benchmark, samples: Sequence[Sample], command: str
+    cell: Cell, server: Server, benchmark: Benchmark, samples: Sequence[Sample], begun: dict[str, Any]
 ) -> dict[str, Any]:
     """Like `experiments.evaluate.evaluate`, with the answers of a server. Kept tokens and stage times are then unknown.
 
@@ -193,12 +192,11 @@ def evaluate(
         If the server cannot be reached or refuses. The answers so far are kept.
     """
     samples = by_length(samples)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
     description = server.describe()
     server.probe(description["model"])
     answer_rest(cell, server, description["model"], benchmark, samples)
     costs = {"device": "server", "batch_size": None, "peak_memory_gib": None, "waited_for_images": None}
-    run = {"command": command, "started": started, **costs, "server": told(description, cell.rows())}
+    run = {**begun, **costs, "server": told(description, cell.rows())}
     return finish(cell, benchmark, samples, run)
 
 

@@ -49,6 +49,7 @@ error (if failed), image_notes (if an image was shown in another form than it ha
 image: an answer to another question of the same id is not used)
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -60,6 +61,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,8 @@ from mipruner.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors for a disk without room."""
 LOCK = ".lock"
 MAX_NAME = 100
 """Limit in bytes of a folder's name before the id. File systems allow 255 bytes, some only 143."""
@@ -114,6 +118,15 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def begin(overrides: Sequence[str]) -> dict[str, str | None]:
+    """Entries of a record that are known at the start: the command, the code that runs, the time."""
+    return {"command": command(overrides), "git_commit": git_commit(), "started": now()}
 
 
 def command(overrides: Sequence[str]) -> str:

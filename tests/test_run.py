@@ -407,6 +407,18 @@ def test_a_drawing_that_fails_takes_no_answer_with_it(tmp_path, capsys):
     assert "warning: masks.png was not drawn: MemoryError('14 GB')" in capsys.readouterr().err
 
 
+def test_a_full_disk_while_drawing_leaves_the_cell_open(tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    settings = config(tmp_path, "n_masks=1")
+    with pytest.raises(OSError, match="No space left"):
+        run_cell(settings, draw=full)
+    assert not Cell(settings).is_done and len(Cell(settings).rows()) == 12
+    run_cell(settings, draw=draw_cell)
+    assert (Cell(settings).path / "masks.png").exists()
+
+
 def test_one_run_at_a_time_answers_a_cell(tmp_path, record_property):
     settings = config(tmp_path)
     with Cell(settings).alone(), pytest.raises(InputError, match=r"another run is answering .*: wait for it") as error:

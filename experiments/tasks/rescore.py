@@ -13,7 +13,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from experiments.benchmarks.base import Sample, read_samples
 from experiments.cell import differs, show
 from experiments.evaluate import finish
 from experiments.remote import UNKNOWN
-from experiments.results import Cell, command
+from experiments.results import Cell, begin
 from mipruner.errors import InputError
 from mipruner.models.chat import END_OF_THINKING
 
@@ -74,7 +73,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     if config["file"] is None:
         raise InputError("give file, the answers: a JSON line each with question_id and text")
     path, prefix = Path(config["file"]), config["prefix"]
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    begun = begin(overrides)
     answers, n_again = read_answers(path)
     benchmark = build.benchmark(config)
     samples = [sample for sample in read_samples(benchmark) if sample.id.startswith(prefix)]
@@ -94,7 +93,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         cell.append(rows_of(samples, answers, prefix))
         costs = {"device": f"answers of {path.name}", "batch_size": None, "peak_memory_gib": None}
         costs |= {"waited_for_images": None}
-        record = finish(cell, benchmark, samples, {"command": command(overrides), "started": started, **costs})
+        record = finish(cell, benchmark, samples, begun | costs)
         record["provenance"] |= about
         cell.finish(record)
     print(show(record, str(cell.path)))

@@ -13,7 +13,6 @@ import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -121,7 +120,7 @@ def measure(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "dtype": str(text.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "git_commit": results.git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": results.now(),
     }
     memory, running = Memory(device), methods(device)
     if options["methods"] is not None:

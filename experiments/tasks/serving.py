@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -220,7 +219,7 @@ def check(config: dict[str, Any]) -> str | None:
 def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     version = check(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server is stopped at the end
-    name = f"{config['model']['name']}-{datetime.now(UTC).isoformat(timespec='seconds').replace(':', '')}.json"
+    name = f"{config['model']['name']}-{results.now().replace(':', '')}.json"
     out = Path(config["out"] or Path(config["results"]) / "serving" / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     log, options = out.with_suffix(".log"), ["--dtype", config["model"]["dtype"], *shlex.split(config["server"])]
