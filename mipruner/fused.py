@@ -4,8 +4,9 @@ With p(v_j) = 1 / n_visual, eq. 18 is PMI(v_i; v_j) = rho_ij - lse_i + log n_vis
 row i of rho. So rho and one number per token are enough. rho is symmetric: half of the product gives all of it, and
 after a pick j the running maximum of eq. 20 needs column j, which is read as the contiguous row j.
 
-The picks equal those of the reference if the best two gains of every step differ by more than float32 rounding. Equal
-tokens have bit-equal gains here, and the lowest index is picked.
+The picks equal those of the reference if the best two gains of every step differ by more than float32 rounding. A
+product may round equal tokens differently, so a token that equals an earlier one gets the numbers of that one: the
+gains are equal, and the lowest index is picked.
 """
 
 import importlib.util
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mipruner import pmi
 from mipruner.errors import InputError
@@ -33,8 +33,11 @@ ON_ZEN = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supp
 """Whether oneDNN's float32 product is faster than MKL's, the default of torch: on AMD Zen 4 and 5, found by CPU flags.
 """
 
-LEAF = 64
-"""Number of tokens up to which all products are computed. More tokens are split into halves, recursively."""
+MANY = 1024
+"""Number of tokens from which products are computed by halves, recursively, instead of by panels."""
+
+PANEL, PANEL_16 = 96, 192
+"""Number of columns of a panel, and of one of 16-bit tokens on a CPU with AMX."""
 
 TILE = 2048
 """Number of 16-bit tokens that are converted to float32 at a time."""
@@ -106,11 +109,11 @@ def mi_picks(
         return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
     # Stored only if it is no larger than the tokens in float32.
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
-    norm = once(held, "norm", lambda: row_norm(visual))
-    rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau, norm))
+    wide = visual.float() if relevance is None and len(visual) <= TILE else visual
+    first, norm, rho, lse = once(held, ("rho", tau), lambda: _among_themselves(wide, tau, visual.dtype))
     if relevance is None:
-        relevance = _relevance(with_text(visual, text, tau, norm).log_softmax(-1))
-    found = _picks(rho, lse, relevance, n_keep, lam, [] if given is None else given.tolist())
+        relevance = _relevance(with_text(wide, text, tau, norm).log_softmax(-1))
+    found = _picks(rho, lse, relevance[first], n_keep, lam, [] if given is None else given.tolist())
     return torch.tensor(found, dtype=torch.long)
 
 
@@ -152,16 +155,14 @@ def log_partition(
         return lse.view(*visual.shape[:-1], 1) + scale
     norm = row_norm(vocabulary) if norm is None else pmi.drawn(norm, n_rows)[0]
     own, tokens, parts = 1 / (tau * row_norm(visual)), visual.float(), []
-    blocks = pieces(len(vocabulary), WORDS)
-    size = max(stop - start for start, stop in blocks)
     # Allocating memory takes as long as using it.
+    size = min(WORDS, len(vocabulary))
     room, rho = torch.empty(size, visual.shape[1]), torch.empty(len(visual), size)
-    for start, stop in blocks:
+    for start, stop in pairwise([*range(0, len(vocabulary), WORDS), len(vocabulary)]):
         rows, products = vocabulary[start:stop], rho[:, : stop - start]
         wide = rows if rows.dtype == torch.float32 else room[: len(rows)].copy_(rows)
         with _fastest(visual.dtype, vocabulary.dtype):
             _multiply(tokens, wide, products)
-        # By rows, here and below: other reductions may round equal tokens differently.
         parts.append(products.div_(norm[start:stop]).mul_(own[:, None]).logsumexp(-1))
     return torch.stack(parts, 1).logsumexp(-1, keepdim=True) + scale
 
@@ -172,33 +173,47 @@ def row_norm(rows: Tensor) -> Tensor:
     return torch.cat(parts).clamp_min_(1e-12)
 
 
-def pieces(n: int, size: int) -> list[tuple[int, int]]:
-    """Start and stop of pieces of ``size`` of n tokens.
+def first_equal(tokens: Tensor) -> Tensor:
+    """Index of the first token [n] that equals each token of [n, d]."""
+    first = torch.arange(len(tokens))
+    some = tokens[:, :: max(1, tokens.shape[1] // 3)].double().unbind(1)
+    key, order = torch.stack([w * column for w, column in zip((1, math.e, math.pi), some, strict=False)]).sum(0).sort()
+    pairs = (key[1:] == key[:-1]).nonzero().flatten()
+    if len(pairs):
+        alike = order[torch.cat([pairs, pairs + 1]).unique()]
+        distinct, kind = tokens[alike].unique(dim=0, return_inverse=True)
+        first[alike] = torch.full((len(distinct),), len(tokens)).scatter_reduce(0, kind, alike, "amin")[kind]
+    return first
 
-    The last piece includes the remainder: a product of only one or two rows may round differently and break ties.
-    """
-    return list(pairwise([*range(0, max(0, n - size) + 1, size), n]))
 
-
-def similarities(visual: Tensor, tau: float, norm: Tensor | None = None) -> Tensor:
+def similarities(visual: Tensor, tau: float) -> Tensor:
     """rho of eq. 15, [n_visual, n_visual], for one sample on a CPU.
 
     The norms are applied to the products, so the tokens are not copied.
     """
-    n_visual = len(visual)
+    return _similarities(visual, tau, visual.dtype)[2]
+
+
+def _similarities(visual: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`first_equal`, norm [n_visual] and rho [n_visual, n_visual] of tokens that were computed in ``dtype``."""
+    n_visual, first = len(visual), first_equal(visual)
     rho = torch.empty(n_visual, n_visual)
-    tiles = pieces(n_visual, TILE)
-    with _fastest(visual.dtype):
+    tiles = list(pairwise([*range(0, n_visual, TILE), n_visual]))
+    with _fastest(dtype):
         for k, (start, stop) in enumerate(tiles):
             rows = visual[start:stop].float()
-            _products(rows, rho[start:stop, start:stop])
+            _products(rows, rho[start:stop, start:stop], PANEL_16 if HAS_TILES and dtype == torch.bfloat16 else PANEL)
             for left, right in tiles[k + 1 :]:
                 _multiply(rows, visual[left:right].float(), rho[start:stop, left:right])
                 rho[left:right, start:stop] = rho[start:stop, left:right].T
-    scale = ((row_norm(visual) if norm is None else norm) * math.sqrt(tau)).reciprocal_()
+    if len(again := (first != torch.arange(n_visual)).nonzero().flatten()):
+        rho[again] = rho[first[again]]
+        rho[:, again] = rho[:, first[again]]
+    norm = rho.diagonal().sqrt().clamp_min_(1e-12)
+    scale = (norm * math.sqrt(tau)).reciprocal_()
     for rows, one in zip(rho.split(ROWS), scale.split(ROWS), strict=True):
         rows.mul_(torch.outer(one, scale))
-    return rho
+    return first, norm, rho
 
 
 def self_similarity(rows: Tensor) -> Tensor:
@@ -208,22 +223,20 @@ def self_similarity(rows: Tensor) -> Tensor:
     return similarities(rows, 1.0)
 
 
-def _among_themselves(visual: Tensor, tau: float, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """`similarities` and the log-sum-exp of its rows."""
-    rho = similarities(visual, tau, norm)
-    return rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
+def _among_themselves(visual: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_similarities` and the log-sum-exp [n_visual] of the rows of rho."""
+    first, norm, rho = _similarities(visual, tau, dtype)
+    return first, norm, rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
 
 
 def with_text(visual: Tensor, text: Tensor, tau: float, norm: Tensor | None = None) -> Tensor:
     """rho of eq. 15, [n_visual, n_text], for one sample on a CPU."""
-    # Products of a few rows use another kernel, which may round equal tokens differently and break ties.
-    words = pad(text.float(), (0, 0, 0, max(0, 16 - len(text))))
-    rho = torch.empty(len(words), len(visual))
-    with _fastest(visual.dtype, text.dtype):
-        for start, stop in pieces(len(visual), FEW):
-            _multiply(words, visual[start:stop].float(), rho[:, start:stop])
+    words, rho = text.float(), torch.empty(len(visual), len(text))
+    few = FEW if visual.dtype != torch.float32 else len(visual)
+    for rows, out in zip(visual.split(few), rho.split(few), strict=True):
+        _multiply(rows.float(), words, out)
     norm = row_norm(visual) if norm is None else norm
-    return rho[: len(text)].div_(norm).div_(tau * row_norm(text)[:, None]).T
+    return rho.div_(norm[:, None]).div_(tau * row_norm(text))
 
 
 @contextmanager
@@ -254,24 +267,28 @@ def _multiply(rows: Tensor, columns: Tensor, out: Tensor) -> None:
         torch.mm(rows, columns.T, out=out)
 
 
-def _products(tokens: Tensor, out: Tensor) -> None:
-    """Products of the tokens [n, d] with each other, written to out [n, n]; one half is mirrored."""
+def _products(tokens: Tensor, out: Tensor, panel: int) -> None:
+    """Products of the tokens [n, d] with each other, written to out [n, n]; about one half is mirrored."""
     n = len(tokens)
-    if n < 2 * LEAF:
-        _multiply(tokens, tokens, out)
+    if n < MANY:
+        for left, right in pairwise([*range(0, n, panel), n]):
+            _multiply(tokens[left:], tokens[left:right], out[left:, left:right])
+            out[left:right, right:] = out[right:, left:right].T
         return
     half = n // 2
     _multiply(tokens[:half], tokens[half:], out[:half, half:])
     out[half:, :half] = out[:half, half:].T
-    _products(tokens[:half], out[:half, :half])
-    _products(tokens[half:], out[half:, half:])
+    _products(tokens[:half], out[:half, :half], panel)
+    _products(tokens[half:], out[half:, half:], panel)
 
 
-def relevance(visual: Tensor, text: Tensor, tau: float, partition: Tensor) -> Tensor:
+def relevance(features: Features, tau: float, partition: Tensor) -> Tensor:
     """`pmi.relevance` over a vocabulary, given its `log_partition` [.., n_visual, 1]."""
+    visual, text = features.visual, features.text
     if visual.device.type != "cpu" or visual.dim() > 2:
         return pmi.relevance(visual, text, tau, log_partition=partition)
-    return _relevance(with_text(visual, text, tau) - partition)
+    norm = once({} if features.held is None else features.held, "norm", lambda: row_norm(visual))
+    return _relevance(with_text(visual, text, tau, norm) - partition)
 
 
 def _relevance(log_p: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class MIPruner(Pruner):
             relevance = None
             if self.support == "vocabulary":
                 partition = log_partition_of(features, self.tau, self.vocabulary_rows)
-                relevance = fused.relevance(features.visual, features.text, self.tau, partition)
+                relevance = fused.relevance(features, self.tau, partition)
             tokens = features.visual, features.text
             return mi_picks(*tokens, n_keep, self.lam, self.tau, given=given, relevance=relevance, held=features.held)
         options = (self.tau, self.aggregation, self.normalization)
