@@ -272,8 +272,9 @@ def _products(tokens: Tensor, out: Tensor, panel: int) -> None:
     n = len(tokens)
     if n < MANY:
         for left, right in pairwise([*range(0, n, panel), n]):
-            _multiply(tokens[left:], tokens[left:right], out[left:, left:right])
-            out[left:right, right:] = out[right:, left:right].T
+            # Few shapes for all images: oneDNN keeps about 1 MiB for each shape it has met.
+            _multiply(tokens[:right], tokens[left:right], out[:right, left:right])
+            out[left:right, :left] = out[:left, left:right].T
         return
     half = n // 2
     _multiply(tokens[:half], tokens[half:], out[:half, half:])
