@@ -7,7 +7,6 @@ where users add files.
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from experiments.results import ROOT
 from mipruner.errors import InputError
-from mipruner.pruners import PRUNERS
 
 
 def _runs(name: str) -> str:
@@ -106,11 +104,6 @@ def check(config: dict[str, Any]) -> None:
         Settings.model_validate(config)
     except ValidationError as error:
         raise InputError(_words(error)) from None
-    pruner = PRUNERS.get(config["pruner"]["name"])
-    for option in fields(pruner) if pruner else ():
-        value = config["pruner"].get(option.name)
-        if isinstance(value, bool) and not isinstance(option.default, bool):
-            raise InputError(f"pruner.{option.name}={str(value).lower()}: it should be no boolean")
     path, revision = config["model"]["path"], config["model"].get("revision")
     if path is None and config["model"]["name"] is not None:
         raise InputError("model.path=null: give a folder, or a name on the hub such as google/gemma-3-4b-it")

@@ -6,14 +6,15 @@ name of its file or entry point.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import isabstract
 from pkgutil import iter_modules
-from types import ModuleType
-from typing import Any
+from types import ModuleType, NoneType
+from typing import Any, get_args, get_type_hints
 
 from mipruner.composed import Composed
 from mipruner.errors import InputError
@@ -85,6 +86,7 @@ _BUILT_IN = {
     if module.name != "base"
 }
 PRUNERS = Registry()
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
 
 def make(name: str, **options: Any) -> Method:
@@ -99,10 +101,22 @@ def make(name: str, **options: Any) -> Method:
         close = get_close_matches(name, PRUNERS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(f"unknown pruner {name!r}: {hint}choose one of {', '.join(PRUNERS)}")
+    for option in fields(PRUNERS[name]):
+        if option.name in options:
+            _check_kind(name, option.name, options[option.name], get_type_hints(PRUNERS[name])[option.name])
     try:
         return PRUNERS[name](**{key: make(**x) if isinstance(x, dict) else x for key, x in options.items()})
     except TypeError as error:
         raise InputError(f"{name}: {str(error).split('() ')[-1]}") from error
+
+
+def _check_kind(name: str, option: str, value: Any, hint: Any) -> None:
+    kinds = get_args(hint) or (hint,)
+    if not set(kinds) <= KINDS.keys():
+        return
+    is_known = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+    if not is_known or (isinstance(value, bool) and bool not in kinds):
+        raise InputError(f"{name}: {option}={value!r} should be {' or '.join(KINDS[kind] for kind in kinds)}")
 
 
 def parse_pruner(
