@@ -149,6 +149,17 @@ def test_mme_cognition_and_pairs(tmp_path):
         benchmark("mme", cognition=True).samples()
 
 
+def test_of_a_pair_with_a_bad_row_both_are_skipped(tmp_path):
+    def change(rows):
+        rows[1]["answer"] = None
+
+    bench = benchmark("mme", rewrite("mme", tmp_path / "x.parquet", change), on_bad_row="skip")
+    assert [sample.meta["pair"] for sample in bench.samples()] == ["OCR/0002.jpg"] * 2
+    bad, odd = bench.skipped
+    assert bad.startswith("row 2 of ") and "answer is null" in bad
+    assert odd.startswith("row 1 of ") and odd.endswith("MME has two questions an image; existence/0001.png has 1")
+
+
 def test_pope():
     samples = benchmark("pope").samples()
     assert samples[0].id == "adversarial/1"

@@ -80,11 +80,18 @@ def test_letters_and_vqa_accuracy():
         ([ROW | {"question": None}], {}, r"row 1 of .*questions.jsonl: question is null: "),
         ([ROW, ROW | {"question": "  "}], {}, r"row 2 of .*: question is '  ': is empty"),
         ([{"question": "What ?"}], {}, r"row 1 of .*: image is missing; it has question"),
-        ([ROW], {"scoring": "exact"}, r"row 1 of .* has no answer: give one"),
+        ([ROW], {"scoring": "exact"}, r"row 1 of .*: it has no answer, which dataset.scoring=exact needs"),
         ([ROW | {"answer": "red"}], {"scoring": "yes_no"}, r"the answer is 'red', not yes or no"),
-        ([ROW | {"answer": "red"}], {"scoring": "choice"}, r"has no choices"),
+        (
+            [ROW | {"answer": "red"}],
+            {"scoring": "choice"},
+            r"row 1 of .*: it has no choices, which dataset.scoring=choice needs",
+        ),
         ([ROW | {"answer": "C", "choices": ["red", "blue"]}], {}, r"the answer 'C' is none of its choices"),
-        ([ROW | {"id": "a"}, ROW | {"id": "a"}], {}, r"two questions have the id a"),
+        ([ROW | {"answer": "A", "choices": ["red"]}, ROW | {"answer": "red"}], {}, r"row 2 of .*: it has no choices"),
+        ([ROW | {"id": "a"}, ROW, ROW | {"id": "a"}], {}, r"row 3 of .*: its id 'a' is that of row 1. Correct it, or"),
+        ([ROW, [1, 2]], {}, r"row 2 of .*: it is \[1, 2\], not columns with values"),
+        ([], {}, r"questions.jsonl has no rows"),
         ("{", {}, r"questions.jsonl cannot be read"),
     ],
 )
@@ -93,9 +100,31 @@ def test_a_bad_row_is_named_when_it_is_read(tmp_path, rows, options, message):
         read_samples(Folder(str(table(tmp_path, rows)), **options))
 
 
-def test_bad_rows_can_be_skipped(tmp_path):
-    bench = Folder(str(table(tmp_path, [ROW | {"question": None}, ROW])), on_bad_row="skip")
-    assert len(read_samples(bench)) == 1 and len(bench.skipped) == 1
+@pytest.mark.parametrize("bad", [{"question": None}, {"answer": None}, {"answer": "C"}, {"id": "a"}, {"choices": []}])
+def test_bad_rows_can_be_skipped(tmp_path, bad):
+    row = ROW | {"choices": ["red", "blue"], "answer": "A"}
+    bench = Folder(str(table(tmp_path, [row | {"id": "a"}, row | bad])), on_bad_row="skip")
+    assert [sample.id for sample in read_samples(bench)] == ["a"] and len(bench.skipped) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("question;image;answer\nWhich, then ?;photos/0.png;red\n", "red"),
+        ('question, image, answer\n"Which, then ?", photos/0.png, red\n', "red"),
+        ("question,image,answer\nWhich ?,photos/0.png,red, or so\n", "row 1 of .*: it has more cells than columns"),
+        ("question,image,choices,answer\nWhich ?,photos/0.png,[red],A\n", r"choices is '\[red\]': is no list: write"),
+        ("question,image\nWelche Farbe ist schön ?,photos/0.png\n".encode("latin-1"), "questions.csv is not UTF-8"),
+    ],
+)
+def test_a_csv_as_spreadsheets_write_it(tmp_path, text, answer):
+    bench = Folder(str(table(tmp_path, text, "questions.csv")), sentence="")
+    if answer == "red":
+        (sample,) = read_samples(bench)
+        assert (sample.text, sample.answer, sample.image_id) == ("Which, then ?", ["red"], "photos/0.png")
+        return
+    with pytest.raises(BenchmarkError, match=answer):
+        read_samples(bench)
 
 
 def test_no_folder_and_no_table(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from clips import greys, write_set, write_video
 from experiments import build
 from experiments.benchmarks import video
-from experiments.benchmarks.base import BenchmarkError, SampleError, read_samples
+from experiments.benchmarks.base import BenchmarkError, SampleError
 from experiments.build import make_benchmark
 from experiments.cell import run_cell
 from mipruner.errors import InputError
@@ -200,8 +200,26 @@ def test_errors_of_files_are_one_line(tmp_path):
         benchmark("msvd", tmp_path, questions="q.json", answers=None).samples()
     twice = [{"video_name": "a", "question": "q", "question_id": 1, "answer": "x"}] * 2
     (tmp_path / "q.json").write_text(json.dumps(twice))
-    with pytest.raises(BenchmarkError, match="two questions have the id 1: 'q' about a and 'q' about a"):
-        read_samples(benchmark("msvd", tmp_path, questions="q.json", answers=None))
+    with pytest.raises(BenchmarkError, match=r"row 2 of .*q.json: its id '1' is that of row 1"):
+        benchmark("msvd", tmp_path, questions="q.json", answers=None).samples()
+
+
+def test_bad_rows_of_questions_and_answers_are_skipped(tmp_path):
+    write_set(tmp_path)
+    questions, answers = (json.loads((tmp_path / f"test_{name}.json").read_text()) for name in "qa")
+    answers.sort(key=lambda row: row["answer"])
+    (tmp_path / "test_q.json").write_text(json.dumps([*questions, questions[0], questions[0] | {"question": None}]))
+    (tmp_path / "test_a.json").write_text(json.dumps([*answers[1:3], answers[1] | {"answer": "other"}, answers[0]]))
+    bench = benchmark("msvd", tmp_path, on_bad_row="skip")
+    assert [(sample.id, sample.answer) for sample in bench.samples()] == [
+        (f"v{i // 2}_{i}", f"answer{i}") for i in range(3)
+    ]
+    second, null, missing, repeated = (message.partition(": ")[2] for message in bench.skipped)
+    assert (second, null) == (
+        "it is a second answer to question v0_1",
+        "question is null: input should be a valid string",
+    )
+    assert (missing, repeated) == ("test_a.json has no answer to question v1_3", "its id 'v0_0' is that of row 1")
 
 
 READ = [

@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
 from experiments.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER
-from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
+from experiments.benchmarks.rows import Row, Text, Unique, check_on_bad_row, check_rows, read_each, read_rows
 from experiments.benchmarks.table import content_digest, group_by_image
 from experiments.images import open_image
 from experiments.metrics import mme_answer, textvqa_normalize
@@ -30,7 +30,10 @@ def _as_list(value: Any) -> Any:
     if value is None or value == "":
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError('is no list: write ["red", "blue"] or red|blue') from None
     if isinstance(value, str):
         return [part.strip() for part in value.split("|")]
     return value
@@ -160,7 +163,7 @@ class Folder(Benchmark):
         rows = [row for _, row in self.rows]
         if not any(row.accepted for row in rows):
             return "none"
-        if all(row.choices for row in rows):
+        if any(row.choices for row in rows):
             return "choice"
         if any(row.answers for row in rows):
             return "vqa"
@@ -173,12 +176,22 @@ class Folder(Benchmark):
 
     @cached_property
     def _samples(self) -> list[Sample]:
-        return group_by_image([self._sample(number, row) for number, row in self.rows])
+        ids = Unique()
+
+        def read(number: int, row: FolderRow) -> Sample:
+            sample = self._sample(number, row)
+            ids.check(sample.id, number)
+            return sample
+
+        found, bad = read_each(self.rows, read, str(self.table), self.on_bad_row)
+        self.skipped = [*self.skipped, *bad]
+        return group_by_image([sample for _, sample in found])
 
     def samples(self) -> list[Sample]:
         return self._samples
 
     def _sample(self, number: int, row: FolderRow) -> Sample:
+        """The sample of a row. Raises ValueError if the row does not fit the scoring."""
         choices = [f"{name}. {choice}" for name, choice in zip(LETTERS, row.choices, strict=False)]
         question = "\n".join([row.question, *choices])
         sentence = SENTENCES[self.scoring] if self.sentence is None else self.sentence
@@ -186,29 +199,27 @@ class Folder(Benchmark):
             id=str(number) if row.id is None else row.id,
             text=f"{question}\n{sentence}" if sentence else question,
             question=question,
-            answer=self._reference(number, row),
+            answer=self._reference(row),
             image_id=" | ".join(row.image),
             task=row.category or "",
             meta={"choices": row.choices} if row.choices else {},
         )
 
-    def _reference(self, number: int, row: FolderRow) -> Any:
-        """Reference for `correct`. Raises BenchmarkError if the row has none."""
-        where = f"row {number + 1} of {self.table}"
+    def _reference(self, row: FolderRow) -> Any:
         if self.scoring == "none":
             return None
         if not row.accepted:
-            raise BenchmarkError(f"{where} has no answer: give one, or set dataset.scoring=none")
+            raise ValueError(f"it has no answer, which dataset.scoring={self.scoring} needs")
         if self.scoring in ("vqa", "exact"):
             return row.accepted
         if self.scoring == "yes_no":
             if (answer := plain(row.accepted[0])) not in ("yes", "no"):
-                raise BenchmarkError(f"{where}: the answer is {row.accepted[0]!r}, not yes or no")
+                raise ValueError(f"the answer is {row.accepted[0]!r}, not yes or no")
             return answer
         if not row.choices:
-            raise BenchmarkError(f"{where} has no choices: give some, or another dataset.scoring")
+            raise ValueError("it has no choices, which dataset.scoring=choice needs")
         if (right := letter(row.accepted[0], row.choices)) is None:
-            raise BenchmarkError(f"{where}: the answer {row.accepted[0]!r} is none of its choices")
+            raise ValueError(f"the answer {row.accepted[0]!r} is none of its choices")
         return right
 
     def _files(self, image_id: str) -> list[Path]:

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from experiments.benchmarks.base import BenchmarkError, Example, Sample
+from experiments.benchmarks.base import Example, Sample
 from experiments.benchmarks.prompts import with_format
-from experiments.benchmarks.rows import Row, Text, YesNo
+from experiments.benchmarks.rows import Row, Text, YesNo, read_each
 from experiments.benchmarks.table import ShortAnswers, group_by_image
 from experiments.metrics import (
     MME_COGNITION,
@@ -67,27 +67,29 @@ class MME(ShortAnswers):
         self.categories = MME_PERCEPTION + MME_COGNITION if cognition else MME_PERCEPTION
 
     def samples(self) -> list[Sample]:
-        of_image: Counter[str] = Counter()
-        samples = []
-        for _, row, image_id in self.rows:
-            if row.category not in self.categories:
-                continue
+        rows = [(number, (row, image_id)) for number, row, image_id in self.rows if row.category in self.categories]
+        n_questions = Counter(row.question_id for _, (row, _) in rows)
+        before: Counter[str] = Counter()
+
+        def read(_: int, found: tuple[MMERowOfFile, str]) -> Sample:
+            row, image_id = found
+            if (n := n_questions[row.question_id]) != 2:
+                raise ValueError(f"MME has two questions an image; {row.question_id} has {n}")
             question = row.question.replace(YES_OR_NO, "").rstrip()
-            samples.append(
-                Sample(
-                    id=f"{row.question_id}#{of_image[row.question_id]}",
-                    text=row.question if self.prompt == "plain" else with_format(question, self.prompt),
-                    question=question,
-                    answer=row.answer,
-                    image_id=image_id,
-                    task=row.category,
-                    meta={"pair": row.question_id},
-                )
+            before[row.question_id] += 1
+            return Sample(
+                id=f"{row.question_id}#{before[row.question_id] - 1}",
+                text=row.question if self.prompt == "plain" else with_format(question, self.prompt),
+                question=question,
+                answer=row.answer,
+                image_id=image_id,
+                task=row.category,
+                meta={"pair": row.question_id},
             )
-            of_image[row.question_id] += 1
-        if odd := [name for name, count in of_image.items() if count != 2]:
-            raise BenchmarkError(f"MME has two questions an image; {odd[0]} has {of_image[odd[0]]}")
-        return group_by_image(samples)
+
+        samples, odd = read_each(rows, read, self.where, self.on_bad_row)
+        self.skipped = [*self.skipped, *odd]
+        return group_by_image([sample for _, sample in samples])
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return mme_correct(prediction, sample.answer, self.scoring)

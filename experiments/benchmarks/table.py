@@ -304,12 +304,16 @@ class TableBenchmark(Benchmark):
     def images(self, image_id: str) -> list[Image.Image]:
         return [self.stored.load(image_id)]
 
+    @property
+    def where(self) -> str:
+        """Path or repository of the table."""
+        return str(self.path or self.hub[0])
+
     @cached_property
     def rows(self) -> list[tuple[int, Any, str]]:
         """Number, columns and image id of each valid row."""
-        where = str(self.path or self.hub[0])
         rows = self.table.remove_columns("image").to_list()
-        good, self.skipped = check_rows(rows, self.row, where, self.on_bad_row)
+        good, self.skipped = check_rows(rows, self.row, self.where, self.on_bad_row)
         return [(number, row, self.image_ids[number]) for number, row in good]
 
     def samples(self) -> list[Sample]:

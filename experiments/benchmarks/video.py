@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import AliasChoices, Field, create_model
 
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
-from experiments.benchmarks.rows import Row, Text, check_on_bad_row, check_rows, read_rows
+from experiments.benchmarks.rows import Row, Text, Unique, check_on_bad_row, check_rows, read_each, read_rows
 from experiments.benchmarks.table import group_by_image
 from experiments.judge import Judge, prompt_hash
 from experiments.metrics import mean_percent, textvqa_normalize
@@ -219,32 +219,36 @@ class VideoQA(Benchmark):
     def samples(self) -> list[Sample]:
         if not self.path:
             raise BenchmarkError("the videos are on no hub in one form; set dataset.path to their folder, see docs")
-        file = Path(self.path) / self.questions
-        answer_of = self._answers()
-        schema = QuestionWithAnswer if answer_of is None else QuestionWithId
-        rows, self.skipped = self._checked(file, schema)
-        samples = []
-        for number, row in rows:
+        answer_of, bad_answers = self._answers()
+        file, ids = Path(self.path) / self.questions, Unique()
+        schema = QuestionWithAnswer if self.answers is None else QuestionWithId
+        rows, bad = check_rows(read_rows(file)[: self.first], schema, str(file), self.on_bad_row)
+
+        def read(number: int, row: Any) -> Sample:
             name = str(number) if row.question_id is None else row.question_id
-            if answer_of is not None and name not in answer_of:
-                raise BenchmarkError(f"{self.answers} has no answer to question {name}")
-            answer = row.answer if answer_of is None else answer_of[name]
-            samples.append(Sample(id=name, text=row.question, question=row.question, answer=answer, image_id=row.video))
-        return group_by_image(samples)
+            if self.answers is not None and name not in answer_of:
+                raise ValueError(f"{self.answers} has no answer to question {name}")
+            ids.check(name, number)
+            answer = answer_of[name] if self.answers is not None else row.answer
+            return Sample(id=name, text=row.question, question=row.question, answer=answer, image_id=row.video)
 
-    def _checked(self, file: Path, schema: type[Row]) -> tuple[list[tuple[int, Any]], list[str]]:
-        return check_rows(read_rows(file)[: self.first], schema, str(file), self.on_bad_row)
+        found, unanswered = read_each(rows, read, str(file), self.on_bad_row)
+        self.skipped = [*bad_answers, *bad, *unanswered]
+        return group_by_image([sample for _, sample in found])
 
-    def _answers(self) -> dict[str, str] | None:
-        """Answer to each question. Raises BenchmarkError if a question has two different answers."""
+    def _answers(self) -> tuple[dict[str, str], list[str]]:
+        """Answer to each question, and error messages of the skipped rows. A second, different answer is a bad row."""
         if self.answers is None:
-            return None
+            return {}, []
         file = Path(self.path) / self.answers
         answers: dict[str, str] = {}
-        for number, row in check_rows(read_rows(file), AnswerRow, str(file), self.on_bad_row)[0]:
+        rows, bad = check_rows(read_rows(file), AnswerRow, str(file), self.on_bad_row)
+
+        def read(number: int, row: AnswerRow) -> None:
             if answers.setdefault(row.question_id, row.answer) != row.answer:
-                raise BenchmarkError(f"row {number + 1} of {file} has a second answer to question {row.question_id}")
-        return answers
+                raise ValueError(f"it is a second answer to question {row.question_id}")
+
+        return answers, bad + read_each(rows, read, str(file), self.on_bad_row)[1]
 
     def _find(self, name: str) -> Path | None:
         """File of a video: with this name, or with one of the suffixes in any case."""
