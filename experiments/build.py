@@ -21,7 +21,7 @@ from experiments.results import ROOT, parse_method
 from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import FAMILIES, Adapter, load
-from mipruner.pruners import Method, make
+from mipruner.pruners import Method, check_kinds, make
 from mipruner.selection import Auto
 from mipruner.selection import budget as n_tokens
 
@@ -198,6 +198,7 @@ def decoding(config: dict[str, Any]) -> Decoding:
 
 def _construct(cls: type[Any], options: Any, error_class: type[Exception]) -> Any:
     try:
+        check_kinds(cls, options)
         return cls(**options)
     except TypeError as error:
         raise error_class(f"{cls.__name__}: {str(error).split('() ')[-1]}") from error

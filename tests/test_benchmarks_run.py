@@ -136,6 +136,8 @@ def test_a_video_set_needs_a_model_that_takes_videos(tmp_path):
         ("mmvet", [], "^the judge gpt-4.1 needs a key in the environment, OPENAI_API_KEY"),
         ("pope", ["dataset.benchmark.scoring=vlmeval"], "^scoring='vlmeval' is not one of llava, lmms_eval$"),
         ("pope", ["dataset.benchmark.prompt=chatty"], "^prompt='chatty' is not one of short_answer, plain$"),
+        ("mme", ["dataset.benchmark.cognition=maybe"], "^MME: cognition='maybe' should be true or false$"),
+        ("mmvet", ["judge.max_retries=many"], "^Judge: max_retries='many' should be a whole number$"),
         ("pope", ["+dataset.benchmark.colour=red"], "unexpected keyword argument 'colour'"),
     ],
 )

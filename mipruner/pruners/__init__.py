@@ -6,14 +6,13 @@ name of its file or entry point.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import isabstract
 from pkgutil import iter_modules
-from types import ModuleType, NoneType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from mipruner.composed import Composed
@@ -101,22 +100,26 @@ def make(name: str, **options: Any) -> Method:
         close = get_close_matches(name, PRUNERS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(f"unknown pruner {name!r}: {hint}choose one of {', '.join(PRUNERS)}")
-    for option in fields(PRUNERS[name]):
-        if option.name in options:
-            _check_kind(name, option.name, options[option.name], get_type_hints(PRUNERS[name])[option.name])
     try:
+        check_kinds(PRUNERS[name], options)
         return PRUNERS[name](**{key: make(**x) if isinstance(x, dict) else x for key, x in options.items()})
     except TypeError as error:
         raise InputError(f"{name}: {str(error).split('() ')[-1]}") from error
 
 
-def _check_kind(name: str, option: str, value: Any, hint: Any) -> None:
-    kinds = get_args(hint) or (hint,)
-    if not set(kinds) <= KINDS.keys():
-        return
-    is_known = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
-    if not is_known or (isinstance(value, bool) and bool not in kinds):
-        raise InputError(f"{name}: {option}={value!r} should be {' or '.join(KINDS[kind] for kind in kinds)}")
+def check_kinds(cls: type[Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError if a number, a text, true or false is given to ``cls`` where it takes another of them."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        hints |= get_type_hints(vars(base).get("__init__", base))
+    for option in hints.keys() & options:
+        hint, value = hints[option], options[option]
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not set(kinds) <= KINDS.keys():
+            continue
+        is_known = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+        if not is_known or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError(f"{option}={value!r} should be {' or '.join(KINDS[kind] for kind in kinds)}")
 
 
 def parse_pruner(
