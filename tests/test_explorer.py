@@ -135,12 +135,12 @@ def test_what_one_method_cannot_do_is_said_in_its_panel(explorer, image):
         ({"pruner": "none such"}, "there is no pruner"),
         ({"options": {"colour": 1}}, "mi has no hyperparameter 'colour'"),
         ({"options": {"lam": 2}}, "is not in"),
-        ({"options": {"lam": "x"}}, "mi: lam=x does not fit"),
-        ({"options": {"lam": True}}, "does not fit"),
-        ({"options": {"aggregation": "mean"}}, "aggregation=mean does not fit"),
-        ({"options": {"vocabulary_rows": 2.5}}, "does not fit"),
-        ({"pruner": "fastv", "options": {"layer": 2.5}}, "layer=2.5 does not fit"),
-        ({"pruner": "dart", "options": {"exact": 1}}, "exact=1 does not fit"),
+        ({"options": {"lam": "x"}}, "mi: lam='x' should be a number"),
+        ({"options": {"lam": True}}, "should be a number"),
+        ({"options": {"aggregation": "mean"}}, "unknown aggregation 'mean': choose max, global"),
+        ({"options": {"vocabulary_rows": 2.5}}, "should be a whole number or null"),
+        ({"pruner": "fastv", "options": {"layer": 2.5}}, "layer=2.5 should be a whole number"),
+        ({"pruner": "dart", "options": {"exact": 1}}, "exact=1 should be true or false"),
     ],
 )
 def test_the_core_refuses_with_one_sentence(explorer, image, change, message):

@@ -224,7 +224,7 @@ def test_a_method_is_a_value(pruner):
         (lambda: MIPruner(aggregation="mean"), "unknown aggregation 'mean': choose max, global"),
         (lambda: MIPruner(normalization="l1"), "unknown normalization 'l1': choose softmax, minmax, minmax_exact"),
         (lambda: MIPruner(support="vocabulary", normalization="minmax")(sample(), 3), "normalization but softmax"),
-        (lambda: MIPruner(prior="golden"), "choose uniform, center, thirds or estimated"),
+        (lambda: MIPruner(prior="golden"), "choose uniform, center, thirds, estimated"),
         (lambda: MIPruner(prior="estimated"), "needs prior_table"),
         (lambda: MIPruner(prior="estimated", prior_table=[[1, 0]]), "rows of positive weights"),
     ],

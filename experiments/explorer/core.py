@@ -49,17 +49,6 @@ def describe_fields(name: str, defaults: dict[str, Any]) -> list[dict[str, Any]]
     return described
 
 
-def fits(hint: Any, value: Any) -> bool:
-    """Whether a value has the type of a field. Integers are valid floats."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint):
-        return any(fits(one, value) for one in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
-
-
 def read_value(text: str) -> Any:
     """Parse a value typed into a form, as YAML."""
     words = {"true": True, "false": False, "null": None, "none": None, "": None}
@@ -187,10 +176,6 @@ class Explorer:
         if unknown := [key for key in options if key not in defaults]:
             raise InputError(f"{pruner} has no hyperparameter {unknown[0][:40]!r}")
         changed = {key: value for key, value in options.items() if value != defaults[key]}
-        hints = get_type_hints(PRUNERS[pruner])
-        for key, value in changed.items():
-            if not fits(hints[key], value):
-                raise InputError(f"{pruner}: {key}={str(value)[:40]} does not fit")
         return Cell(pruner, make(pruner, **defaults | changed), keep, changed)
 
     def see(self, model: str, image: Image.Image, key: str) -> Seen:

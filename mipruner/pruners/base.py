@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -52,6 +52,13 @@ class Method:
 
     wants: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Features` that the method uses if the model has them."""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` if a word is not among those of its field."""
+        for option in fields(self):
+            word, known = getattr(self, option.name), get_args(option.type)
+            if get_origin(option.type) is Literal and word not in known:
+                raise InputError(f"unknown {option.name} {word!r}: choose {', '.join(known)}")
 
     @property
     def signals(self) -> frozenset[str]:
@@ -246,10 +253,6 @@ class DecoderPruner(Method, ABC):
 
     renumbers: ClassVar[bool] = False
     """Whether the public code renumbers the remaining tokens 0, 1, 2, ... Never done with M-RoPE."""
-
-    def __post_init__(self) -> None:
-        if self.budget_match not in ("nominal", "layer_mean"):
-            raise InputError(f"unknown budget_match {self.budget_match!r}: choose nominal or layer_mean")
 
     def n_entering(self, n_visual: int, n_keep: int) -> int:
         """Number of tokens, of ``n_visual``, in the first layer for a budget of ``n_keep``."""

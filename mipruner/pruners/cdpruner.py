@@ -1,5 +1,5 @@
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,12 +40,8 @@ class CDPruner(Pruner):
     reads = "question, CLIP's text tower (else the projection space)"
     cost = "a text tower, N² d + T² N"
 
-    relevance: str = "auto"
+    relevance: Literal["auto", "clip", "projection"] = "auto"
     wants: ClassVar[frozenset[str]] = frozenset({"clip_visual", "clip_text", "question"})
-
-    def __post_init__(self) -> None:
-        if self.relevance not in ("auto", "clip", "projection"):
-            raise InputError(f"unknown relevance {self.relevance!r}: choose auto, clip or projection")
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         score = self.score(features)

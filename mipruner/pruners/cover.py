@@ -1,6 +1,5 @@
 """Cover: greedy search for tokens that cover question and image. Not in the paper: see docs/extensions.md."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mipruner import pmi
-from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.fused import log_partition_of
 from mipruner.pruners.base import Pruner
+from mipruner.pruners.mi import check_ranges
 from mipruner.selection import dense_greedy, lazy_greedy, take_rows
 
 CERTAIN = 1 - 2**-20
@@ -46,12 +45,8 @@ class CoverPruner(Pruner):
     needs: ClassVar[frozenset[str]] = frozenset({"vocabulary"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam <= 1:
-            raise InputError(f"lam={self.lam} is not in [0, 1]")
-        if not 0 < self.tau < math.inf:
-            raise InputError(f"tau={self.tau} is not positive and finite")
-        if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
-            raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
+        super().__post_init__()
+        check_ranges(self.lam, self.tau, self.vocabulary_rows)
 
     def order(self, features: Features, n_keep: int) -> Tensor:
         visual = features.visual

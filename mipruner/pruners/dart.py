@@ -49,8 +49,6 @@ class DARTPruner(DecoderPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounding not in ("nearest", "down"):
-            raise InputError(f"unknown rounding {self.rounding!r}: choose nearest or down")
         if self.layer < 1:
             raise InputError(f"layer={self.layer} is below 1: keys are read from the layer before")
 

@@ -1,7 +1,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,7 +13,15 @@ from mipruner.prior import Prior, visual_prior
 from mipruner.pruners.base import Pruner
 from mipruner.selection import greedy
 
-Support = Literal["prompt", "vocabulary"]
+
+def check_ranges(lam: float, tau: float, vocabulary_rows: int | None) -> None:
+    """Raise `InputError` for a value out of range."""
+    if not 0 <= lam <= 1:
+        raise InputError(f"lam={lam} is not in [0, 1]")
+    if not 0 < tau < math.inf:
+        raise InputError(f"tau={tau} is not positive and finite")
+    if vocabulary_rows is not None and vocabulary_rows < 1:
+        raise InputError(f"vocabulary_rows={vocabulary_rows} is not positive")
 
 
 @dataclass(frozen=True)
@@ -50,25 +58,14 @@ class MIPruner(Pruner):
     tau: float = 0.1
     aggregation: pmi.Aggregation = "max"
     normalization: pmi.Normalization = "softmax"
-    support: Support = "prompt"
+    support: Literal["prompt", "vocabulary"] = "prompt"
     vocabulary_rows: int | None = None
     prior: Prior = "uniform"
     prior_table: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam <= 1:
-            raise InputError(f"lam={self.lam} is not in [0, 1]")
-        if not 0 < self.tau < math.inf:
-            raise InputError(f"tau={self.tau} is not positive and finite")
-        for name, known in (
-            ("aggregation", pmi.Aggregation),
-            ("normalization", pmi.Normalization),
-            ("support", Support),
-        ):
-            if (word := getattr(self, name)) not in get_args(known):
-                raise InputError(f"unknown {name} {word!r}: choose {', '.join(get_args(known))}")
-        if self.vocabulary_rows is not None and self.vocabulary_rows < 1:
-            raise InputError(f"vocabulary_rows={self.vocabulary_rows} is not positive")
+        super().__post_init__()
+        check_ranges(self.lam, self.tau, self.vocabulary_rows)
         visual_prior(self.prior, (1, 1), self.prior_table)  # raises the error message
 
     @property

@@ -69,12 +69,11 @@ class MMTokPruner(Pruner):
     wants: ClassVar[frozenset[str]] = frozenset({"words", "question", "prefixed", "valid"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.tau_text > 0 and self.tau_visual > 0):
             raise InputError(f"the temperatures {self.tau_text} and {self.tau_visual} are not both positive")
         if self.prefix and self.stop_words:
             raise InputError("stop words are left out of the question alone: set stop_words=false with a prefix")
-        if self.rounding not in ("nearest", "down"):
-            raise InputError(f"unknown rounding {self.rounding!r}: choose nearest or down")
 
     def budget(self, keep: int | float | Auto, n_visual: int) -> int:
         n_keep = super().budget(keep, n_visual)

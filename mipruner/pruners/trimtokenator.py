@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,13 +41,12 @@ class TrimTokenatorPruner(Pruner):
     reads = "question"
     cost = "N m d + N² d"
 
-    reading: str = "port"
+    reading: Literal["port", "unit"] = "port"
     share: float = 0.8
     multiple: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.reading not in ("port", "unit"):
-            raise InputError(f"unknown reading {self.reading!r}: choose port or unit")
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise InputError(f"share={self.share} is not in (0, 1]")
         if not self.multiple >= 1:

@@ -43,6 +43,7 @@ class VisionZipPruner(Pruner):
     wants: ClassVar[frozenset[str]] = frozenset({"attention_to_self", "hidden", "cls_hidden", "project"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.contextual is not None and not 0 <= self.contextual <= 1:
             raise InputError(f"contextual={self.contextual} is not in [0, 1]")
 

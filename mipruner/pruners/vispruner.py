@@ -37,6 +37,7 @@ class VisPruner(Pruner):
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "hidden"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.important <= 1:
             raise InputError(f"important={self.important} is not in [0, 1]")
 
