@@ -12,14 +12,12 @@ from experiments.accept.scores import LIMIT, PAPER_BUDGETS, PAPER_METHODS, WHOLE
 from experiments.flops import Decoder, architecture
 from experiments.machine import CLOCKS, measure_limits
 from experiments.tasks.estimate import estimate
+from experiments.tasks.hours import QUESTIONS
 from mipruner.errors import InputError
 from mipruner.models.hub import lacking
 
 TYPICAL_VISUAL = 576
 """Number of visual tokens in the estimate for models whose images have no fixed number."""
-
-SIZE = {"mme": 2114}
-"""Number of questions of the benchmarks that are run completely."""
 
 
 def cost_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -51,7 +49,7 @@ def announce(
     answer_ms = flops / limits["product_tflop_per_s"] / 1e9 + NEW_TOKENS * weights_ms
     questions = 8 * n_images
     if level in ("scores", "paper"):
-        whole = sum(SIZE[name] if name in WHOLE else LIMIT for name in datasets(model["name"]))
+        whole = sum(QUESTIONS[name] if name in WHOLE else LIMIT for name in datasets(model["name"]))
         questions += whole * (1 + len(PAPER_METHODS) * len(PAPER_BUDGETS) * (level == "paper"))
     minutes = questions * answer_ms / 60000
     return (

@@ -22,14 +22,12 @@ from experiments.engines import generate_engine
 from experiments.evaluate import subset
 from experiments.machine import provenance
 from experiments.results import Cell
+from experiments.tasks import hours
 from mipruner.decoding import Decoding
 from mipruner.models import Adapter, Prompt, Video
 from mipruner.pruners import NoPruner
 
 N_PLAIN = 40
-
-TABLE1_QUESTIONS, TABLE1_PASSES = 30_927, 23
-"""Passes of experiment=table1, all on llava15_7b: 22 pruned and one full."""
 
 
 def plain_loop(adapter: Adapter, benchmark: Benchmark, samples: Sequence[Sample], max_new_tokens: int) -> float:
@@ -66,7 +64,10 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     plain = plain_loop(adapter, benchmark, chosen, config["decoding"]["max_new_tokens"])
     single, waited_single, answers = evaluation(config, 1)
     batched, waited, same = evaluation(config, config["batch_size"])
-    is_table1 = config["model"]["name"] == "llava15_7b"
+    table1 = None
+    if config["model"]["name"] == "llava15_7b":  # the model of experiment=table1
+        answers_of_table1 = next(row.answers for row in hours.rows() if row.experiment == "table1")
+        table1 = answers_of_table1 * batched / 3600
     return {
         **provenance(overrides, adapter.device),
         **{group: config[group]["name"] for group in ("model", "dataset", "pruner")},
@@ -79,7 +80,7 @@ def measure(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         "loader_threads": config["loader_threads"],
         "waited_for_images": {"batches_of_1": waited_single, "batches": waited},
         "answers_that_differ": sorted(name for name in answers if answers[name] != same[name]),
-        "table1_hours": TABLE1_QUESTIONS * TABLE1_PASSES * batched / 3600 if is_table1 else None,
+        "table1_hours": table1,
     }
 
 
@@ -92,5 +93,5 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     differ = record["answers_that_differ"]
     print(f"{len(differ)} of {record['n_samples']} answers differ between batches of 1 and {record['batch_size']}")
     if config["out"] is not None:
-        results.write_atomic(Path(config["out"]), json.dumps(record, indent=1) + "\n")
+        results.write_record(Path(config["out"]), record)
     print(json.dumps(record))
