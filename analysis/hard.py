@@ -17,7 +17,7 @@ from typing import Any
 
 from analysis.command import arguments
 from experiments.metrics import mean_percent, standard_error
-from experiments.results import read_answers
+from experiments.results import read_answers, write_record
 
 Key = tuple[str, str, str]
 MARK = ".hard"
@@ -98,10 +98,7 @@ def restrict(results: Path, out: Path, method: str = "downsample") -> dict[Key, 
         if not (rows := [row for row in rows if row["id"] in ids]):
             continue
         copy = out / folder.relative_to(results)
-        copy.mkdir(parents=True)
-        (copy / "record.json").write_text(
-            json.dumps(restricted(record, rows, method), indent=1) + "\n", encoding="utf-8"
-        )
+        write_record(copy / "record.json", restricted(record, rows, method))
         (copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return hard
 

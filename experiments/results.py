@@ -162,10 +162,15 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file, and its folder if there is none, completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(path.suffix + ".tmp")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 class Cell:
@@ -255,7 +260,7 @@ class Cell:
         return sorted(self.path.glob("samples.*.jsonl"))
 
     def finish(self, record: dict[str, Any]) -> None:
-        write_atomic(self.path / "record.json", json.dumps(record, indent=1) + "\n")
+        write_record(self.path / "record.json", record)
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:

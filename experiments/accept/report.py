@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.base import BenchmarkError
-from experiments.results import write_atomic
+from experiments.results import write_atomic, write_record
 from experiments.tabular import Cell, Span, Table
 from mipruner.errors import InputError, ModelError
 
@@ -106,14 +106,13 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         stored = {
             "head": self.head,
             "verdict": self.verdict,
             "seconds": self.seconds,
             "sections": {name: [asdict(line) for line in lines] for name, lines in self.sections.items()},
         }
-        write_atomic(self.folder / "report.json", json.dumps(stored, indent=1) + "\n")
+        write_record(self.folder / "report.json", stored)
         write_atomic(self.folder / "report.md", self.markdown())
 
     @property

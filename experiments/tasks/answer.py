@@ -75,7 +75,6 @@ def answer(config: dict[str, Any], image: str | None, question: str | None) -> I
     try:
         page = panels.saved_page(show_answer(config, pipeline, shown, prompt.text, told.n_keep, image))
         out = page_path(config, Path(image), prompt.text)
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, page)
     except Exception as error:
         print(f"warning: the page was not written: {error!r}", file=sys.stderr)

@@ -251,7 +251,6 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         print(f"left out: {line}")
     name = f"{record['model']}-{record['date'].replace(':', '')}.json"
     out = Path(config["out"] or Path(config["results"]) / "efficiency" / name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results.write_atomic(out, json.dumps(record, indent=1) + "\n")
+    results.write_record(out, record)
     print(out)
     print(json.dumps(record))

@@ -222,5 +222,5 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     record = measure(build.resolve(config), overrides)
     print(show(record))
     if config["out"] is not None:
-        results.write_atomic(Path(config["out"]), json.dumps(record, indent=1) + "\n")
+        results.write_record(Path(config["out"]), record)
     print(json.dumps(record))

@@ -12,7 +12,6 @@ the implementations of this repository. Encoder features are random, of width 10
 """
 
 import ctypes
-import json
 import math
 import random
 import sys
@@ -243,8 +242,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     finally:
         torch.set_num_threads(threads)
     out = Path(config["out"] or Path(config["results"]) / "peers")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results.write_atomic(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    results.write_record(out.with_suffix(".json"), record)
     results.write_atomic(out.with_suffix(".md"), page(record))
     print(page(record))
     print(f"{out}.json, {out}.md")

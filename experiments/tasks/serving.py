@@ -241,7 +241,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
             record["environment"] = None if config["url"] else {name: os.environ.get(name, FLAT[name]) for name in FLAT}
         else:
             record["rows"] = load(config, path, log, options)
-    results.write_atomic(out, json.dumps(record, indent=1) + "\n")
+    results.write_record(out, record)
     print(found.table() if config["soak"] else table(record))
     print(out)
     if config["soak"] and found.wrong:
