@@ -66,12 +66,10 @@ def read_columns(paths: Sequence[Path]) -> list[Column]:
         If a folder is not a finished cell, or the cells do not have the same model and dataset.
     """
     read = [(path, *masks.read_cell(path)) for path in paths]
-    known = list(compare.METHODS)
 
     def place(entry: tuple[Path, dict, dict]) -> tuple:
         cell = entry[1]["cell"]
-        method = known.index(cell["pruner"]) if cell["pruner"] in known else len(known)
-        return method, cell["pruner"], -float(cell["keep"]) if cell["keep"] != "auto" else 1.0
+        return compare.place(cell["pruner"]), -float(cell["keep"]) if cell["keep"] != "auto" else 1.0
 
     columns: list[Column] = []
     for path, record, rows in sorted(read, key=place):

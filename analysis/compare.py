@@ -43,6 +43,12 @@ WANTED = ["table", "model", "keep", "method", "setting", "dataset", "metric"]
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
+def place(method: str) -> tuple[int, str]:
+    """Position of a method in the order of the tables. Methods that are not installed are last."""
+    known = list(METHODS)
+    return known.index(method) if method in known else len(known), method
+
+
 def column_name(dataset: str, metric: str) -> str:
     """Name of a column, such as ``POPE random F1``. A task of the demo has its own name, such as ``GQA``."""
     if metric in COSTS:

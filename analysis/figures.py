@@ -324,12 +324,18 @@ def write(names: list[str], results: Path, out: Path) -> list[Path]:
         figure = draw_figure(name, cells)
         if figure is None:
             continue
-        for suffix in (".pdf", ".png"):
-            written.append(out / f"{name}{suffix}")
-            with plt.rc_context(STYLE):
-                figure.savefig(written[-1], dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+        written += save(figure, out / name)
         plt.close(figure)
     return written
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PDF, without the date, and as PNG."""
+    files = [path.with_name(f"{path.name}{suffix}") for suffix in (".pdf", ".png")]
+    with plt.rc_context(STYLE):
+        for file in files:
+            figure.savefig(file, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    return files
 
 
 def main() -> None:

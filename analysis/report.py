@@ -100,12 +100,6 @@ class Case:
     """Lines of samples.jsonl by method."""
 
 
-def place(method: str) -> tuple[int, str]:
-    """Position of a method in the order of the tables. Methods that are not installed are last."""
-    known = list(compare.METHODS)
-    return known.index(method) if method in known else len(known), method
-
-
 def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     """The ``n_samples`` questions, per model, dataset and budget, on which the methods disagree most.
 
@@ -118,7 +112,7 @@ def cases(cells: pd.DataFrame, n_samples: int) -> Iterator[Case]:
     for (model, dataset), group in default.groupby(["model", "dataset"], sort=False):
         every = {cell.method: cell.path for cell in group[group.method == "none"].itertuples()}
         for keep, budget in group[group.method != "none"].groupby("keep", sort=False):
-            order = sorted(budget.itertuples(), key=lambda cell: (place(cell.method), -cell.seed))
+            order = sorted(budget.itertuples(), key=lambda cell: (compare.place(cell.method), -cell.seed))
             paths = every | {cell.method: cell.path for cell in order}
             answered = {method: masks.read_cell(path)[1] for method, path in paths.items()}
             pruned = [rows for method, rows in answered.items() if method != "none"]

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.command import arguments
-from analysis.figures import BLACK, GREEN, GREY, ORANGE, PAGE, PINK, RED, STYLE, YELLOW
+from analysis.figures import BLACK, GREEN, GREY, ORANGE, PAGE, PINK, RED, STYLE, YELLOW, save
 
 LINES = {
     "mi": ("MI, λ = 0.5", RED, "o", "-"),
@@ -88,12 +88,7 @@ def main() -> None:
     parser = arguments(__doc__, out="scaling.png")
     parser.add_argument("csv", type=Path, metavar="CSV", help="what task=scaling wrote")
     args = parser.parse_args()
-    figure = draw(read(args.csv))
-    for suffix in (".pdf", ".png"):
-        with plt.rc_context(STYLE):
-            out = args.out.with_suffix(suffix)
-            figure.savefig(out, dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
-            print(out)
+    print("\n".join(map(str, save(draw(read(args.csv)), args.out.with_suffix("")))))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from analysis.command import arguments
 from analysis.figures import GREEN, ORANGE, PAGE, RED, STYLE
 from experiments.flops import Decoder, architecture, vision_flops
+from experiments.tabular import Table
 
 QUESTIONS = {20: (RED, "-"), 60: (ORANGE, "--"), 240: (GREEN, ":")}
 """Number of other tokens in the prompt, and line style."""
@@ -59,16 +60,16 @@ def draw() -> Figure:
 
 def table() -> str:
     """The numbers for 60 other tokens as Markdown."""
-    lines = ["| model | image tokens | vision's share | most that pruning can gain | a ninth kept |"]
-    lines.append("|:---|---:|---:|---:|---:|")
+    lines = []
     for model, (title, sizes) in MODELS.items():
         for n in sizes:
             config = architecture(model)
             decoder, vision = Decoder.of(config.get_text_config()), vision_flops(config, n) or 0
             gain, share = speedup(model, n, 60)
             most = (vision + decoder.prefill_flops(n + 60)) / (vision + decoder.prefill_flops(60))
-            lines.append(f"| {title} | {n:,} | {share:.0%} | {most:.1f} | {gain:.1f} |")
-    return "\n".join(lines)
+            lines.append([title, f"{n:,}", f"{share:.0%}", f"{most:.1f}", f"{gain:.1f}"])
+    head = ["model", "image tokens", "vision's share", "most that pruning can gain", "a ninth kept"]
+    return Table(head, lines).markdown()
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments.served import Reply, Served
+from experiments.tabular import Table
 
 BUDGETS = (64, 16, 8)
 BAD_BUDGETS = (0, 1.5, 100_000, "many", "auto", [1])
@@ -42,9 +43,6 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
     memory_mib: list[dict[str, float]] = field(default_factory=list)
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
     def table(self) -> str:
         counts = (
             f"{self.asked} requests, {self.with_image} with an image; {self.refused} bad ones refused; "
@@ -53,11 +51,11 @@ class Soak:
         names = sorted({name for read in self.memory_mib for name in read})
         if not names:
             return f"{counts} The memory of a server that runs already is not known."
-        lines = ["| requests | " + " | ".join([*names, "all"]) + " |", "|" + "---|" * (len(names) + 2)]
+        lines = []
         for k, read in enumerate(self.memory_mib):
             values = [*(read.get(name, 0) for name in names), sum(read.values())]
-            lines.append(f"| {k * self.asked // PARTS} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
-        return f"{counts} Memory in MiB:\n\n" + "\n".join(lines)
+            lines.append([f"{k * self.asked // PARTS}", *(f"{value:.0f}" for value in values)])
+        return f"{counts} Memory in MiB:\n\n{Table(['requests', *names, 'all'], lines, n_text=0).markdown()}"
 
 
 def soak(

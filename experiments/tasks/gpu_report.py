@@ -27,6 +27,7 @@ import torch
 from experiments import build, results
 from experiments.machine import machine
 from experiments.results import ROOT
+from experiments.tabular import Table
 from mipruner.errors import InputError
 
 GIB_OF_7B = 20
@@ -219,22 +220,19 @@ def page(done: Sequence[Step], folder: Path, small: bool, command: str) -> str:
     lines += [f"{said}. {versions}. Commit {results.git_commit()}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", ""]
     lines += [f"`{command}`" + (", small: the command was tried, nothing was measured." if small else ""), ""]
     lines += [f"- {line}." for line in unable(device)]
-    lines += ["", "| goal | wanted | measured | |", "|:---|---:|---:|---|"]
     if tests.startswith("not run"):
         verdict = "not measured"
     elif tests != "passed":
         verdict = "**fail**"
     else:
         verdict = "pass" if on_gpu else "no GPU: says nothing"
-    lines.append(f"| kernels and engine equal the plain paths | tests pass | {tests} | {verdict} |")
+    rows = [["kernels and engine equal the plain paths", "tests pass", tests, verdict]]
     for goal in goals(small):
         wanted = f"≤ {goal.at_most:g}" if goal.at_most is not None else f"≥ {goal.at_least:g}"
-        value, verdict = goal.verdict(folder, on_gpu)
-        lines.append(f"| {goal.words} | {wanted}{goal.unit} | {value} | {verdict} |")
-    lines += ["", "| step | | s | command |", "|:---|---|---:|---|"]
-    for step in done:
-        words = " ".join(word.replace(str(folder), "FOLDER") for word in step.command)
-        lines.append(f"| {step.name} | {step.status} | {step.seconds:.0f} | `python {words}` |")
+        rows.append([goal.words, f"{wanted}{goal.unit}", *goal.verdict(folder, on_gpu)])
+    lines += ["", Table(["goal", "wanted", "measured", ""], rows).markdown(), ""]
+    rows = [[step.name, step.status, f"`python {' '.join(step.command)}`", f"{step.seconds:.0f}"] for step in done]
+    lines.append(Table(["step", "", "command", "s"], rows, n_text=3).markdown())
     for step in done:
         if step.said:
             lines += ["", f"## {step.name}", "", "```", *step.said, "```"]

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -237,7 +238,7 @@ def run(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
             pruning = None if config["pruner"]["name"] == "none" else partial(sent, config)
             with server(config, 1.0, path, log, options, FLAT) as served:
                 found = soak(served, scenes(12, 4, seed=0), pruning, config["soak"])
-            record |= {"requests": config["soak"], "soak": found.record()}
+            record |= {"requests": config["soak"], "soak": asdict(found)}
             record["environment"] = None if config["url"] else {name: os.environ.get(name, FLAT[name]) for name in FLAT}
         else:
             record["rows"] = load(config, path, log, options)
