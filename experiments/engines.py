@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mipruner.decoding import Decoding
+from mipruner.decoding import Decoding, before_end, end_ids
 from mipruner.engine import Engine
 from mipruner.errors import InputError
 from mipruner.models import Adapter, Prompt
@@ -64,8 +64,7 @@ def generate_engine(adapter: Adapter, pruner: Method, keep: Budget, decoding: De
                 max_new_tokens=decoding.max_new_tokens,
                 do_sample=False,
             )[0].tolist()
-        end = adapter.model.generation_config.eos_token_id
-        return next((k for k, token in enumerate(new) if token in (end if isinstance(end, list) else [end])), len(new))
+        return len(before_end(new, end_ids(model.generation_config)))
 
     return run
 

@@ -4,6 +4,7 @@ It gives the same tokens and logits as ``generate``. Prefill and decode are sepa
 timed. Qwen3-VL's deepstack rows are arguments of the prefill.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -114,12 +115,21 @@ def inverse(p: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
 
 
+def end_ids(config: Any) -> list[int]:
+    """Ids of end-of-text in a generation config."""
+    ends = config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def before_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens before the first of ``ends``."""
+    return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
 def decode(adapter: Adapter, batch: Batch, state: State, decoding: Decoding) -> list[list[int]]:
     """Generate tokens until every row has ended. Returned rows end before their end-of-text token."""
     config = adapter.model.generation_config
-    ends = torch.tensor(
-        config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id], device=adapter.device
-    )
+    ends = torch.tensor(end_ids(config), device=adapter.device)
     penalties = [
         RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
         for _ in batch.ids

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mipruner.decoding import Decoding
+from mipruner.decoding import Decoding, before_end
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.graphs import Graph, KeyValues
@@ -176,8 +176,7 @@ class Engine:
         if not finite:
             self.cache.clear()
             raise InputError("the features contain NaN or infinity: check the weights, or load them in a wider dtype")
-        ends = self.ends.tolist()
-        new = new[: next((k for k, token in enumerate(new) if token in ends), None)]
+        new = before_end(new, self.ends.tolist())
         return Answer(
             text=self.adapter.chat.decode(new),
             tokens=new,

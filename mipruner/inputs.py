@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
+from mipruner.decoding import end_ids
 from mipruner.errors import InputError
 from mipruner.intercept import Call
 from mipruner.models.adapter import Adapter, VisionOutput
@@ -170,10 +171,7 @@ class Inputs:
             ids=ids,
             embeds=embeds,
             position_ids=position_ids,
-            slots=tuple(
-                place if visual.is_candidate is None else place[visual.is_candidate]
-                for (visual, _), place in zip(images, places, strict=True)
-            ),
+            slots=tuple(visual.candidates(place) for (visual, _), place in zip(images, places, strict=True)),
             is_text=is_text,
             visuals=tuple(visual for visual, _ in images),
             signals=self.adapter.text_signals(prompt, tokens, self.signals),
@@ -200,8 +198,7 @@ class Inputs:
         if self.reader is not None and self.reader.template is not None:
             return self.reader.latest(ids, is_visual)
         model = self.adapter.model
-        ends = model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        ends = set(end_ids(model.generation_config)) - {None}
         configs = (model.config, model.config.get_text_config(), model.generation_config)
         special: set[Any] = {getattr(config, f"{name}_token_id", None) for config in configs for name in ("bos", "pad")}
         special = (special - {None}) | self.adapter.around_ids

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mipruner import draws
-from mipruner.decoding import Decoding, inverse
+from mipruner.decoding import Decoding, before_end, end_ids, inverse
 from mipruner.errors import InputError
 from mipruner.models.adapter import Adapter
 from mipruner.models.generic import ALONE, PAGE, GenericAdapter
@@ -138,9 +138,7 @@ class ProcessorPipeline:
         inside = sum(watch.ms[stage] - before.get(stage, 0.0) for stage in ("vision", "scoring"))
         watch.ms["prefill"] += 1000 * (draw.prefilled - start) - inside
         watch.ms["decode"] += 1000 * (watch.now() - draw.prefilled)
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        rows = out[:, inputs["input_ids"].shape[1] :].tolist()
-        return [row[: next((k for k, token in enumerate(row) if token in ends), len(row))] for row in rows]
+        return [before_end(row, end_ids(config)) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _told(
         self, prompt: Prompt, new: list[int], sample: Encoded, chosen: list[Selection], per_layer: list[int]

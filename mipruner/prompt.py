@@ -174,7 +174,11 @@ class Visual:
     @property
     def tokens(self) -> Tensor:
         """Candidate tokens [n_visual, d], V of eq. 1."""
-        return self.rows if self.is_candidate is None else self.rows[self.is_candidate]
+        return self.candidates(self.rows)
+
+    def candidates(self, x: Tensor) -> Tensor:
+        """The entries of ``x`` [n_rows, ..] that belong to candidates."""
+        return x if self.is_candidate is None else x[self.is_candidate]
 
     @property
     def n_visual(self) -> int:

@@ -48,10 +48,10 @@ PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_s
 
 UNSERVED = {
     "prefill_chunk_size": "cuts a prompt before its question is known",
-    "assistant_model": "reads guesses together with the prompt, whose question it then does not end with",
-    "prompt_lookup_num_tokens": "reads guesses together with the prompt, whose question it then does not end with",
-    "assistant_early_exit": "reads guesses together with the prompt, whose question it then does not end with",
-}
+} | dict.fromkeys(
+    ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"),
+    "reads guesses together with the prompt, whose question it then does not end with",
+)
 """Options of ``generate`` that are refused for prompts with images, and why."""
 
 

@@ -13,7 +13,7 @@ import mipruner
 from experiments.accept.report import Line, check, not_run
 from experiments.demo.questions import make_questions
 from experiments.demo.scenes import make_scene, render
-from mipruner.decoding import Decoding
+from mipruner.decoding import Decoding, before_end, end_ids
 from mipruner.engine import Engine
 from mipruner.errors import InputError
 from mipruner.models import Adapter, Prompt
@@ -69,11 +69,9 @@ class Stock:
             inputs["mm_token_type_ids"] = adapter.is_placeholder(ids).int()
         return inputs
 
-    def trimmed(self, tokens: Sequence[int]) -> list[int]:
+    def trimmed(self, tokens: list[int]) -> list[int]:
         """Tokens without end-of-text."""
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return list(tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))])
+        return before_end(tokens, end_ids(self.model.generation_config))
 
     @torch.inference_mode()
     def generate(self, inputs: dict[str, Any]) -> list[int]:

@@ -298,10 +298,7 @@ class Adapter(ABC):
             ids=ids,
             embeds=embeds,
             position_ids=self.position_ids(ids, visuals),
-            slots=tuple(
-                place if visual.is_candidate is None else place[visual.is_candidate]
-                for place, visual in zip(places, visuals, strict=True)
-            ),
+            slots=tuple(visual.candidates(place) for place, visual in zip(places, visuals, strict=True)),
             is_text=tokens.is_text.to(self.device),
             visuals=tuple(visuals),
             signals=self.text_signals(prompt, tokens, signals),
