@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import openai
 from openai import OpenAI
 from tqdm import tqdm
 
-from experiments.benchmarks.base import BenchmarkError
+from experiments.benchmarks.base import BenchmarkError, Sample
 
 Reading = TypeVar("Reading")
 ATTEMPTS = 5
@@ -29,6 +30,29 @@ ATTEMPTS = 5
 def prompt_hash(*texts: str) -> str:
     """Hash of a prompt for the record, twelve hex digits."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+OFFLINE = {"judge": "offline: whole words, not comparable with a judge's score"}
+"""Facts for the record of a benchmark without its judge."""
+
+
+def grades(
+    judge: "Judge | None",
+    samples: Sequence[Sample],
+    predictions: Sequence[str | None],
+    request: Callable[[Sample, str, int], dict[str, Any]],
+    read: Callable[[str], Reading],
+    offline: Callable[[str, str], Reading],
+) -> list[Reading | None]:
+    """Grades by the judge, or without one by ``offline`` from answer and prediction. None for a failed sample."""
+    answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
+    found: Sequence[Reading | None] = (
+        judge.grade([partial(request, *pair) for pair in answered], read)
+        if judge
+        else [offline(sample.answer, prediction) for sample, prediction in answered]
+    )
+    rest = iter(found)
+    return [None if prediction is None else next(rest) for prediction in predictions]
 
 
 class Replies:

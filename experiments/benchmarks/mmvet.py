@@ -9,7 +9,7 @@ from typing import Any
 from experiments.benchmarks.base import Example, Sample
 from experiments.benchmarks.rows import Row, Text
 from experiments.benchmarks.table import TableBenchmark
-from experiments.judge import Judge, prompt_hash
+from experiments.judge import OFFLINE, Judge, grades, prompt_hash
 from experiments.metrics import bootstrap, textvqa_normalize
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -118,14 +118,8 @@ class MMVet(TableBenchmark):
         return self.score([sample], [prediction])[0]
 
     def score(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[float]:
-        answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
-        if self.judge:
-            requests = [lambda attempt, s=s, p=p: grade_request(s, p, attempt) for s, p in answered]
-            grades = [grade or 0.0 for grade in self.judge.grade(requests, read_grade)]
-        else:
-            grades = [offline_grade(sample.answer, prediction) for sample, prediction in answered]
-        graded = iter(grades)
-        return [0.0 if prediction is None else next(graded) for prediction in predictions]
+        found = grades(self.judge, samples, predictions, grade_request, read_grade, offline_grade)
+        return [grade or 0.0 for grade in found]
 
     def groups(self, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, list[float]]:
         scored = [(sample.task, score) for sample, score in zip(samples, scores, strict=True)]
@@ -153,6 +147,4 @@ class MMVet(TableBenchmark):
         }
 
     def provenance(self) -> dict[str, Any]:
-        if self.judge:
-            return self.judge.provenance(prompt_hash(PROMPT, AGAIN))
-        return {"judge": "offline: whole words, not comparable with a judge's score"}
+        return self.judge.provenance(prompt_hash(PROMPT, AGAIN)) if self.judge else OFFLINE

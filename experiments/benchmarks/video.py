@@ -20,7 +20,7 @@ from pydantic import AliasChoices, Field, create_model
 from experiments.benchmarks.base import Benchmark, BenchmarkError, Example, Sample, SampleError
 from experiments.benchmarks.rows import Row, Text, Unique, check_on_bad_row, check_rows, read_each, read_rows
 from experiments.benchmarks.table import group_by_image
-from experiments.judge import Judge, prompt_hash
+from experiments.judge import OFFLINE, Judge, grades, prompt_hash
 from experiments.metrics import mean_percent, textvqa_normalize
 
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
@@ -274,14 +274,11 @@ class VideoQA(Benchmark):
         return self._frames(image_id)
 
     def _grades(self, samples: Sequence[Sample], predictions: Sequence[str | None]) -> list[Grade]:
-        answered = [(s, p) for s, p in zip(samples, predictions, strict=True) if p is not None]
-        if self.judge:
-            requests = [lambda attempt, s=s, p=p: grade_request(s, p, self.temperature) for s, p in answered]
-            grades = iter(self.judge.grade(requests, read_grade))
-        else:
-            grades = iter([offline_grade(sample.answer, prediction) for sample, prediction in answered])
-        wrong = Grade(False, 0)
-        return [wrong if prediction is None else next(grades) or wrong for prediction in predictions]
+        def request(sample: Sample, prediction: str, attempt: int) -> dict[str, Any]:
+            return grade_request(sample, prediction, self.temperature)
+
+        found = grades(self.judge, samples, predictions, request, read_grade, offline_grade)
+        return [grade or Grade(False, 0) for grade in found]
 
     def correct(self, sample: Sample, prediction: str) -> float:
         return self.score([sample], [prediction])[0]
@@ -295,14 +292,12 @@ class VideoQA(Benchmark):
     def metrics(
         self, samples: Sequence[Sample], predictions: Sequence[str | None], scores: Sequence[float]
     ) -> dict[str, float]:
-        grades = self._grades(samples, predictions)
-        decided = [grade.right for grade in grades if grade.right is not None]
+        found = self._grades(samples, predictions)
+        decided = [grade.right for grade in found if grade.right is not None]
         return {
             f"{self.prefix}accuracy": mean_percent(decided),
-            f"{self.prefix}score": fmean(grade.score for grade in grades),
+            f"{self.prefix}score": fmean(grade.score for grade in found),
         }
 
     def provenance(self) -> dict[str, Any]:
-        if self.judge:
-            return self.judge.provenance(prompt_hash(ROLE, PROMPT))
-        return {"judge": "offline: whole words, not comparable with a judge's score"}
+        return self.judge.provenance(prompt_hash(ROLE, PROMPT)) if self.judge else OFFLINE
