@@ -166,8 +166,7 @@ def answer_batch(
     latency_ms = {k: round((ms - before.get(k, 0)) / max(1, len(answers)), 3) for k, ms in pipeline.watch.ms.items()}
     rows = []
     for sample in samples:
-        row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
-        row |= {"prediction": None, "correct": None}
+        row = sample.row()
         if sample.id in answers:
             answer = answers[sample.id]
             row |= {

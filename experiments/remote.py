@@ -219,8 +219,7 @@ def answer_rest(cell: Cell, server: Server, model: str, benchmark: Benchmark, sa
     urls = Urls(benchmark)
 
     def answer(sample: Sample) -> dict[str, Any]:
-        row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
-        row |= {"prediction": None, "correct": None, "digest": digests[sample.id]}
+        row = sample.row() | {"digest": digests[sample.id]}
         try:
             images = urls(sample.image_id)
         except SampleError as error:

@@ -55,6 +55,11 @@ class Sample:
     content: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
+    def row(self) -> dict[str, Any]:
+        """Line of samples.jsonl without an answer."""
+        named = {key: getattr(self, key) for key in ("id", "image_id", "task", "question", "answer")}
+        return named | {"prediction": None, "correct": None}
+
 
 class Example(NamedTuple):
     """A row of the data with a right and a wrong answer."""

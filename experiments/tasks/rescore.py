@@ -61,9 +61,8 @@ def rows_of(samples: Sequence[Sample], answers: dict[str, str], prefix: str) -> 
     """Rows of samples.jsonl without ``correct``."""
     rows = []
     for sample in samples:
-        row = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question", "answer")}
         answer = answers.get(sample.id.removeprefix(prefix))
-        row |= {"prediction": answer, "correct": None, "notes": {}} | dict.fromkeys(UNKNOWN)
+        row = sample.row() | {"prediction": answer, "notes": {}} | dict.fromkeys(UNKNOWN)
         rows.append(row if answer is not None else row | {"error": "the file has no answer to it"})
     return rows
 
