@@ -38,10 +38,10 @@ RIGHT, WRONG = "#0072B2", "#D55E00"
 WORD_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
 
 
-def thumbnail(image: Image.Image, side: int = SIDE) -> Image.Image:
-    """RGB copy [height, width] of at most ``side`` pixels."""
+def thumbnail(image: Image.Image) -> Image.Image:
+    """RGB copy [height, width] of at most `SIDE` pixels."""
     small = image.convert("RGB")
-    small.thumbnail((side, side))
+    small.thumbnail((SIDE, SIDE))
     return small
 
 

@@ -163,18 +163,17 @@ class StoredImages:
         self,
         table: Dataset,
         row_of: dict[str, int],
-        column: str = "image",
         cache_size: int = 16,
         folders: Sequence[Path] = (),
     ):
-        self.table, self.row_of, self.column, self.folders = table, row_of, column, folders
+        self.table, self.row_of, self.folders = table, row_of, folders
         self.load = lru_cache(cache_size)(self._load)
 
     def _load(self, image_id: str) -> Image.Image:
         """The RGB image. Raises SampleError if there is none or it is broken."""
         if image_id not in self.row_of:
             raise SampleError(f"no image {image_id} in the table")
-        content = self.table[self.row_of[image_id]][self.column] or {}
+        content = self.table[self.row_of[image_id]]["image"] or {}
         source = find_source(content, self.folders)
         if source is None and content.get("path"):
             raise SampleError(f"the image {image_id} is not there: {content['path']} beside the table")

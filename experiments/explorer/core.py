@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -102,7 +103,7 @@ class Explorer:
         benchmark = build.benchmark(self.config)
         self.demo = benchmark if isinstance(benchmark, Demo) else Demo()
         self.pruners = [name for name, cls in PRUNERS.items() if not issubclass(cls, ImagePruner)]  # those keep tokens
-        self._defaults: dict[tuple[str, str], dict[str, Any]] = {}
+        self.defaults = cache(self._defaults)
         self._lock = threading.Lock()  # torch uses all cores for a pass, and hooks are on the model during it
         self._adapters: dict[str, tuple[Adapter, str]] = {}
         self._seen: OrderedDict[tuple[str, str], Seen] = OrderedDict()
@@ -116,13 +117,8 @@ class Explorer:
         except HydraException as error:
             raise InputError(str(error).strip().splitlines()[0]) from error
 
-    def defaults(self, model: str, pruner: str) -> dict[str, Any]:
+    def _defaults(self, model: str, pruner: str) -> dict[str, Any]:
         """Hyperparameters in conf/pruner, or of the class for a method without a file there."""
-        if (model, pruner) not in self._defaults:
-            self._defaults[model, pruner] = self._read_defaults(model, pruner)
-        return self._defaults[model, pruner]
-
-    def _read_defaults(self, model: str, pruner: str) -> dict[str, Any]:
         own = {one.name: one.default for one in fields(PRUNERS[pruner])}
         if not (ROOT / "conf/pruner" / f"{pruner}.yaml").is_file():
             return own

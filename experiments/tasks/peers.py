@@ -72,7 +72,7 @@ def methods(n_visual: int, n_keep: int, options: dict[str, Any]) -> dict[str, Ca
     features = Features(visual, text, hidden=hidden, attention=attention)
     half, half_text = visual.bfloat16(), text.bfloat16()
     held: dict = {}
-    found: dict[str, Call] = {name: partial(getattr(scaling, name), visual, text, n_keep) for name in scaling_names()}
+    found: dict[str, Call] = {method.__name__: partial(method, visual, text, n_keep) for method in scaling.METHODS}
     found |= {
         "mi_bfloat16": lambda: mi_picks(half, half_text, n_keep, 0.5),
         "mi_again": lambda: mi_picks(visual, text, n_keep, 0.5, held=held),
@@ -88,10 +88,6 @@ def methods(n_visual: int, n_keep: int, options: dict[str, Any]) -> dict[str, Ca
     else:
         found["mi_again"]()
     return {name: found[name] for name in TITLES if name in found}
-
-
-def scaling_names() -> list[str]:
-    return [method.__name__ for method in scaling.METHODS]
 
 
 def closeness(visual: Tensor, text: Tensor) -> Tensor:
