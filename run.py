@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.benchmarks.base import BenchmarkError
 from experiments.cell import check_swept
 from experiments.results import FULL, ROOT
-from experiments.settings import check_keys
+from experiments.settings import check, check_keys
 from mipruner.errors import InputError, ModelError
 
 EVALUATE, ANSWER, HEAT = (f"experiments.tasks.{name}" for name in ("evaluate", "answer", "heat"))
@@ -55,7 +55,9 @@ def main(cfg: DictConfig) -> None:
         asked = cfg.image is not None or cfg.question is not None
         name = ANSWER if cfg.task == EVALUATE and asked else cfg.task
         options = {"draw": partial(draw, name)} if name in (EVALUATE, HEAT) else {}
-        import_module(name).run(OmegaConf.to_container(cfg, resolve=True), overrides, **options)
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        check(config)
+        import_module(name).run(config, overrides, **options)
     except (InputError, ModelError, BenchmarkError) as error:
         raise CompactHydraException(f"error: {error}") from error
     except OSError as error:

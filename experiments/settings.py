@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from experiments.results import ROOT
 from mipruner.errors import InputError
+from mipruner.pruners import KINDS
 
 
 def _runs(name: str) -> str:
@@ -74,7 +75,7 @@ class Engine(_Group):
 
 
 class Settings(_Group):
-    """The resolved config. A task adds its own keys."""
+    """The resolved config. A task adds its own keys, see `_check_task`."""
 
     model: Model
     dataset: Dataset
@@ -94,6 +95,8 @@ class Settings(_Group):
     loader_threads: Positive
     device: Annotated[str, AfterValidator(_runs)]
     n_masks: Natural
+    warmup: Natural = 0
+    repetitions: Positive = 1
     results: Name
     overwrite: bool
 
@@ -104,6 +107,7 @@ def check(config: dict[str, Any]) -> None:
         Settings.model_validate(config)
     except ValidationError as error:
         raise InputError(_words(error)) from None
+    _check_task(config)
     path, revision = config["model"]["path"], config["model"].get("revision")
     if path is None and config["model"]["name"] is not None:
         raise InputError("model.path=null: give a folder, or a name on the hub such as google/gemma-3-4b-it")
@@ -118,8 +122,25 @@ def _words(error: ValidationError) -> str:
     name, value = ".".join(map(str, first["loc"][:depth])), first["input"]
     said = [one["msg"] for one in told if one["loc"][:depth] == first["loc"][:depth]]
     wanted = " or ".join(dict.fromkeys(re.sub("^(Value error,|Input|String) ", "", words) for words in said))
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-    return f"{name} is missing" if first["type"] == "missing" else f"{name}={shown}: it {wanted}"
+    return f"{name} is missing" if first["type"] == "missing" else f"{name}={_shown(value)}: it {wanted}"
+
+
+def _shown(value: Any) -> Any:
+    """A value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _check_task(config: dict[str, Any]) -> None:
+    """Raise `InputError` if a key of the task is of another kind than its default."""
+    file = ROOT / "conf/task" / f"{config['task'].rpartition('.')[2]}.yaml"
+    for key, default in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        kind, value = type(default), config.get(key)
+        if key not in config or key in Settings.model_fields or kind not in (*KINDS, list) or default is None:
+            continue
+        is_number = kind is float and type(value) is int
+        if type(value) is not kind and not is_number:
+            wanted = KINDS.get(kind) or f"a list such as [{','.join(map(str, default))}]"
+            raise InputError(f"{key}={_shown(value)}: it should be {wanted}")
 
 
 @cache

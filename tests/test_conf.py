@@ -7,8 +7,9 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from experiments import build, conf
+from experiments import build, conf, settings
 from experiments.results import ROOT, cell_id
 from mipruner.models import load
 from mipruner.pruners import PRUNERS
@@ -102,7 +103,10 @@ def test_a_method_by_its_words_is_that_of_its_file():
 @pytest.mark.parametrize("word", words("task"))
 def test_every_task_can_be_started_and_says_what_it_does(word):
     with initialize_config_dir(str(CONF), version_base=None):
-        module = importlib.import_module(compose("config", [f"task={word}"]).task)
+        cfg = compose("config", [f"task={word}", *["model.path=a"] * (word == "accept")])
+    config = OmegaConf.to_container(cfg, resolve=True)
+    settings.check(config)
+    module = importlib.import_module(config["task"])
     assert list(inspect.signature(module.run).parameters)[:2] == ["config", "overrides"]
     head = (CONF / "task" / f"{word}.yaml").read_text().splitlines()
     assert head[0] == "# @package _global_" and head[1].startswith("# ")

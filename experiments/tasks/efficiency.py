@@ -166,7 +166,7 @@ def subjects(
                 before = memory.reserved()
                 try:
                     run = ENGINES[engine](adapter, pruner, keep, decoding, prompt)
-                    for _ in range(config["warmup"]):
+                    for _ in range(max(1, config["warmup"])):
                         n_new = run(lambda stage: nullcontext())
                 except InputError as error:
                     left_out.append(f"{method} keep={keep} engine={engine}: {error}")
