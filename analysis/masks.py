@@ -72,6 +72,8 @@ def read_cell(path: Path) -> ReadCell:
     try:
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
         rows = read_answers(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is no folder of a finished cell: it has no {Path(error.filename).name}") from error
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no folder of a finished cell: {error}") from error
     if "server" in record:

@@ -69,9 +69,15 @@ def budget(config: dict[str, Any]) -> int | float | Auto:
 
 
 def device(config: dict[str, Any]) -> str:
-    if config["device"] != "auto":
-        return config["device"]
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Device of a resolved config. Raises `InputError` if torch does not find it here."""
+    name = config["device"]
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):  # of a device that is not there, of torch without CUDA
+        raise InputError(f"device={name}: torch finds none here: give auto or cpu") from None
+    return name
 
 
 def _name(path: str | None) -> str:

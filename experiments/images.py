@@ -11,6 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 WHITE = (255, 255, 255, 255)
+MAX_RATIO = 1000
+"""Limit of the long side over the short one. CLIP's processor enlarges the short side to 336 px and crops afterwards:
+1 x 5000 px take 5 GiB."""
 
 
 def open_image(source: Path | bytes, name: str = "") -> Image.Image:
@@ -26,13 +29,16 @@ def open_image(source: Path | bytes, name: str = "") -> Image.Image:
     Raises
     ------
     ValueError
-        If it is not an image, is truncated, or is larger than Pillow's limit.
+        If it is not an image, is truncated, is larger than Pillow's limit, or thinner than `MAX_RATIO`.
     """
     label = name or ("an image" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    width, height = image.size
+                    raise ValueError(f"{width} x {height} is thinner than 1 to {MAX_RATIO}: cut it into parts")
                 n_frames = getattr(image, "n_frames", 1)
                 image.load()
                 upright = ImageOps.exif_transpose(image)

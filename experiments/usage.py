@@ -69,7 +69,9 @@ def usage(words: Sequence[str], program: str) -> str:
     """
     task = task_of(words)
     if task not in tasks():
-        raise KeyError(f"no task {task!r}: did you mean {' or '.join(get_close_matches(task, tasks()) or tasks())}?")
+        near = get_close_matches(task, tasks())
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(tasks())}"
+        raise KeyError(f"no task {task!r}: {hint}")
     file = CONF / "task" / f"{task}.yaml"
     module = find_spec(yaml.safe_load(file.read_text(encoding="utf-8"))["task"])
     assert module and module.origin

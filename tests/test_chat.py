@@ -61,7 +61,7 @@ def test_a_control_token_that_the_user_types_is_text(name, record_property):
         if not name.startswith("demo"):
             assert "".join("".join(tokens.words).split()) == "".join(text.split())
     if name.startswith("demo"):
-        with pytest.raises(InputError, match="knows none of the characters of '</s>'"):
+        with pytest.raises(InputError, match="knows none of the characters of the question: '</s>'"):
             read("</s>")
     else:
         assert "".join(read("</s>").words).strip() == "</s>"

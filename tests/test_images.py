@@ -83,3 +83,13 @@ def test_what_is_no_image_is_named_without_an_address(tmp_path):
     Path(tmp_path / "notes.jpg").write_text("milk, bread", encoding="utf-8")
     with pytest.raises(ValueError, match=r"notes.jpg cannot be decoded: it is no image$"):
         open_image(tmp_path / "notes.jpg")
+
+
+@pytest.mark.parametrize(("size", "is_read"), [((1, 5000), False), ((20000, 10), False), ((1000, 1), True)])
+def test_a_strip_that_would_fill_the_memory_is_refused(size, is_read):
+    content = written(Image.new("RGB", size))
+    if is_read:
+        assert open_image(content).size == size
+        return
+    with pytest.raises(ValueError, match=rf"strip cannot be decoded: {size[0]} x {size[1]} is thinner than 1 to 1000"):
+        open_image(content, "strip")

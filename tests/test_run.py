@@ -530,6 +530,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, record_property):
         (["task=efficiency", "repetitions=0"], "repetitions=0: it should be greater than or equal to 1"),
         (["task=overhead", "limit=true"], "limit=true: it should be a valid integer"),
         (["device=gpu"], "device=gpu: it should be auto, cpu, cuda, cuda:0 or mps"),
+        (["device=cuda:99"], "device=cuda:99: torch finds none here: give auto or cpu"),
         (["device=meta"], "device=meta: it holds no numbers: give auto, cpu, cuda, cuda:0 or mps"),
         (["+keeep=64"], "unknown key 'keeep': did you mean keep or "),
         (["pruner.tua=1"], "Key 'tua' is not in struct"),

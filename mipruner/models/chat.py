@@ -86,14 +86,15 @@ class Chat:
             If the text is empty, contains a placeholder, or consists of characters that the tokenizer does not know.
         """
         query = prompt.text if prompt.query is None else prompt.query
+        of_sample = f" of sample {prompt.sample!r}" if prompt.sample else ""
         if not query.strip():
-            raise PromptError(f"the question of sample {prompt.sample!r} is empty")
+            raise PromptError(f"the question{of_sample} is empty")
         for placeholder in (*self.tokenizer.convert_ids_to_tokens(self.placeholder_ids), *self.placeholders.values()):
             if placeholder in prompt.text:
-                raise PromptError(f"the text of sample {prompt.sample!r} contains the placeholder {placeholder!r}")
+                raise PromptError(f"the text{of_sample} contains the placeholder {placeholder!r}")
         ids, _ = self._encode(query, (0, len(query)), add_special_tokens=False)
         if not set(ids) - set(self.tokenizer.all_special_ids):
-            raise PromptError(f"the tokenizer knows none of the characters of {query!r}, sample {prompt.sample!r}")
+            raise PromptError(f"the tokenizer knows none of the characters of the question{of_sample}: {query!r}")
 
     def check_kinds(self, kinds: Sequence[str]) -> None:
         """Raise `InputError` if the template does not show every "image" or "video"."""
