@@ -41,7 +41,8 @@ from experiments.settings import check, check_keys
 from mipruner.errors import InputError, ModelError
 
 EVALUATE, ANSWER, HEAT = (f"experiments.tasks.{name}" for name in ("evaluate", "answer", "heat"))
-PLAIN = re.compile(r"[\w./+-]*")
+PLAIN = re.compile(r"[\w./+-]*", re.ASCII)
+WORD = re.compile(r"[\w./+-]*")
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -79,12 +80,13 @@ def draw(task: str, *args: Any, **options: Any) -> None:
 
 
 def quoted(argument: str, is_sweep: bool = False) -> str:
-    """Quote a question, or an existing path, for Hydra's grammar.
+    """Quote a question, a path or a word with letters outside ASCII for Hydra's grammar.
 
     A value that is already in Hydra's quotes is not changed; in a sweep, also a list of them.
     """
     key, _, value = argument.partition("=")
-    is_text = key in ("question", "image", "cell") or (not PLAIN.fullmatch(value) and os.path.exists(value))
+    is_path = key in ("results", "out") or os.path.exists(value) or WORD.fullmatch(value)
+    is_text = key in ("question", "image", "cell") or (is_path and not PLAIN.fullmatch(value))
     if not is_text or re.fullmatch(rf"{QUOTED}(,{QUOTED})*" if is_sweep else QUOTED, value, re.S):
         return argument
     value = re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)

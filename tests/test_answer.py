@@ -186,3 +186,11 @@ def test_a_path_that_is_there_is_taken_as_it_stands(tmp_path, monkeypatch):
         cfg = compose("config", ["dataset=folder", quoted("dataset.path=my data, [2024] ${x}")])
     assert build.resolve(cfg)["dataset"]["benchmark"]["path"] == "my data, [2024] ${x}"
     assert quoted("dataset=pope") == "dataset=pope"
+
+
+@pytest.mark.parametrize("word", ["dataset.name=möbel", "results=/tmp/結果", "results=runs (2)", "results=runs,2"])
+def test_a_name_or_path_that_is_not_there_yet_is_taken_as_it_stands(word):
+    key, _, value = word.partition("=")
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose("config", [quoted(word)])
+    assert OmegaConf.select(cfg, key) == value
