@@ -80,13 +80,14 @@ def draw(task: str, *args: Any, **options: Any) -> None:
 
 
 def quoted(argument: str, is_sweep: bool = False) -> str:
-    """Quote a question, a path or a word with letters outside ASCII for Hydra's grammar.
+    """Quote a question, a template, a path or a word with letters outside ASCII for Hydra's grammar.
 
     A value that is already in Hydra's quotes is not changed; in a sweep, also a list of them.
     """
     key, _, value = argument.partition("=")
-    is_path = key in ("results", "out") or os.path.exists(value) or WORD.fullmatch(value)
-    is_text = key in ("question", "image", "cell") or (is_path and not PLAIN.fullmatch(value))
+    is_free = key in ("results", "out") or (key in ("model.prompt", "dataset.sentence") and not is_sweep)
+    is_free = is_free or os.path.exists(value) or bool(WORD.fullmatch(value))
+    is_text = key in ("question", "image", "cell") or (is_free and not PLAIN.fullmatch(value))
     if not is_text or re.fullmatch(rf"{QUOTED}(,{QUOTED})*" if is_sweep else QUOTED, value, re.S):
         return argument
     value = re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)

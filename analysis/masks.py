@@ -123,6 +123,12 @@ def plain_text() -> Iterator[None]:
         yield
 
 
+def draw_kept(axis, image: Image.Image, record: dict[str, Any], row: dict[str, Any]) -> str:
+    """Draw the kept tokens of one answer. Returns the pruner and the number of tokens."""
+    axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
+    return f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}"
+
+
 @plain_text()
 def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path) -> None:
     """Draw for each sample the full image, then one panel per cell. Titles of right answers are blue, of wrong ones
@@ -142,13 +148,8 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
         line[0].set_title(f"{question}\nanswer: {answer_text(first['answer'])}", fontsize=8, loc="left")
         for axis, (record, rows) in zip(line[1:], read, strict=False):
             row = rows[sample]
-            axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
-            axis.set_title(
-                f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}\n{in_lines(said(row), 36)}",
-                fontsize=8,
-                loc="left",
-                color=RIGHT if is_right(row) else WRONG,
-            )
+            title = f"{draw_kept(axis, image, record, row)}\n{in_lines(said(row), 36)}"
+            axis.set_title(title, fontsize=8, loc="left", color=RIGHT if is_right(row) else WRONG)
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
@@ -156,9 +157,8 @@ def draw(read: Sequence[ReadCell], benchmark, samples: Sequence[str], out: Path)
 
 
 @plain_text()
-def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> None:
+def draw_dialogue(read: Sequence[ReadCell], benchmark, sample: str, out: Path) -> None:
     """Draw one question: the full image, then columns of pruners and rows of budgets, with the answers."""
-    read = [read_cell(cell) for cell in cells]
     pruners = list(dict.fromkeys(record["cell"]["pruner"] for record, _ in read))
     budgets = list(dict.fromkeys(record["cell"]["keep"] for record, _ in read))
     first = read[0][1][sample]
@@ -173,10 +173,7 @@ def draw_dialogue(cells: Sequence[Path], benchmark, sample: str, out: Path) -> N
     for record, rows in read:
         row = rows[sample]
         axis = axes[budgets.index(record["cell"]["keep"]), 1 + pruners.index(record["cell"]["pruner"])]
-        axis.imshow(overlay(image, row["boxes"][0], row["grids"][0], row["kept"][0]))
-        axis.set_title(
-            f"{record['cell']['pruner']}, {len(row['kept'][0])} of {row['n_visual']}", fontsize=8, loc="left"
-        )
+        axis.set_title(draw_kept(axis, image, record, row), fontsize=8, loc="left")
         caption(axis, said(row), RIGHT if is_right(row) else WRONG)
     figure.tight_layout()
     save(figure, out, dpi=130)
@@ -330,7 +327,7 @@ def main() -> None:
         read, benchmark, samples = choose_samples(args.cells, args.ids, args.samples)
         if args.dialogue:
             found = [] if args.ids else disagreements([rows for _, rows in read], 1)
-            draw_dialogue(args.cells, benchmark, (found or samples)[0], args.out)
+            draw_dialogue(read, benchmark, (found or samples)[0], args.out)
         else:
             draw(read, benchmark, samples, args.out)
     except (ValueError, OSError, InputError, BenchmarkError, SampleError) as error:

@@ -1,5 +1,7 @@
 """Builds the table of methods in docs/methods.md: where each acts, its inputs, its cost, its accuracy on the demo."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from analysis.compare import METHODS
@@ -22,32 +24,38 @@ def acts(method: str) -> str:
     return "inside the decoder" if issubclass(cls, DecoderPruner) else "before the decoder"
 
 
+def accuracies(cells: pd.DataFrame, names: Iterable[str]) -> dict[str, list[Cell]]:
+    """Mean accuracy of each method at each of `BUDGETS`, as text; the best is bold. Empty if not measured."""
+    scores = mean_accuracy(cells)
+    texts = {name: [f"{scores[name, k]:.1f}" if (name, k) in scores else "" for k in BUDGETS] for name in names}
+    best = [max(filter(None, column), key=float, default=None) for column in zip(*texts.values(), strict=True)]
+    return {
+        name: [Span(text, "bold") if text == top else text for text, top in zip(row, best, strict=True)]
+        for name, row in texts.items()
+    }
+
+
+def mean_accuracy(cells: pd.DataFrame) -> pd.Series:
+    """Mean accuracy over the cells of a method and a budget."""
+    found = cells.assign(accuracy=[metrics["accuracy"] for metrics in cells.metrics])
+    return found.groupby(["method", "keep"]).accuracy.mean()
+
+
 def table(cells: pd.DataFrame) -> str:
     """The table as Markdown. ``cells`` have one model and dataset and default settings, see `analysis.load.cells`."""
-    found = cells.assign(accuracy=[metrics["accuracy"] for metrics in cells.metrics])
-    scores = found.groupby(["method", "keep"]).accuracy.mean()
-    means = found.groupby(["method", "keep"]).layer_mean.mean()
-    best = {keep: scores[:, keep].drop("none", errors="ignore").max() for keep in BUDGETS if keep in found.keep.values}
-
-    def score(method: str, keep: str) -> Cell:
-        if (method, keep) not in scores:
-            return ""
-        return Span(f"{scores[method, keep]:.1f}", "bold" if scores[method, keep] == best[keep] else "")
-
+    means = cells.groupby(["method", "keep"]).layer_mean.mean()
     lines = []
-    for method in (name for name in METHODS if name != "none"):
+    for method, scores in accuracies(cells, [name for name in METHODS if name != "none"]).items():
         facts = PRUNERS[method]
         carried = ", ".join(f"{means[method, keep]:.0f}" for keep in ("64", "8") if (method, keep) in means)
-        lines.append(
-            [link(method), acts(method), facts.reads, facts.cost, *(score(method, k) for k in BUDGETS), carried]
-        )
-    errors = [error["accuracy"] for error in found.standard_errors]
+        lines.append([link(method), acts(method), facts.reads, facts.cost, *scores, carried])
+    errors = [error["accuracy"] for error in cells.standard_errors]
     source = (
-        f"{int(found.n_samples.max())} questions, standard errors {min(errors):.1f} to {max(errors):.1f}: "
+        f"{int(cells.n_samples.max())} questions, standard errors {min(errors):.1f} to {max(errors):.1f}: "
         "`python run.py -m experiment=demo_table1`."
     )
     head = ["method", "acts", "needs", "cost", *BUDGETS, "tokens a layer at 64, 8"]
-    return f"{Table(head, lines, n_text=4).markdown()}\n\n{ahead(scores, means)} {source}"
+    return f"{Table(head, lines, n_text=4).markdown()}\n\n{ahead(mean_accuracy(cells), means)} {source}"
 
 
 def ahead(scores: pd.Series, means: pd.Series) -> str:

@@ -16,14 +16,14 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from analysis import load, methods, speedup
 from analysis.command import arguments
 from analysis.compare import METHODS
-from experiments.tabular import Span, Table
+from analysis.methods import BUDGETS
+from experiments.tabular import Table
 from experiments.tasks import overhead
 from mipruner.pruners import OWN, PRUNERS, ImagePruner
 
@@ -38,7 +38,6 @@ PAGES = {
 }
 """Page of each generated part."""
 
-BUDGETS = ("64", "32", "16", "8")
 SHOWN = ("run.py", "conf", "mipruner", "experiments", "analysis", "plugins", "notebooks", "docs", "tests")
 
 
@@ -116,20 +115,8 @@ def demo_table(cells: pd.DataFrame) -> str:
     """Accuracy of the paper's own pruners by budget, in percent, with the standard error over questions."""
     full = cells[cells.method == "none"].iloc[0]
     n = int(full.n_samples)
-    rows = []
-    for method, label in METHODS.items():
-        found = cells[cells.method == method]
-        if method not in OWN or found.empty:
-            continue
-        row: list[Any] = [label]
-        for keep in BUDGETS:
-            values = [metrics["accuracy"] for metrics in found[found.keep == keep].metrics]
-            row.append(f"{sum(values) / len(values):.1f}" if values else "")
-        rows.append(row)
-    for k in range(1, len(BUDGETS) + 1):
-        best = max((row[k] for row in rows if row[k]), key=float, default=None)
-        for row in rows:
-            row[k] = Span(row[k], "bold") if row[k] == best else row[k]
+    names = [name for name in METHODS if name in OWN and name in set(cells.method)]
+    rows = [[METHODS[name], *scores] for name, scores in methods.accuracies(cells, names).items()]
     table = Table(["kept of 576", *BUDGETS], rows).markdown()
     error = full.standard_errors["accuracy"]
     return (

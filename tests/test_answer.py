@@ -188,9 +188,21 @@ def test_a_path_that_is_there_is_taken_as_it_stands(tmp_path, monkeypatch):
     assert quoted("dataset=pope") == "dataset=pope"
 
 
-@pytest.mark.parametrize("word", ["dataset.name=möbel", "results=/tmp/結果", "results=runs (2)", "results=runs,2"])
-def test_a_name_or_path_that_is_not_there_yet_is_taken_as_it_stands(word):
-    key, _, value = word.partition("=")
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("dataset.name=möbel", "möbel"),
+        ("results=/tmp/結果", "/tmp/結果"),
+        ("results=runs (2), old", "runs (2), old"),
+        ("model.prompt=USER: {image} {text} ASSISTANT:", "USER: {image} {text} ASSISTANT:"),
+        ("model.prompt=null", None),
+        ("dataset.sentence=Answer (yes or no), please.", "Answer (yes or no), please."),
+        ("dataset.sentence=", ""),
+        ("dataset.sentence='Say yes, or no.'", "Say yes, or no."),
+    ],
+)
+def test_a_text_or_a_path_that_is_not_there_yet_is_taken_as_it_stands(word, value):
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        cfg = compose("config", [quoted(word)])
-    assert OmegaConf.select(cfg, key) == value
+        cfg = compose("config", ["dataset=folder", quoted(word)])
+    assert OmegaConf.select(cfg, word.partition("=")[0]) == value
+    assert quoted("model.prompt=vicuna_v1,llava_v1", is_sweep=True) == "model.prompt=vicuna_v1,llava_v1"

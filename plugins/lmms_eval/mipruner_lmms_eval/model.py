@@ -15,6 +15,7 @@ from mipruner.decoding import Decoding
 from mipruner.errors import InputError
 from mipruner.models import Prompt, load
 from mipruner.pipeline import Pipeline
+from mipruner.pruners import make
 
 
 class Pruned(lmms):
@@ -46,10 +47,8 @@ class Pruned(lmms):
         **options: Any,
     ):
         super().__init__()
-        if pruner not in PRUNERS:
-            raise InputError(f"unknown pruner {pruner!r}: choose one of {', '.join(PRUNERS)}")
-        names = {field.name for field in fields(PRUNERS[pruner])} & options.keys()
-        method = PRUNERS[pruner](**{name: options.pop(name) for name in names})
+        names = {field.name for field in fields(PRUNERS.get(pruner, PRUNERS["none"]))} & options.keys()
+        method = make(pruner, **{name: options.pop(name) for name in names})
         self.accelerator = Accelerator()
         self.device = self.accelerator.device if device in (None, "cuda") else device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
