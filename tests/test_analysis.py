@@ -692,9 +692,10 @@ def test_images_of_real_records(demo, real_defaults, tmp_path):
     cells = load.cells(demo)
     paths = list(cells[cells.method != "none"].path)
     benchmark = report.build.benchmark(cells.iloc[0].config)
-    sample = masks.choose(list(masks.read_cell(paths[0])[1].values()), 1)
-    masks.draw([masks.read_cell(path) for path in paths], benchmark, sample, tmp_path / "masks.png")
-    masks.draw_dialogue(paths, benchmark, sample[0], tmp_path / "dialogue.png")
+    read = [masks.read_cell(path) for path in paths]
+    sample = masks.choose(list(read[0][1].values()), 1)
+    masks.draw(read, benchmark, sample, tmp_path / "masks.png")
+    masks.draw_dialogue(read, benchmark, sample[0], tmp_path / "dialogue.png")
     masks.draw_heat(paths[0], heat.word_pmi, tmp_path / "heat.png", ids=sample)
     sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(sizes) == {"masks", "dialogue", "heat"} and all(min(size) > 200 for size in sizes.values())

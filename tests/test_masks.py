@@ -61,10 +61,9 @@ def test_any_size_is_drawn_on_a_thumbnail(tmp_path, size, record_property):
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_any_text_is_drawn_as_it_stands(tmp_path, text):
     row = ROW | {"question": text, "prediction": text, "answer": text}
-    folder = write(tmp_path / "mi", "mi", row)
     image = Images(Image.new("RGB", (60, 40)))
     masks.draw([cell("mi", row)], image, ["a"], tmp_path / "masks.png")
-    masks.draw_dialogue([folder], image, "a", tmp_path / "dialogue.png")
+    masks.draw_dialogue([cell("mi", row)], image, "a", tmp_path / "dialogue.png")
 
 
 def test_an_empty_answer_is_said(tmp_path, monkeypatch):
