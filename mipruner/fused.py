@@ -11,45 +11,28 @@ gains are equal, and the lowest index is picked.
 
 import importlib.util
 import math
-import sys
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mipruner import pmi
+from mipruner import pmi, product
 from mipruner.errors import InputError
 from mipruner.features import Features
 from mipruner.selection import greedy
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-HAS_TILES = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
-"""Whether oneDNN multiplies bfloat16 into float32 faster than float32. Without AMX it ignores the setting."""
 
-ON_ZEN = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() and not HAS_TILES
-"""Whether oneDNN's float32 product is faster than MKL's, the default of torch: on AMD Zen 4 and 5, found by CPU flags.
-"""
-
-MANY = 1024
-"""Number of tokens from which products are computed by halves, recursively, instead of by panels."""
-
-PANEL, PANEL_16 = 96, 192
-"""Number of columns of a panel, and of one of 16-bit tokens on a CPU with AMX."""
-
-TILE = 2048
-"""Number of 16-bit tokens that are converted to float32 at a time."""
-
-FEW = 128
-"""Number of tokens converted to float32 at a time if each is read once, into a reused buffer."""
-
-WORDS = 1024
+WORDS = 4096
 """Number of vocabulary rows per block."""
 
-ROWS = 512
+ROWS = 256
 """Number of rows of rho per block for scaling and log-sum-exp. All rows at once would need memory for a second rho."""
+
+SMALL_TAU = 1 / 60
+"""Below it, exp(cosine / tau) would overflow float32 without the maximum subtracted."""
 
 
 def mi_picks(
@@ -109,10 +92,11 @@ def mi_picks(
         return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
     # Stored only if it is no larger than the tokens in float32.
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
-    wide = visual.float() if relevance is None and len(visual) <= TILE else visual
-    first, norm, rho, lse = once(held, ("rho", tau), lambda: _among_themselves(wide, tau, visual.dtype))
+    if relevance is None and len(visual) <= product.TILE and not product.is_direct(visual, text):
+        visual = visual.float()  # once for both products
+    first, norm, rho, lse = once(held, ("rho", tau), lambda: _among_themselves(visual, tau))
     if relevance is None:
-        relevance = _relevance(with_text(wide, text, tau, norm).log_softmax(-1))
+        relevance = _relevance(with_text(visual, text, tau, norm).log_softmax(-1))
     found = _picks(rho, lse, relevance[first], n_keep, lam, [] if given is None else given.tolist())
     return torch.tensor(found, dtype=torch.long)
 
@@ -154,22 +138,21 @@ def log_partition(
             lse = kernels.log_partition(visual.reshape(-1, visual.shape[-1]), vocabulary, tau)
         return lse.view(*visual.shape[:-1], 1) + scale
     norm = row_norm(vocabulary) if norm is None else pmi.drawn(norm, n_rows)[0]
-    own, tokens, parts = 1 / (tau * row_norm(visual)), visual.float(), []
-    # Allocating memory takes as long as using it.
-    size = min(WORDS, len(vocabulary))
-    room, rho = torch.empty(size, visual.shape[1]), torch.empty(len(visual), size)
-    for start, stop in pairwise([*range(0, len(vocabulary), WORDS), len(vocabulary)]):
-        rows, products = vocabulary[start:stop], rho[:, : stop - start]
-        wide = rows if rows.dtype == torch.float32 else room[: len(rows)].copy_(rows)
-        with _fastest(visual.dtype, vocabulary.dtype):
-            _multiply(tokens, wide, products)
-        parts.append(products.div_(norm[start:stop]).mul_(own[:, None]).logsumexp(-1))
-    return torch.stack(parts, 1).logsumexp(-1, keepdim=True) + scale
+    per_token, per_word = 1 / (tau * row_norm(visual)), (1 / norm)[:, None]
+    if not product.is_direct(visual, vocabulary):
+        visual = visual.float()
+    rho, parts = torch.empty(min(WORDS, len(vocabulary)), len(visual)), []
+    for words, scales in zip(vocabulary.split(WORDS), per_word.split(WORDS), strict=True):
+        product.multiply(words, visual, rho[: len(words)])
+        for rows, one in zip(rho[: len(words)].split(ROWS), scales.split(ROWS), strict=True):
+            rows.mul_(one).mul_(per_token)
+            parts.append(rows.logsumexp(0) if tau < SMALL_TAU else rows.exp_().sum(0).log_())
+    return torch.stack(parts, 1).logsumexp(-1, keepdim=True)[first_equal(visual)] + scale
 
 
 def row_norm(rows: Tensor) -> Tensor:
     """Norm of every row [n, d] in float32, never 0."""
-    parts = [torch.linalg.vector_norm(some.float(), dim=-1) for some in rows.split(FEW)]
+    parts = [torch.linalg.vector_norm(some.float(), dim=-1) for some in rows.split(product.FEW)]
     return torch.cat(parts).clamp_min_(1e-12)
 
 
@@ -191,21 +174,14 @@ def similarities(visual: Tensor, tau: float) -> Tensor:
 
     The norms are applied to the products, so the tokens are not copied.
     """
-    return _similarities(visual, tau, visual.dtype)[2]
+    return _similarities(visual, tau)[2]
 
 
-def _similarities(visual: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """`first_equal`, norm [n_visual] and rho [n_visual, n_visual] of tokens that were computed in ``dtype``."""
+def _similarities(visual: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`first_equal`, norm [n_visual] and rho [n_visual, n_visual]."""
     n_visual, first = len(visual), first_equal(visual)
     rho = torch.empty(n_visual, n_visual)
-    tiles = list(pairwise([*range(0, n_visual, TILE), n_visual]))
-    with _fastest(dtype):
-        for k, (start, stop) in enumerate(tiles):
-            rows = visual[start:stop].float()
-            _products(rows, rho[start:stop, start:stop], PANEL_16 if HAS_TILES and dtype == torch.bfloat16 else PANEL)
-            for left, right in tiles[k + 1 :]:
-                _multiply(rows, visual[left:right].float(), rho[start:stop, left:right])
-                rho[left:right, start:stop] = rho[start:stop, left:right].T
+    product.of_all_pairs(visual, rho)
     if len(again := (first != torch.arange(n_visual)).nonzero().flatten()):
         rho[again] = rho[first[again]]
         rho[:, again] = rho[:, first[again]]
@@ -223,64 +199,18 @@ def self_similarity(rows: Tensor) -> Tensor:
     return similarities(rows, 1.0)
 
 
-def _among_themselves(visual: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _among_themselves(visual: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_similarities` and the log-sum-exp [n_visual] of the rows of rho."""
-    first, norm, rho = _similarities(visual, tau, dtype)
+    first, norm, rho = _similarities(visual, tau)
     return first, norm, rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
 
 
 def with_text(visual: Tensor, text: Tensor, tau: float, norm: Tensor | None = None) -> Tensor:
     """rho of eq. 15, [n_visual, n_text], for one sample on a CPU."""
-    words, rho = text.float(), torch.empty(len(visual), len(text))
-    few = FEW if visual.dtype != torch.float32 else len(visual)
-    for rows, out in zip(visual.split(few), rho.split(few), strict=True):
-        _multiply(rows.float(), words, out)
+    rho = torch.empty(len(visual), len(text))
+    product.multiply(visual, text, rho)
     norm = row_norm(visual) if norm is None else norm
     return rho.div_(norm[:, None]).div_(tau * row_norm(text))
-
-
-@contextmanager
-def _fastest(*dtypes: torch.dtype) -> Iterator[None]:
-    """Let oneDNN multiply tensors of ``dtypes`` in the fastest way that rounds only sums.
-
-    The product of two bfloat16 numbers is exact in float32. So on a CPU with AMX, oneDNN may multiply float32 tokens
-    that were bfloat16 as bfloat16. The setting is process-wide, so it is used only if Python has no other thread, whose
-    products it would round.
-    """
-    if set(dtypes) != {torch.bfloat16} or not HAS_TILES or len(sys._current_frames()) > 1:
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    try:
-        settings.fp32_precision = "bf16"
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-def _multiply(rows: Tensor, columns: Tensor, out: Tensor) -> None:
-    """Float32 product [n, m] of rows [n, d] and columns [m, d], written to ``out``."""
-    if ON_ZEN:  # oneDNN takes 100 times as long for columns that are a slice of longer ones
-        out.copy_(torch.ops.mkldnn._linear_pointwise(rows, columns.contiguous(), None, "none", [], ""))
-    else:
-        torch.mm(rows, columns.T, out=out)
-
-
-def _products(tokens: Tensor, out: Tensor, panel: int) -> None:
-    """Products of the tokens [n, d] with each other, written to out [n, n]; about one half is mirrored."""
-    n = len(tokens)
-    if n < MANY:
-        for left, right in pairwise([*range(0, n, panel), n]):
-            # Few shapes for all images: oneDNN keeps about 1 MiB for each shape it has met.
-            _multiply(tokens[:right], tokens[left:right], out[:right, left:right])
-            out[left:right, :left] = out[:left, left:right].T
-        return
-    half = n // 2
-    _multiply(tokens[:half], tokens[half:], out[:half, half:])
-    out[half:, :half] = out[:half, half:].T
-    _products(tokens[:half], out[:half, :half], panel)
-    _products(tokens[half:], out[half:, half:], panel)
 
 
 def relevance(features: Features, tau: float, partition: Tensor) -> Tensor:
@@ -297,15 +227,18 @@ def _relevance(log_p: Tensor) -> Tensor:
 
 
 def _picks(rho: Tensor, lse: Tensor, relevance: Tensor, n_keep: int, lam: float, given: list[int]) -> list[int]:
+    # In numpy, whose calls on short rows take a third of torch's time.
+    of_rows, relevance_of, lse_of = rho.numpy(), relevance.numpy(), lse.numpy()
     # The gain of eq. 22 is `gain - (1 - lam) running` with the running maximum over rho alone.
-    score = lam * relevance
-    gain = score + (1 - lam) * (lse - math.log(len(rho)))
-    running = torch.full_like(gain, -torch.inf)
+    score = lam * relevance_of
+    gain = score + (1 - lam) * (lse_of - math.log(len(rho)))
+    running, penalty = np.full_like(gain, -np.inf), np.empty_like(gain)
     picks = list(given)
     for k in range(len(given) + n_keep):
         if k >= len(given):
             picks.append(int(score.argmax()))
-        torch.maximum(running, rho[picks[k]], out=running)
-        gain[picks[k]] = -torch.inf
-        torch.sub(gain, running, alpha=1 - lam, out=score)
+        np.maximum(running, of_rows[picks[k]], out=running)
+        gain[picks[k]] = -np.inf
+        np.multiply(running, 1 - lam, out=penalty)
+        np.subtract(gain, penalty, out=score)
     return picks[len(given) :]

@@ -1,20 +1,21 @@
 """The fused picks against the plain path, against a float64 reading of the equations, and on exact ties."""
 
 import math
-import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mipruner import fused, pmi
+from mipruner import fused, pmi, product
 from mipruner.features import Features
-from mipruner.fused import PANEL, mi_picks, row_norm, similarities, with_text
+from mipruner.fused import mi_picks, row_norm, similarities, with_text
+from mipruner.product import PANEL, PANEL_16
 from mipruner.pruners import MIPruner
 from mipruner.selection import greedy
 
@@ -81,25 +82,35 @@ def test_exactly_the_plain_picks_at_the_sizes_that_are_used(seed):
     assert torch.equal(picks, reference(visual, text, 64, 0.5))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "zen"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)]
-)
+@pytest.fixture(params=["gemm", "zen", "plain"])
+def way(request, monkeypatch):
+    """Each way of multiplying, on any CPU."""
+    with monkeypatch.context() as tiles:
+        tiles.setattr(product, "HAS_TILES", True)
+        by_mkl = product.gemm.__wrapped__()
+    if request.param == "gemm" and by_mkl is None:
+        pytest.skip("this build of torch has no such gemm")
+    monkeypatch.setattr(product, "gemm", lambda: by_mkl if request.param == "gemm" else None)
+    monkeypatch.setattr(product, "ON_ZEN", request.param == "zen")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape",
     [
         (64, 1, 48),
         (2 * PANEL - 1, 4, 41),
         (2 * PANEL + 1, 1, 320),
+        (2 * PANEL_16 - 1, 2, 33),
         (577, 7, 96),
         (576, 2, 4096),
         (2049, 3, 64),
         (129, 20, 1024),
     ],
 )
-def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, zen, monkeypatch):
-    monkeypatch.setattr(fused, "HAS_TILES", dtype == torch.bfloat16 and not zen)
-    monkeypatch.setattr(fused, "ON_ZEN", zen)
-    monkeypatch.setattr(fused, "TILE", 1000)
+def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, way, monkeypatch):
+    monkeypatch.setattr(product, "TILE", 1000)
     distinct = shape[0] // 3
     visual, text = tokens(*shape, distinct=distinct, dtype=dtype)
     rho = similarities(visual, 0.1)
@@ -116,11 +127,8 @@ def test_equal_tokens_tie_exactly_and_the_lowest_index_wins(shape, dtype, zen, m
         assert_same_picks(order, visual, text, 0.5)
 
 
-@pytest.mark.parametrize("way", ["HAS_TILES", "ON_ZEN", None])
-def test_bfloat16_tokens_are_multiplied_exactly(way, monkeypatch):
+def test_bfloat16_tokens_are_multiplied_exactly(way):
     """Only sums round: unit tokens in bfloat16 would be wrong by 1e-3."""
-    for flag in ("HAS_TILES", "ON_ZEN"):
-        monkeypatch.setattr(fused, flag, flag == way)
     visual, text = tokens(576, 12, 1024, dtype=torch.bfloat16)
     unit, unit_text = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (visual, text))
     rho, rho_text = similarities(visual, 1.0), with_text(visual, text, 1.0)
@@ -130,36 +138,37 @@ def test_bfloat16_tokens_are_multiplied_exactly(way, monkeypatch):
     assert torch.equal(mi_picks(visual, text, 64, 0.5), reference(visual, text, 64, 0.5))
 
 
-def test_the_precision_of_other_products_is_as_it_was(monkeypatch):
-    """The setting is the process's: given back whatever happens, and never taken beside another thread."""
-    monkeypatch.setattr(fused, "HAS_TILES", True)
-    monkeypatch.setattr(fused, "ON_ZEN", False)
-    settings = torch.backends.mkldnn.matmul
-    seen = []
-    monkeypatch.setattr(fused.torch, "mm", lambda *_, **__: seen.append(settings.fp32_precision) or 1 / 0)
-    before, half, full = settings.fp32_precision, torch.ones(8, 4, dtype=torch.bfloat16), torch.ones(8, 4)
-
-    def multiply(*of):
-        with pytest.raises(ZeroDivisionError):
-            fused.log_partition(*of, 0.1)
-        assert settings.fp32_precision == before
-        return seen.pop()
-
-    with monkeypatch.context() as alone:  # the test runner has threads of its own
-        alone.setattr(sys, "_current_frames", lambda: {1: None})
-        assert multiply(half, half) == "bf16"
-        assert multiply(half, full) == multiply(full, half) == multiply(full, full) == before
-    done = threading.Event()
-    beside = threading.Thread(target=done.wait)
-    beside.start()
-    assert multiply(half, half) == before
-    done.set()
-    beside.join()
+def test_tokens_of_any_strides_and_sizes(way):
+    wide = tokens(40, 1, 96, dtype=torch.bfloat16)[0]
+    for rows in (wide, wide[:, :31], wide[::3], wide[:, ::2], wide.T, wide[:1], wide[:1].expand(5, 96), wide[:0]):
+        for columns in (rows, rows.contiguous(), rows.float(), rows[:1], rows[:0]):
+            whole = torch.full((len(rows), len(columns) + 2), 7.0)
+            product.multiply(rows, columns, whole[:, 1:-1])
+            torch.testing.assert_close(whole[:, 1:-1].double(), rows.double() @ columns.double().T, rtol=0, atol=1e-4)
+            assert (whole[:, [0, -1]] == 7).all()
 
 
-def test_16_bit_tokens_are_never_all_in_float32(monkeypatch):
+@pytest.mark.parametrize("part", ["no AMX", "no MKL", "no library", "no symbol", "64-bit integers"])
+def test_tokens_are_converted_where_the_gemm_is_missing(part, monkeypatch):
+    monkeypatch.setattr(product, "HAS_TILES", part != "no AMX")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: part != "no MKL")
+    of_other_integers = SimpleNamespace(cblas_gemm_bf16bf16f32=FunctionOfOtherIntegers())
+    libraries = {"no library": OSError, "no symbol": [object()], "64-bit integers": [of_other_integers]}
+    if part in libraries:
+        monkeypatch.setattr(product.ctypes, "CDLL", Mock(side_effect=libraries[part]))
+    assert product.gemm.__wrapped__() is None
+
+
+class FunctionOfOtherIntegers:
+    """Returns without a result, as MKL does when it misreads a stride."""
+
+    def __call__(self, *_):
+        pass
+
+
+def test_16_bit_tokens_are_never_all_in_float32(way, monkeypatch):
     """Beside rho there is never a second matrix of its size, nor a float32 copy of tokens that come in 16 bits."""
-    monkeypatch.setattr(fused, "TILE", 256)
+    monkeypatch.setattr(product, "TILE", 256)
     monkeypatch.setattr(fused, "ROWS", 64)
     largest = [0]
 
@@ -177,7 +186,7 @@ def test_16_bit_tokens_are_never_all_in_float32(monkeypatch):
         mi_picks(visual, text, 3, 0.5)
     rho, *others = sorted(set(largest), reverse=True)
     assert rho == 4 * 4500**2
-    assert others[0] <= max(8 * fused.TILE**2, 2 * fused.TILE * 256 * 4, fused.ROWS * 4500 * 4) < 4500 * 256 * 4
+    assert others[0] <= max(8 * product.TILE**2, 2 * product.TILE * 256 * 4, fused.ROWS * 4500 * 4) < 4500 * 256 * 4
 
 
 def test_tokens_all_equal_are_picked_in_order():
@@ -246,8 +255,8 @@ def test_relevance_from_elsewhere(lam):
 
 @pytest.mark.parametrize("n_rows", [None, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tau", [0.1, 0.01])
-def test_the_sum_over_a_vocabulary(tau, dtype, n_rows, monkeypatch):
+@pytest.mark.parametrize("tau", [1.0, 0.1, 0.017, 0.016, 0.01])
+def test_the_sum_over_a_vocabulary(tau, dtype, n_rows, way, monkeypatch):
     monkeypatch.setattr(fused, "WORDS", 64)
     visual, vocabulary = tokens(50, 301, 40, dtype=dtype)
     visual[::7], vocabulary[::5] = 0, 0

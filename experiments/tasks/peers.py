@@ -31,7 +31,8 @@ from experiments.tabular import Table
 from experiments.tasks import scaling
 from mipruner.errors import InputError
 from mipruner.features import Features
-from mipruner.fused import HAS_TILES, ON_ZEN, mi_picks, row_norm
+from mipruner.fused import mi_picks, row_norm
+from mipruner.product import ON_ZEN, gemm
 from mipruner.pruners.mi import MIPruner
 from mipruner.pruners.mmtok import MMTokPruner
 from mipruner.pruners.vispruner import VisPruner
@@ -193,7 +194,8 @@ def flags() -> dict[str, bool]:
     """Instruction sets of this processor that affect the speed of the product."""
     info = Path("/proc/cpuinfo")
     words = set(info.read_text(encoding="utf-8").split()) if info.exists() else set()
-    return {flag: flag in words for flag in FLAGS} | {"bfloat16 by AMX": HAS_TILES, "float32 by oneDNN": ON_ZEN}
+    ways = {"bfloat16 by oneMKL": gemm() is not None, "float32 by oneDNN": ON_ZEN}
+    return {flag: flag in words for flag in FLAGS} | ways
 
 
 def page(record: dict[str, Any]) -> str:
