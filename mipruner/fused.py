@@ -11,7 +11,7 @@ gains are equal, and the lowest index is picked.
 
 import importlib.util
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 WORDS = 4096
 """Number of vocabulary rows per block."""
 
-ROWS = 256
-"""Number of rows of rho per block for scaling and log-sum-exp. All rows at once would need memory for a second rho."""
-
-SMALL_TAU = 1 / 60
-"""Below it, exp(cosine / tau) would overflow float32 without the maximum subtracted."""
+ENTRIES = 2**17
+"""Number of entries of rho per block for scaling and log-sum-exp. A block and a copy of it fit in a core's cache."""
 
 
 def mi_picks(
@@ -48,8 +45,8 @@ def mi_picks(
 ) -> Tensor:
     """Picks of the greedy search of eq. 22-24 with max aggregation and softmax.
 
-    A GPU runs the Triton kernels, a CPU the code below. The plain path runs on other devices, for more than
-    `kernels.MAX_VISUAL` tokens, and for ``lam`` 1 on a CPU, where no redundancy is computed.
+    A GPU runs the Triton kernels, a CPU the code below. The plain path runs on other devices and on a GPU for more than
+    `kernels.MAX_VISUAL` tokens. No redundancy is computed for ``lam`` 1.
 
     Parameters
     ----------
@@ -82,7 +79,7 @@ def mi_picks(
             with torch.cuda.device_of(visual):  # Triton launches on the current device
                 picks = kernels.mi_picks(*flat, n_keep, lam, tau, given=given, relevance=relevance)
             return picks.view(*visual.shape[:-2], n_keep)
-    if lam == 1 or visual.device.type != "cpu":
+    if visual.device.type != "cpu":
         redundancy = None if lam == 1 else pmi.redundancy(visual, tau)
         relevance = pmi.relevance(visual, text, tau) if relevance is None else relevance
         return greedy(relevance, redundancy, n_keep, lam, given=given)
@@ -90,6 +87,11 @@ def mi_picks(
         options = ([None] * len(visual) if x is None else x for x in (given, relevance))
         samples = zip(visual, text, *options, strict=True)
         return torch.stack([mi_picks(v, t, n_keep, lam, tau, given=g, relevance=r) for v, t, g, r in samples])
+    if lam == 1:
+        if relevance is None:
+            norm = once({} if held is None else held, "norm", lambda: row_norm(visual))
+            relevance = _relevance(with_text(visual, text, tau, norm).log_softmax(-1))[first_equal(visual)]
+        return greedy(relevance, None, n_keep, lam, given=given)
     # Stored only if it is no larger than the tokens in float32.
     held = held if held is not None and len(visual) <= visual.shape[1] else {}
     if relevance is None and len(visual) <= product.TILE and not product.is_direct(visual, text):
@@ -144,9 +146,8 @@ def log_partition(
     rho, parts = torch.empty(min(WORDS, len(vocabulary)), len(visual)), []
     for words, scales in zip(vocabulary.split(WORDS), per_word.split(WORDS), strict=True):
         product.multiply(words, visual, rho[: len(words)])
-        for rows, one in zip(rho[: len(words)].split(ROWS), scales.split(ROWS), strict=True):
-            rows.mul_(one).mul_(per_token)
-            parts.append(rows.logsumexp(0) if tau < SMALL_TAU else rows.exp_().sum(0).log_())
+        for rows, one in _blocks(rho[: len(words)], scales):
+            parts.append(rows.mul_(one).mul_(per_token).logsumexp(0))
     return torch.stack(parts, 1).logsumexp(-1, keepdim=True)[first_equal(visual)] + scale
 
 
@@ -187,9 +188,15 @@ def _similarities(visual: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
         rho[:, again] = rho[:, first[again]]
     norm = rho.diagonal().sqrt().clamp_min_(1e-12)
     scale = (norm * math.sqrt(tau)).reciprocal_()
-    for rows, one in zip(rho.split(ROWS), scale.split(ROWS), strict=True):
+    for rows, one in _blocks(rho, scale):
         rows.mul_(torch.outer(one, scale))
     return first, norm, rho
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors by blocks of rows, of about `ENTRIES` entries of the first one."""
+    n_rows = max(1, ENTRIES // tensors[0].shape[1])
+    return zip(*(x.split(n_rows) for x in tensors), strict=True)
 
 
 def self_similarity(rows: Tensor) -> Tensor:
@@ -202,7 +209,7 @@ def self_similarity(rows: Tensor) -> Tensor:
 def _among_themselves(visual: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_similarities` and the log-sum-exp [n_visual] of the rows of rho."""
     first, norm, rho = _similarities(visual, tau)
-    return first, norm, rho, torch.cat([rows.logsumexp(-1) for rows in rho.split(ROWS)])
+    return first, norm, rho, torch.cat([rows.logsumexp(-1) for (rows,) in _blocks(rho)])
 
 
 def with_text(visual: Tensor, text: Tensor, tau: float, norm: Tensor | None = None) -> Tensor:

@@ -30,6 +30,9 @@ MANY = 600
 TILE = 2048
 """Number of 16-bit tokens that are converted to float32 at a time for the products of all pairs."""
 
+SQUARE = 256
+"""Rows and columns of a block that is transposed at a time."""
+
 FEW = 256
 """Number of tokens converted to float32 at a time if each is read once, into a reused buffer."""
 
@@ -65,7 +68,7 @@ def of_all_pairs(tokens: Tensor, out: Tensor) -> None:
         _half(rows, out[start:stop, start:stop])
         for left, right in tiles[k + 1 :]:
             multiply(rows, tokens[left:right].float(), out[start:stop, left:right])
-            out[left:right, start:stop] = out[start:stop, left:right].T
+            _mirror(out[start:stop, left:right], out[left:right, start:stop])
 
 
 def _half(tokens: Tensor, out: Tensor) -> None:
@@ -75,12 +78,19 @@ def _half(tokens: Tensor, out: Tensor) -> None:
         for left, right in pairwise([*range(0, n, panel), n]):
             # Few shapes for all images: oneDNN keeps about 1 MiB for each shape it has met.
             multiply(tokens[:right], tokens[left:right], out[:right, left:right])
-            out[left:right, :left] = out[:left, left:right].T
+            _mirror(out[:left, left:right], out[left:right, :left])
         return
     multiply(tokens[:half], tokens[half:], out[:half, half:])
-    out[half:, :half] = out[:half, half:].T
+    _mirror(out[:half, half:], out[half:, :half])
     _half(tokens[:half], out[:half, :half])
     _half(tokens[half:], out[half:, half:])
+
+
+def _mirror(part: Tensor, into: Tensor) -> None:
+    """Write the transpose of ``part`` to ``into``. 4,096 rows at once would take 4 times as long."""
+    for rows, columns in zip(part.split(SQUARE), into.split(SQUARE, 1), strict=True):
+        for square, target in zip(rows.split(SQUARE, 1), columns.split(SQUARE), strict=True):
+            target.copy_(square.T)
 
 
 Gemm = Callable[[Tensor, Tensor, Tensor], None]

@@ -169,7 +169,7 @@ class FunctionOfOtherIntegers:
 def test_16_bit_tokens_are_never_all_in_float32(way, monkeypatch):
     """Beside rho there is never a second matrix of its size, nor a float32 copy of tokens that come in 16 bits."""
     monkeypatch.setattr(product, "TILE", 256)
-    monkeypatch.setattr(fused, "ROWS", 64)
+    monkeypatch.setattr(fused, "ENTRIES", 64 * 4500)
     largest = [0]
 
     class Largest(TorchDispatchMode):
@@ -186,7 +186,7 @@ def test_16_bit_tokens_are_never_all_in_float32(way, monkeypatch):
         mi_picks(visual, text, 3, 0.5)
     rho, *others = sorted(set(largest), reverse=True)
     assert rho == 4 * 4500**2
-    assert others[0] <= max(8 * product.TILE**2, 2 * product.TILE * 256 * 4, fused.ROWS * 4500 * 4) < 4500 * 256 * 4
+    assert others[0] <= max(8 * product.TILE**2, 2 * product.TILE * 256 * 4, fused.ENTRIES * 4) < 4500 * 256 * 4
 
 
 def test_tokens_all_equal_are_picked_in_order():
