@@ -160,7 +160,7 @@ def row_norm(rows: Tensor) -> Tensor:
 def first_equal(tokens: Tensor) -> Tensor:
     """Index of the first token [n] that equals each token of [n, d]."""
     first = torch.arange(len(tokens))
-    some = tokens[:, :: max(1, tokens.shape[1] // 3)].double().unbind(1)
+    some = tokens[:, :3].double().unbind(1)  # of one cache line
     key, order = torch.stack([w * column for w, column in zip((1, math.e, math.pi), some, strict=False)]).sum(0).sort()
     pairs = (key[1:] == key[:-1]).nonzero().flatten()
     if len(pairs):
