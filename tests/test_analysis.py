@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from analysis import compare, figures, load, masks, report, tables
+from analysis import compare, figures, load, masks, methods, pages, report, tables
 from experiments import conf
 from experiments.benchmarks.base import BenchmarkError
 from experiments.tasks import heat
@@ -626,6 +626,29 @@ def test_report_of_toy_records(results, tmp_path, monkeypatch):
     assert all(link.startswith(("data:", "#")) for link in page.links), "nothing outside the page is needed"
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert "3 result records" in text and "<figure><img" in text
+
+
+def test_a_method_that_is_not_installed_stops_no_report(results, tmp_path):
+    for method in ("mi", "somebodys_own"):
+        folder = write_record(results, **GQA, pruner=method, metrics={"accuracy": 57.0})
+        (folder / "samples.jsonl").write_text(json.dumps(sample_row("0", 1)) + "\n")
+    cells = load.cells(results)
+    assert "2 result records" in report.page(cells, 1)
+    assert figures.write(["tradeoff"], results, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["demo", "methods"])
+def test_a_page_keeps_its_numbers_where_records_are_missing(results, monkeypatch, capsys, name):
+    page = pages.ROOT / pages.PAGES[name]
+    before = page.read_bytes()
+    monkeypatch.setattr("sys.argv", ["pages", name, "--results", str(results)])
+    with pytest.raises(SystemExit, match="2"):
+        pages.main()
+    assert page.read_bytes() == before
+    assert f"{pages.PAGES[name]} keeps its part {name}: there are no records" in capsys.readouterr().err
+    some = pd.DataFrame({"method": ["mi"] * 2, "keep": methods.BUDGETS[:2]})
+    with pytest.raises(ValueError, match=f"no record of mi keep={methods.BUDGETS[2]}.*: python run.py -m experiment="):
+        pages.check_complete(some, ["mi"])
 
 
 def test_footnotes_count_answers_that_are_none_and_rows_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """The video sets on small videos made here: each frame of one grey, so that a frame says which it is."""
 
 import json
+import struct
 from pathlib import Path
 
 import av
@@ -149,6 +150,28 @@ def test_no_frame_is_flipped(tmp_path):
         container.mux(stream.encode())
     for frame in video.frames(path, 8):
         assert np.asarray(frame)[:, :24].mean() < 10 < 200 < np.asarray(frame)[:, 40:].mean()
+
+
+@pytest.mark.parametrize(("quarter", "white"), [((0, 1, -1, 0), "below"), ((0, -1, 1, 0), "above")])
+def test_a_phones_video_stands_upright(tmp_path, quarter, white):
+    """The rotation is a matrix in the file's track header: a turn to the right, as phones write it, and to the left."""
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        image = np.zeros((48, 64, 3), np.uint8)
+        image[:, 32:] = 255
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+    content = bytearray(path.read_bytes())
+    place, (a, b, c, d) = content.index(b"tkhd") + 44, (65536 * x for x in quarter)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    for frame in video.frames(path, 2):
+        assert frame.size == (48, 64)
+        top, bottom = (np.asarray(frame)[rows].mean() for rows in (slice(24), slice(40, None)))
+        assert (bottom - top if white == "below" else top - bottom) > 200
 
 
 def test_hub_copies_keep_questions_and_answers_in_one_table(tmp_path):
