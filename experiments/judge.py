@@ -209,7 +209,7 @@ class Judge:
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             reason = "the key in OPENAI_API_KEY is refused"
         else:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200].rstrip(".")
             reason = reason.replace(self.key, "***") if self.key else reason
         return (
             f"the judge {self.model} at {self.base_url} gave up: {reason}. Its replies so far are kept; run the same "

@@ -135,7 +135,7 @@ class Server:
             case openai.BadRequestError() if "trust" in str(error):
                 reason = "it takes no keep from a request: start it with --trust-request-mm-kwargs"
             case openai.OpenAIError():
-                reason = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).split())[:300].rstrip(".")
             case _:
                 reason = "it does not answer as chat/completions does"
         reason = reason.replace(self.key, "***") if self.key else reason

@@ -72,7 +72,8 @@ def pytest_sessionfinish(session, exitstatus):
 def sheet(reports) -> str:
     lines = [HEAD, "## Accidents survived", "", "| what happens | what comes of it |", "|---|---|"]
     notes = [(report, *note) for report in reports for note in report.user_properties]
-    lines += [f"| {' | '.join(note)} |" for _, name, note in notes if name == "survives"]
+    survived = [map(cell, note) for _, name, note in notes if name == "survives"]
+    lines += dict.fromkeys(f"| {' | '.join(note)} |" for note in survived)
     for area, files in AREAS.items():
         rows = {}
         for report, name, message in notes:
@@ -91,4 +92,10 @@ def short(message: str) -> str:
     message = re.sub(r"-[0-9a-f]{8}(?=[/:])", "-…", message)  # the id of a cell that names a temporary folder
     message = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:…", message).replace(str(ROOT), "…")
     message = re.sub(r"/\S*/\.cache", "…/.cache", message)
-    return re.sub(r"\s+", " ", message).replace("|", r"\|").replace("<", r"\<")
+    return cell(re.sub(r"\s+", " ", message))
+
+
+def cell(text: str) -> str:
+    """Text as a cell of a Markdown table. Within backticks, < stands as it is."""
+    parts = text.replace("|", r"\|").split("`")
+    return "`".join(part if k % 2 else part.replace("<", r"\<") for k, part in enumerate(parts))

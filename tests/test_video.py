@@ -202,7 +202,7 @@ def test_a_sound_file_has_no_frames(tmp_path):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    with pytest.raises(SampleError, match=r"the video sound.mkv cannot be decoded"):
+    with pytest.raises(SampleError, match=r"the video sound.mkv has no frames"):
         video.frames(path, 8)
 
 

@@ -103,7 +103,7 @@ def frames(path: Path, n_frames: int) -> list[Image.Image]:
     """
     try:
         with av.open(str(path)) as container:
-            n = sum(1 for _ in decoded(container))
+            n = sum(1 for _ in decoded(container)) if container.streams.video else 0
         if not n:
             raise SampleError(f"the video {path.name} has no frames")
         wanted = np.linspace(0, n - 1, n_frames, dtype=int).tolist()
