@@ -117,6 +117,6 @@ def gemm() -> Gemm | None:
         of_a, of_b, of_out = zip(addresses, steps, strict=True)
         function(by_rows, as_it_is, transposed, *shape, 1.0, *of_a, *of_b, 0.0, *of_out)
 
-    one, result = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.empty(2, 2)
+    one, result = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.zeros(2, 2)
     multiply(one, one, result)
     return multiply if result.tolist() == [[5, 14], [14, 50]] else None  # else the integers of this MKL have 64 bits
